@@ -1,0 +1,84 @@
+"""Which backends there are, which can run here, and which one serves a call.
+
+The order of BACKENDS is the order in which "auto" asks them. A backend says (can it, why or why not)
+twice: for this machine, and for one call.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _ops, reference
+from ._autograd import route
+
+log = logging.getLogger("capsroute")
+
+Verdict = tuple[bool, str]
+
+
+class Backend(NamedTuple):
+    here: Callable[[], Verdict]
+    serves: Callable[[Tensor, reference.Options], Verdict]
+    run: Callable[..., tuple[Tensor, Tensor]]
+
+
+def _cpu_serves(u: Tensor, options: reference.Options) -> Verdict:
+    if u.device.type != "cpu":
+        return False, f"the input capsules are on {u.device}, not on the CPU"
+    if options.coupling != "out":
+        return False, 'it has no kernel for coupling="in" yet'
+    return _ops.cpu_library()
+
+
+def _run_reference(u, weight, bias, logits, mask, options, return_coupling):
+    return reference.routing(u, weight, bias, logits, mask, options)
+
+
+BACKENDS = {
+    "cpu": Backend(_ops.cpu_library, _cpu_serves, route),
+    "reference": Backend(
+        lambda: (True, "plain PyTorch, on any device"), lambda u, options: (True, "it serves every call"), _run_reference
+    ),
+}
+
+
+def backends() -> dict[str, Verdict]:
+    """The backends by name, each with whether it can run here and why or why not.
+
+    Returns:
+        ``{name: (can it run here, why or why not)}``, in the order in which ``backend="auto"`` asks.
+    """
+    return {name: backend.here() for name, backend in BACKENDS.items()}
+
+
+_logged: set[str] = set()
+
+
+def _log_once(message: str) -> None:
+    if message not in _logged and not torch.compiler.is_compiling():  # a log call would break the graph
+        _logged.add(message)
+        log.info(message)
+
+
+def choose(name: str, u: Tensor, options: reference.Options) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The function that serves the call: the first willing backend for "auto", else the named one or an error."""
+    if name == "auto":
+        refused = ""
+        for candidate, backend in BACKENDS.items():
+            can, why = backend.serves(u, options)
+            if can:
+                _log_once(f"backend {candidate}: {why}{refused}")
+                return backend.run
+            refused += f"; not {candidate}: {why}"
+    if name not in BACKENDS:
+        expected = ", ".join(f'"{known}"' for known in ("auto", *BACKENDS))
+        raise ValueError(f"backend must be one of {expected}, got {name!r}")
+    can, why = BACKENDS[name].serves(u, options)
+    if not can:
+        raise RuntimeError(f'backend="{name}" cannot serve this call: {why}')
+    return BACKENDS[name].run

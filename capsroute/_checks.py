@@ -1,0 +1,123 @@
+"""Argument checks: every wrong argument is named, with what was expected in letters and what came."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+COUPLINGS = ("out", "in")
+
+
+def _show(shape) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def check_tensor(name: str, value: object, letters: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor {letters}, got {type(value).__name__}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
+
+
+def check_eps(eps: float) -> None:
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a float, got {type(eps).__name__}")
+    if not (eps > 0 and math.isfinite(eps)):
+        raise ValueError(f"eps must be a positive finite number, got {eps}")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_options(iterations: int, coupling: str, leaky: bool, detach_coupling: bool, eps: float) -> None:
+    if isinstance(iterations, bool) or not isinstance(iterations, (int, torch.SymInt)):
+        raise TypeError(f"iterations must be an int, got {type(iterations).__name__}")
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    if coupling not in COUPLINGS:
+        raise ValueError(f'coupling must be "out" (softmax over j) or "in" (softmax over i), got {coupling!r}')
+    check_flag("leaky", leaky)
+    check_flag("detach_coupling", detach_coupling)
+    if leaky and coupling == "in":
+        raise ValueError('leaky must be False with coupling="in": a leak is defined for the softmax over j only')
+    check_eps(eps)
+
+
+def check_input(u: Tensor) -> None:
+    check_tensor("u", u, "[*, I, D]")
+    if u.dim() < 2:
+        raise ValueError(f"u must be [*, I, D], got {_show(u.shape)}")
+    if u.shape[-1] == 0:
+        raise ValueError(f"u must be [*, I, D] with D >= 1, got {_show(u.shape)}")
+
+
+def check_votes(votes: Tensor) -> None:
+    check_tensor("votes", votes, "[*, I, J, O]")
+    if votes.dim() < 3:
+        raise ValueError(f"votes must be [*, I, J, O], got {_show(votes.shape)}")
+    if 0 in votes.shape[-2:]:
+        raise ValueError(f"votes must be [*, I, J, O] with J, O >= 1, got {_show(votes.shape)}")
+
+
+def check_weight(weight: Tensor, u: Tensor) -> None:
+    check_tensor("weight", weight, "[I, J, O, D], [J, O, D] or [O, D]")
+    letters = {4: "[I, J, O, D]", 3: "[J, O, D]", 2: "[O, D]"}.get(weight.dim())
+    if letters is None:
+        raise ValueError(f"weight must be [I, J, O, D], [J, O, D] or [O, D], got {_show(weight.shape)}")
+    inputs, features = u.shape[-2:]
+    if weight.shape[-1] != features or (weight.dim() == 4 and weight.shape[0] != inputs):
+        known = f"I = {inputs} and D = {features}" if weight.dim() == 4 else f"D = {features}"
+        raise ValueError(f"weight must be {letters} with {known} as in u {_show(u.shape)}, got {_show(weight.shape)}")
+    if 0 in weight.shape[-3:]:  # u has D >= 1; I = 0 is allowed
+        raise ValueError(f"weight must be {letters} with J, O >= 1, got {_show(weight.shape)}")
+    if weight.dtype != u.dtype:
+        raise TypeError(f"weight must have the dtype of u, {u.dtype}, got {weight.dtype}")
+    check_device("weight", weight, u)
+
+
+def check_device(name: str, value: Tensor, u: Tensor) -> None:
+    if value.device != u.device:
+        raise ValueError(f"{name} must be on the device of the input capsules, {u.device}, got {value.device}")
+
+
+def check_parameter(name: str, value: Tensor, letters: str, u: Tensor) -> None:
+    """bias and logits: the dtype of the input capsules, or float32."""
+    check_tensor(name, value, letters)
+    if value.dtype not in (u.dtype, torch.float32):
+        raise TypeError(f"{name} must be {u.dtype} as the input capsules or float32, got {value.dtype}")
+    check_device(name, value, u)
+
+
+def check_bias(bias: Tensor, out_capsules: int | None, out_features: int, u: Tensor) -> None:
+    check_parameter("bias", bias, "[J, O]", u)
+    known = f"O = {out_features}" if out_capsules is None else f"J = {out_capsules} and O = {out_features}"
+    if bias.dim() != 2 or bias.shape[1] != out_features or bias.shape[0] != (out_capsules or bias.shape[0]):
+        raise ValueError(f"bias must be [J, O] with {known}, got {_show(bias.shape)}")
+    if bias.shape[0] == 0:
+        raise ValueError(f"bias must be [J, O] with J >= 1, got {_show(bias.shape)}")
+
+
+def check_broadcast(name: str, value: Tensor, target: tuple[int, ...], letters: str) -> None:
+    fits = value.dim() <= len(target) and all(
+        have in (1, want) for have, want in zip(reversed(value.shape), reversed(target), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{name} must broadcast to {letters} = {_show(target)}, got {_show(value.shape)}")
+
+
+def check_mask(mask: Tensor, target: tuple[int, ...], u: Tensor) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a bool tensor that broadcasts to [*, I], got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"mask must be bool, True where the input capsule takes part, got {mask.dtype}: pass mask.bool()"
+        )
+    check_device("mask", mask, u)
+    check_broadcast("mask", mask, target, "[*, I]")

@@ -1,0 +1,201 @@
+"""The public operators: check the arguments, bring them to one form, choose a backend, call it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import _backends, _checks, reference
+
+
+def capsule_linear(
+    u: Tensor,
+    weight: Tensor,
+    iterations: int = 3,
+    *,
+    bias: Tensor | None = None,
+    logits: Tensor | None = None,
+    mask: Tensor | None = None,
+    coupling: str = "out",
+    leaky: bool = False,
+    detach_coupling: bool = False,
+    eps: float = 1e-9,
+    return_coupling: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""A layer of capsules with routing by agreement, from input capsules and a weight.
+
+    The votes :math:`h_{ij} = W_{ij} u_i` are routed as in Procedure 1 of Sabour, Frosst and Hinton,
+    "Dynamic Routing Between Capsules", 2017. The fused backends never store them::
+
+        b_ij = logits_ij
+        repeat `iterations` times
+            c_ij = softmax over j of b_ij
+            s_j  = sum over i of c_ij h_ij + bias_j
+            v_j  = squash(s_j)
+            b_ij = b_ij + h_ij . v_j
+
+    Letters: I input capsules with D features, J output capsules with O features.
+
+    Args:
+        u: input capsules ``[*, I, D]``; any number of leading dimensions. float32, float64, bfloat16
+            or float16.
+        weight: ``[I, J, O, D]``, or shared by all input capsules ``[J, O, D]``, or by all pairs
+            ``[O, D]`` (then J comes from ``logits``, else from ``bias``). Any strides; the memory
+            order I, D, J, O is read in place, others are copied once a call. The dtype of ``u``.
+        iterations: R, the number of softmax / weighted-sum passes, at least 1.
+        bias: ``[J, O]``, added to s in every pass; the dtype of ``u`` or float32.
+        logits: prior logits, broadcast to ``[*, I, J]``; differentiable; ``-inf`` forbids a pair. The
+            dtype of ``u`` or float32.
+        mask: bool, broadcast to ``[*, I]``; False takes an input capsule out: whatever it holds, NaN
+            included, reaches no result, and its gradient is 0.
+        coupling: ``"out"`` normalises over the output capsules j, ``"in"`` over the input capsules i.
+        leaky: one more logit, fixed at 0, takes part in the softmax over j; its share is dropped.
+        detach_coupling: treat the coupling of the last pass as a constant in the backward.
+        eps: added to the squared length inside squash's square root.
+        return_coupling: also return the coupling of the last pass. It carries no gradient.
+        backend: ``"auto"``, or a name from :func:`capsroute.backends`, which then never falls back.
+
+    Returns:
+        v ``[*, J, O]`` in the dtype of ``u``; with ``return_coupling`` also c ``[*, I, J]``.
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong type, dtype, shape or value, by its name.
+        RuntimeError: if an explicit backend cannot serve the call, with the reason.
+    """
+    _checks.check_options(iterations, coupling, leaky, detach_coupling, eps)
+    _checks.check_input(u)
+    _checks.check_tensor("weight", weight, "[I, J, O, D], [J, O, D] or [O, D]")
+    u, weight = _autocast(u), _autocast(weight)
+    _checks.check_weight(weight, u)
+    *lead, inputs, _ = u.shape
+    outputs = weight.shape[-3] if weight.dim() > 2 else None
+    if outputs is None and logits is None and bias is None:
+        raise ValueError(
+            "logits or bias must be given with weight [O, D], which does not say what J is "
+            "(and all output capsules would be identical)"
+        )
+    if outputs is None and logits is not None:
+        _checks.check_parameter("logits", logits, "[*, I, J]", u)
+        outputs = logits.shape[-1] if logits.dim() else 0
+        if outputs == 0:
+            raise ValueError(f"logits must be [*, I, J] with J >= 1, got {list(logits.shape)}")
+    return _route(
+        u,
+        weight,
+        (lead, inputs, outputs, weight.shape[-2]),
+        (bias, logits, mask),
+        reference.Options(iterations, coupling, leaky, detach_coupling, eps),
+        return_coupling,
+        backend,
+    )
+
+
+def dynamic_routing(
+    votes: Tensor,
+    iterations: int = 3,
+    *,
+    bias: Tensor | None = None,
+    logits: Tensor | None = None,
+    mask: Tensor | None = None,
+    coupling: str = "out",
+    leaky: bool = False,
+    detach_coupling: bool = False,
+    eps: float = 1e-9,
+    return_coupling: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Routing by agreement of votes that are given (Sabour, Frosst and Hinton 2017, Procedure 1).
+
+    As :func:`capsule_linear`, which should be preferred where votes are W u, since it never stores them.
+
+    Args:
+        votes: ``[*, I, J, O]``; any number of leading dimensions, any strides.
+        iterations, bias, logits, mask, coupling, leaky, detach_coupling, eps, return_coupling,
+        backend: as in :func:`capsule_linear`.
+
+    Returns:
+        v ``[*, J, O]`` in the dtype of ``votes``; with ``return_coupling`` also c ``[*, I, J]``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in :func:`capsule_linear`.
+    """
+    _checks.check_options(iterations, coupling, leaky, detach_coupling, eps)
+    _checks.check_votes(votes)
+    *lead, inputs, outputs, features = votes.shape
+    return _route(
+        _autocast(votes),
+        None,
+        (lead, inputs, outputs, features),
+        (bias, logits, mask),
+        reference.Options(iterations, coupling, leaky, detach_coupling, eps),
+        return_coupling,
+        backend,
+    )
+
+
+def squash(s: Tensor, dim: int = -1, eps: float = 1e-9) -> Tensor:
+    """Shrink vectors to a length below 1, keeping their direction (Sabour et al. 2017, eq. 1).
+
+    v = n2 / (1 + n2) * s / sqrt(n2 + eps), n2 = |s|^2. Low precision is computed in float32. Value and
+    gradient are right, not merely finite, at s = 0 and for |s| from 1e-30 to 1e18 (1e4 in float16).
+
+    Args:
+        s: vectors along ``dim``; float32, float64, bfloat16 or float16.
+        dim: the dimension that holds a vector's features.
+        eps: added to the squared length inside the square root.
+
+    Returns:
+        A tensor of the shape and dtype of ``s``.
+    """
+    _checks.check_tensor("s", s, "with vectors along dim")
+    _checks.check_eps(eps)
+    if not -s.dim() <= dim < s.dim():
+        raise ValueError(f"dim must be a dimension of s {list(s.shape)}, got {dim}")
+    return reference.squash(s.to(reference.accumulation_dtype(s.dtype)), dim, eps).to(s.dtype)
+
+
+def _route(u, weight, sizes, parameters, options, return_coupling, backend):
+    """Bring everything to the form of the backends, one batch dimension, and call the chosen one."""
+    lead, inputs, outputs, features = sizes
+    bias, logits, mask = parameters
+    _checks.check_flag("return_coupling", return_coupling)
+    if bias is not None:
+        _checks.check_bias(bias, outputs, features, u)
+        outputs = bias.shape[0]
+    batch = math.prod(lead)
+    if logits is not None:
+        _checks.check_parameter("logits", logits, "[*, I, J]", u)
+        _checks.check_broadcast("logits", logits, (*lead, inputs, outputs), "[*, I, J]")
+        logits = _flatten_lead(logits, lead, batch, 2)
+        logits = logits.expand(-1, -1, outputs)
+    if mask is not None:
+        _checks.check_mask(mask, (*lead, inputs), u)
+        mask = _flatten_lead(mask, lead, batch, 1)
+    if len(lead) != 1:
+        u = u.reshape(batch, *u.shape[len(lead) :])
+    with torch.autocast(u.device.type, enabled=False):
+        v, c = _backends.choose(backend, u, options)(u, weight, bias, logits, mask, options, return_coupling)
+    if len(lead) != 1:
+        v = v.reshape(*lead, *v.shape[1:])
+        c = c.reshape(*lead, *c.shape[1:]) if return_coupling else c
+    return (v, c) if return_coupling else v
+
+
+def _flatten_lead(x: Tensor, lead: list[int], batch: int, kept: int) -> Tensor:
+    """x, broadcastable to [*lead, ...kept], as [batch or 1, ...kept], without copying what broadcasts."""
+    x = x.reshape(*(1,) * (len(lead) + kept - x.dim()), *x.shape)
+    own = x.shape[: len(lead)]
+    if all(n == 1 for n in own):
+        return x.reshape(1, *x.shape[len(lead) :])
+    return x if len(lead) == 1 else x.expand(*lead, *(-1,) * kept).reshape(batch, *x.shape[len(lead) :])
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Under autocast, its dtype, as for a matrix product; float64 is left alone."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))

@@ -1,0 +1,116 @@
+// The backward of the whole operator: its two parts, and what is summed over the batch beside them.
+#pragma once
+
+#include "forward.h"
+#include "row_gradients.h"
+
+namespace capsroute::CAPSROUTE_ISA {
+
+constexpr int64_t kSumBlock = 64;  // terms that are added before they join a longer sum
+
+template <class X>
+class BatchSums {
+ public:
+  using A = Acc<X>;
+
+  BatchSums(const BackwardPlan<X>& plan, const Kept<X>& kept, Carver& carver)
+      : plan_(plan), layout_(plan.layout), p_(plan.p), out_(plan.out), kept_(kept) {
+    block_ = carver.take<A>(maximum(layout_.outputs(), pad<A>(p_.J)));
+    dbias_ = out_.bias ? carver.take<A>(layout_.outputs()) : nullptr;
+    dlogits_ = plan.logits_by_sum ? carver.take<A>(pad<A>(p_.J)) : nullptr;
+    dW_ = out_.weight && layout_.shared ? carver.take<A>(layout_.weights * p_.O * layout_.F) : nullptr;
+  }
+
+  void run(int64_t first, int64_t count, const Parallel& parallel) {
+    const int64_t J = pad<A>(p_.J), outputs = layout_.outputs();
+    if (first == 0) clear();
+    if (dbias_)  // dbias = sum over samples and k of ds^k
+      for (int64_t k = plan_.detach ? p_.R : 1; k <= p_.R; ++k)
+        add(dbias_, kept_.output(0, plan_.e(k)), plan_.terms * outputs, count, outputs);
+    if (dlogits_ && out_.logits_B == 1) add(dlogits_, kept_.logit_sums, J, count, J);
+    if (dlogits_ && out_.logits_B > 1)
+      for (int64_t n = 0; n < count; ++n) write_logits(kept_.logit_sums + n * J, first + n);
+    if (dW_) weight_gradient(count, parallel);
+    if (first + count == p_.B) finish();
+  }
+
+ private:
+  void clear() {
+    if (dbias_) set_zero(dbias_, layout_.outputs());
+    if (dlogits_) set_zero(dlogits_, pad<A>(p_.J));
+    if (dW_) set_zero(dW_, layout_.weights * p_.O * layout_.F);
+  }
+
+  void add(A* to, const A* from, int64_t stride, int64_t count, int64_t size) {
+    for (int64_t n0 = 0; n0 < count; n0 += kSumBlock) {
+      const int64_t end = minimum(count, n0 + kSumBlock);
+      for (int64_t n = n0; n < end; ++n) fold_sum(block_, from + n * stride, size, n == n0);
+      fold_sum(to, block_, size, false);
+    }
+  }
+
+  // dW_j = sum over samples and k of ds^k_j (sum_i p^k_ij u_i)^T + V^(k-1)_j (sum_i db^k_ij u_i)^T, by
+  // four rows o at a time; over all j too where they share one matrix.
+  void weight_gradient(int64_t count, const Parallel& parallel) {
+    const int64_t quads = divide_up(p_.O, 4), F = layout_.F;
+    const int64_t pairs = plan_.detach ? count : count * plan_.terms, step = plan_.detach ? plan_.terms : 1;
+    parallel_for(parallel, layout_.weights * quads, [&](int64_t item, int64_t) {
+      const int64_t matrix = item / quads, o = item % quads * 4, rows = minimum(4, p_.O - o);
+      const bool one = p_.form == Weight::single;
+      for (int64_t j = one ? 0 : matrix; j < (one ? p_.J : matrix + 1); ++j)
+        for (int64_t n = 0; n < pairs; n += kSumBlock)
+          outer(dW_ + (matrix * p_.O + o) * F, F, kept_.outputs + n * step * layout_.outputs() + j * layout_.O + o,
+                step * layout_.outputs(), rows, kept_.sums + n * step * layout_.sums() + j * F,
+                step * layout_.sums(), F, minimum(kSumBlock, pairs - n));
+    });
+  }
+
+  void write_logits(const A* sums, int64_t row) const {
+    for (int64_t j = 0; j < p_.J; ++j) write_as(out_.logits, p_.logits.dtype, row * p_.J + j, sums[j]);
+  }
+
+  void finish() const {
+    for (int64_t j = 0; dbias_ && j < p_.J; ++j)
+      for (int64_t o = 0; o < p_.O; ++o)
+        write_as(out_.bias, p_.bias.dtype, j * p_.O + o, dbias_[j * layout_.O + o]);
+    if (dlogits_ && out_.logits_B == 1) write_logits(dlogits_, 0);
+    for (int64_t row = 0; dW_ && row < layout_.weights * p_.O; ++row)
+      narrow(static_cast<X*>(out_.weight) + row * p_.D, dW_ + row * layout_.F, p_.D);
+  }
+
+  const BackwardPlan<X>& plan_;
+  const Layout<X>& layout_;
+  const Problem& p_;
+  const Backward& out_;
+  const Kept<X>& kept_;
+  A *block_, *dbias_, *dlogits_, *dW_;
+};
+
+template <class X>
+class BackwardStream {
+ public:
+  BackwardStream(const Layout<X>& layout, const Backward& out, Carver& carver, const Parallel& parallel)
+      : plan_(layout, out),
+        kept_(plan_, carver),
+        logits_(plan_, kept_, carver, parallel),
+        rows_(plan_, kept_, logits_, carver, parallel),
+        sums_(plan_, kept_, carver) {}
+
+  void run(const Parallel& parallel) {
+    for (int64_t first = 0; first < plan_.p.B; first += plan_.chunk) {
+      const int64_t count = minimum(plan_.chunk, plan_.p.B - first);
+      logits_.run(first, count, parallel);
+      rows_.run(first, count, parallel);
+      sums_.run(first, count, parallel);
+    }
+  }
+
+ private:
+  const BackwardPlan<X> plan_;
+  const Kept<X> kept_;
+  LogitStream<X> logits_;
+  RowGradients<X> rows_;
+  BatchSums<X> sums_;
+};
+
+}  // namespace capsroute::CAPSROUTE_ISA

@@ -1,0 +1,100 @@
+// The backward, also streams over the input capsules. From the saved s^k follow V^k; with
+// e^k = ds^k and q^k = V^k (W^T ds^k and W^T V^k where the weight is shared), for k = R .. 1:
+//   p^k_ij = softmax over j of (logits_ij + h_ij . q^(k-1)_j),  t_ij = h_ij . e^k_j,
+//   db^k_ij = p^k_ij (t_ij - sum over j of p^k_ij t_ij),
+//   dV^(k-1)_j = dV^k_j + sum over i of db^k_ij h_ij,  ds^(k-1) = J_squash(s^(k-1))^T dV^(k-1).
+// Then, for every i,
+//   dh_ij = sum over k of (p^k_ij e^k_j + db^k_ij q^(k-1)_j),
+//   du_i = sum_j W_ij^T dh_ij,  dW_ij = sum_b dh_ij u_i^T,  dlogits_ij = sum over k of db^k_ij.
+//
+// The batch is taken in chunks: in each, LogitStream does the first part by samples, and RowGradients
+// the second by input capsules, so that each dW_ij has one owner who adds it up in one order.
+#pragma once
+
+#include "stream.h"
+
+namespace capsroute::CAPSROUTE_ISA {
+
+// p^k and db^k, numbers for every [I, J] of a sample, are kept for a chunk of the batch within
+// kChunkBytes. If that does not hold kFewestKept samples, the second part makes them anew.
+constexpr int64_t kChunkBytes = int64_t(32) << 20, kFewestKept = 16;
+
+// The sizes of a backward and the places of what it keeps.
+template <class X>
+struct BackwardPlan {
+  using A = Acc<X>;
+
+  BackwardPlan(const Layout<X>& layout, const Backward& out) : layout(layout), p(layout.p), out(out) {
+    const int64_t R = p.R;
+    detach = out.detach_coupling;
+    logits_by_row = out.logits && out.logits_I == p.I;
+    logits_by_sum = out.logits && !logits_by_row;
+    terms = detach ? minimum(R, 2) : 2 * R - 1;
+    used_terms = detach ? 1 : terms;
+    slots = (detach ? R > 1 : 2 * (R - 1)) + logits_by_row;
+    const int64_t vectors = terms * (layout.outputs() + (layout.shared ? 2 * layout.sums() : 0)) * int64_t(sizeof(A));
+    const int64_t pairs = slots * layout.blocks * layout.lanes() * int64_t(sizeof(A));
+    keep_pairs = (vectors + pairs) * minimum(kFewestKept, p.B) <= kChunkBytes;
+    const int64_t fitting = kChunkBytes / maximum(1, vectors + (keep_pairs ? pairs : 0));
+    const int64_t chunks = divide_up(p.B, maximum(kFewestKept, fitting));
+    chunk = divide_up(p.B, maximum(1, chunks));
+
+    const bool needs_sums = layout.shared && out.weight;
+    if (detach)
+      last_pass = needs_sums || (keep_pairs && R > 1) ? R : R + 1;
+    else
+      last_pass = needs_sums || out.logits ? 1 : 2;  // pass 1 couples without looking at rows
+  }
+
+  // Indices among the terms of dh: e^1 .. e^R, q^1 .. q^(R-1); if detached e^R, then q^(R-1), which
+  // dh does not use.
+  int64_t e(int64_t k) const { return detach ? 0 : k - 1; }
+  int64_t q(int64_t k) const { return detach ? 1 : p.R + k - 1; }
+  // Slots of p^k and db^k for k > 1: p^1 needs no rows, and q^0 is zero.
+  bool first_is_uniform() const { return !detach || p.R == 1; }  // whether dh uses p^1
+  int64_t p_slot(int64_t k) const { return detach ? 0 : 2 * (k - 2); }
+  int64_t db_slot(int64_t k) const { return 2 * (k - 2) + 1; }
+  int64_t logits_slot() const { return slots - 1; }
+
+  const Layout<X>& layout;
+  const Problem& p;
+  const Backward& out;
+  bool detach;
+  bool logits_by_row, logits_by_sum;  // dlogits: for every i, or summed over i with each pass
+  bool keep_pairs;
+  int64_t last_pass;          // the passes R .. last_pass are streamed
+  int64_t terms, used_terms;  // kept, and used by dh
+  int64_t slots;              // numbers kept for every [I, J]
+  int64_t chunk;              // samples
+};
+
+// What the first part leaves to the second, for a chunk of samples.
+template <class X>
+struct Kept {
+  using A = Acc<X>;
+
+  Kept(const BackwardPlan<X>& plan, Carver& carver) : plan(plan), layout(plan.layout) {
+    const int64_t vectors = plan.chunk * plan.terms;
+    outputs = carver.take<A>(vectors * layout.outputs());
+    rows = layout.shared ? carver.take<A>(vectors * layout.sums()) : outputs;
+    sums = layout.shared ? carver.take<A>(vectors * layout.sums()) : nullptr;
+    pairs = plan.keep_pairs ? carver.take<A>(plan.chunk * layout.blocks * block_pairs()) : nullptr;
+    logit_sums = plan.logits_by_sum ? carver.take<A>(plan.chunk * pad<A>(plan.p.J)) : nullptr;
+  }
+
+  int64_t block_pairs() const { return plan.slots * layout.lanes(); }
+  A* output(int64_t n, int64_t term) const { return outputs + (n * plan.terms + term) * layout.outputs(); }
+  A* row(int64_t n, int64_t term) const { return rows + (n * plan.terms + term) * layout.sums(); }
+  A* sum(int64_t n, int64_t term) const { return sums + (n * plan.terms + term) * layout.sums(); }
+  A* pair(int64_t n, int64_t i0) const { return pairs + (n * layout.blocks + i0 / W<A>) * block_pairs(); }
+
+  const BackwardPlan<X>& plan;
+  const Layout<X>& layout;
+  A* outputs;     // [n][term][J, O]: ds^k and V^k
+  A* rows;        // [n][term][J, F]: e^k and q^k
+  A* sums;        // [n][term][J, F]: sum over i of p^k_ij u_i and of db^k_ij u_i, for a shared weight
+  A* pairs;       // [n][block][slot][J, W]
+  A* logit_sums;  // [n][J]
+};
+
+}  // namespace capsroute::CAPSROUTE_ISA

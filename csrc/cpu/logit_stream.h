@@ -1,0 +1,150 @@
+// The first part of the backward, by samples: see backward_plan.h.
+#pragma once
+
+#include "backward_plan.h"
+
+namespace capsroute::CAPSROUTE_ISA {
+
+template <class X>
+class LogitStream {
+ public:
+  using A = Acc<X>;
+
+  LogitStream(const BackwardPlan<X>& plan, const Kept<X>& kept, Carver& carver, const Parallel& parallel)
+      : plan_(plan),
+        layout_(plan.layout),
+        p_(plan.p),
+        kept_(kept),
+        stream_(layout_, plan.chunk, plan.p.R - plan.last_pass + 1, carver, parallel),
+        sums_((layout_.shared ? 2 : 1) * layout_.sums() + (plan.logits_by_sum ? pad<A>(plan.p.J) : 0)) {
+    const Schedule& schedule = stream_.schedule;
+    dV_ = carver.take<A>(schedule.slots * schedule.tile * layout_.outputs());
+    s_ = carver.take<A>(schedule.slots * layout_.outputs());
+    v_ = carver.take<A>(schedule.slots * layout_.outputs());
+    total_ = carver.take<A>(schedule.slots * schedule.tile * sums_);
+    partial_ = carver.take<A>(schedule.partials * schedule.tile * sums_);
+  }
+
+  const Stream<X>& stream() const { return stream_; }
+
+  // Samples first .. first + count of the batch, count <= chunk.
+  void run(int64_t first, int64_t count, const Parallel& parallel) {
+    first_ = first;
+    run_stream(*this, stream_.schedule.smaller(count), p_.R - plan_.last_pass + 1, parallel);
+  }
+
+  // V^k from s^k, ds^R from the gradient of v.
+  void begin(const Tile& tile) {
+    A *s = s_ + tile.slot * layout_.outputs(), *v = v_ + tile.slot * layout_.outputs();
+    for (int64_t n = 0; n < tile.count; ++n) {
+      A* V = dV(tile, n);  // free until the end of this loop
+      set_zero(V, layout_.outputs());
+      for (int64_t k = 1; k < p_.R; ++k) {
+        read_s(tile.first + n, k, s);
+        for (int64_t j = 0; j < p_.J; ++j) squash(s + j * layout_.O, v + j * layout_.O, layout_.O, p_.eps);
+        fold_sum(V, v, layout_.outputs(), false);
+        if (!plan_.detach || k == p_.R - 1) keep(tile.first + n, plan_.q(k), V);
+      }
+      set_zero(V, layout_.outputs());
+      read_grad(tile.first + n, v);
+      keep_ds(tile.first + n, p_.R, v, s);
+    }
+  }
+
+  void group(const Tile& tile, int64_t step, int64_t group, int64_t partial, int64_t part) {
+    const int64_t k = p_.R - step;
+    const typename Stream<X>::Scratch scratch = stream_.scratch(part);
+    A* sums = partial_ + partial * stream_.schedule.tile * sums_;
+    set_zero(sums, tile.count * sums_);
+    stream_.for_blocks(tile, first_, group, step == 0, scratch, [&](int64_t n, int64_t i0, const Block<A>& block) {
+      A* pairs = plan_.keep_pairs ? kept_.pair(tile.first + n, i0) : nullptr;
+      pass(tile.first + n, k, block, pairs, scratch, sums + n * sums_);
+    });
+  }
+
+  void fold(const Tile& tile, int64_t, int64_t partial, bool first) {
+    fold_sum(total(tile, 0), partial_ + partial * stream_.schedule.tile * sums_, tile.count * sums_, first);
+  }
+
+  void finish(const Tile& tile, int64_t step) {
+    const int64_t k = p_.R - step, sums = layout_.sums(), outputs = layout_.outputs();
+    A *s = s_ + tile.slot * outputs, *v = v_ + tile.slot * outputs;
+    for (int64_t n = 0; n < tile.count; ++n) {
+      const A *logit_sum = total(tile, n), *coupled = logit_sum + sums;
+      if (layout_.shared) {
+        if (k > 1 && !plan_.detach) fold_sum(kept_.sum(tile.first + n, plan_.q(k - 1)), logit_sum, sums, true);
+        fold_sum(kept_.sum(tile.first + n, plan_.e(k)), coupled, sums, true);
+      }
+      if (plan_.logits_by_sum) {
+        const int64_t J = pad<A>(p_.J);
+        fold_sum(kept_.logit_sums + (tile.first + n) * J, total(tile, n) + sums_ - J, J, step == 0);
+      }
+      if (k == 1 || plan_.detach) continue;
+      if (layout_.shared) stream_.to_outputs(logit_sum, v);
+      fold_sum(dV(tile, n), layout_.shared ? v : logit_sum, outputs, false);
+      keep_ds(tile.first + n, k - 1, dV(tile, n), s);
+    }
+  }
+
+  // Pass k over a block: p^k and db^k, and their sums over i, to `sums` if not null. `pairs` has the
+  // block's slots, or is null.
+  void pass(int64_t n, int64_t k, const Block<A>& block, A* pairs, const typename Stream<X>::Scratch& scratch,
+            A* sums) const {
+    const int64_t J = p_.J, F = layout_.F, lanes = layout_.lanes();
+    A* c = pairs && k > 1 ? pairs + plan_.p_slot(k) * lanes : scratch.coupling;
+    couple(block, k > 1 ? kept_.row(n, plan_.q(k - 1)) : nullptr, J, F, p_.leaky, c);
+    if (sums && layout_.shared) add_block(block, c, J, F, sums + layout_.sums());
+    if (plan_.detach || (k == 1 && !plan_.out.logits)) return;
+    A* db = pairs && k > 1 ? pairs + plan_.db_slot(k) * lanes : scratch.gradient;
+    couple_backward(block, c, kept_.row(n, plan_.e(k)), J, F, db);
+    if (sums && k > 1) add_block(block, db, J, F, sums);
+    if (sums && plan_.logits_by_sum)
+      for (int64_t j = 0; j < J; ++j) sums[sums_ - pad<A>(J) + j] += sum_lanes(load(db + j * W<A>));
+    if (pairs && plan_.logits_by_row) fold_sum(pairs + plan_.logits_slot() * lanes, db, lanes, k == p_.R);
+  }
+
+ private:
+  A* dV(const Tile& tile, int64_t n) const {
+    return dV_ + (tile.slot * stream_.schedule.tile + n) * layout_.outputs();
+  }
+  A* total(const Tile& tile, int64_t n) const { return total_ + (tile.slot * stream_.schedule.tile + n) * sums_; }
+
+  void read_s(int64_t n, int64_t k, A* s) const {
+    const A* from = static_cast<const A*>(plan_.out.s) + ((k - 1) * p_.B + first_ + n) * p_.J * p_.O;
+    for (int64_t j = 0; j < p_.J; ++j) widen(s + j * layout_.O, from + j * p_.O, 1, p_.O, layout_.O);
+  }
+
+  void read_grad(int64_t n, A* grad) const {
+    const int64_t* stride = plan_.out.grad_v.stride;
+    const X* from = static_cast<const X*>(plan_.out.grad_v.data) + (first_ + n) * stride[0];
+    for (int64_t j = 0; j < p_.J; ++j)
+      widen(grad + j * layout_.O, from + j * stride[1], stride[2], p_.O, layout_.O);
+  }
+
+  void keep(int64_t n, int64_t term, const A* outputs) const {
+    fold_sum(kept_.output(n, term), outputs, layout_.outputs(), true);
+    if (layout_.shared) stream_.to_rows(outputs, kept_.row(n, term));
+  }
+
+  // ds^k = J_squash(s^k)^T g
+  void keep_ds(int64_t n, int64_t k, const A* g, A* s) const {
+    A* ds = kept_.output(n, plan_.e(k));
+    read_s(n, k, s);
+    for (int64_t j = 0; j < p_.J; ++j) {
+      const int64_t at = j * layout_.O;
+      squash_backward(s + at, g + at, ds + at, layout_.O, p_.eps);
+    }
+    if (layout_.shared) stream_.to_rows(ds, kept_.row(n, plan_.e(k)));
+  }
+
+  const BackwardPlan<X>& plan_;
+  const Layout<X>& layout_;
+  const Problem& p_;
+  const Kept<X>& kept_;
+  const Stream<X> stream_;
+  const int64_t sums_;  // of one sample: sum of db_ij h_ij, if shared of p_ij u_i, if by sum of db_ij
+  int64_t first_ = 0;
+  A *dV_, *s_, *v_, *total_, *partial_;
+};
+
+}  // namespace capsroute::CAPSROUTE_ISA

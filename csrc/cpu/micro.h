@@ -1,0 +1,160 @@
+// The inner loops. Feature axes (f) are padded to whole vectors; a lane is a feature, or, after
+// sum_each, one of W input capsules. Every sum runs in an order that does not depend on how many
+// samples are handled together, so a sample's bits are its own.
+#pragma once
+
+#include "vec.h"
+
+namespace capsroute::CAPSROUTE_ISA {
+
+constexpr int64_t kSamples = 4;  // samples that share one load of the weight
+
+// y_n[f] = sum over d of x_n[d] w[d, f], for N samples and C vectors of features.
+template <int N, int C, class X, class A>
+CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const A* const* x, int64_t D, A* const* y,
+                                  int64_t f) {
+  Vec<A> sum[N][C] = {};
+  w += f;
+  for (int64_t d = 0; d < D; ++d, w += w_stride) {
+    Vec<A> row[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) row[c] = load(w + c * W<A>);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      const Vec<A> scale = all<A>(x[n][d]);
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) sum[n][c] += row[c] * scale;
+    }
+  }
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) store(y[n] + f + c * W<A>, sum[n][c]);
+}
+
+template <int N, class X, class A>
+void apply_samples(const X* w, int64_t w_stride, const A* const* x, int64_t D, A* const* y, int64_t F) {
+  constexpr int C = N > 2 ? 2 : 4;
+  int64_t f = 0;
+  for (; f + C * W<A> <= F; f += C * W<A>) apply_panel<N, C>(w, w_stride, x, D, y, f);
+  for (; f < F; f += W<A>) apply_panel<N, 1>(w, w_stride, x, D, y, f);
+}
+
+// y_n[f] = sum over d of x_n[d] w[d, f] for `samples` <= kSamples samples and F features.
+template <class X, class A>
+void apply(const X* w, int64_t w_stride, const A* const* x, int64_t D, A* const* y, int64_t F,
+           int64_t samples) {
+  switch (samples) {
+    case 1: return apply_samples<1>(w, w_stride, x, D, y, F);
+    case 2: return apply_samples<2>(w, w_stride, x, D, y, F);
+    case 3: return apply_samples<3>(w, w_stride, x, D, y, F);
+    default: return apply_samples<4>(w, w_stride, x, D, y, F);
+  }
+}
+
+// x_n[d] = sum over f of w[d, f] y_n[f] for W / N features d at a time: W dot products, one sum_each.
+template <class X, class A>
+void apply_transposed(const X* w, int64_t w_stride, const A* const* y, int64_t F, A* const* x, int64_t D,
+                      int64_t samples) {
+  constexpr int64_t N = W<A> >= 8 ? 4 : 2, K = W<A> / N;
+  for (int64_t n0 = 0; n0 < samples; n0 += N)
+    for (int64_t d0 = 0; d0 < D; d0 += K) {
+      const A* from[N];
+      const X* row[K];  // rows past the end repeat the last one and are not stored
+#pragma GCC unroll 4
+      for (int64_t n = 0; n < N; ++n) from[n] = y[n0 + n < samples ? n0 + n : samples - 1];
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < K; ++k) row[k] = w + (d0 + k < D ? d0 + k : D - 1) * w_stride;
+      Vec<A> sum[W<A>] = {};
+      for (int64_t f = 0; f < F; f += W<A>) {
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < K; ++k) {
+          const Vec<A> weight = load(row[k] + f);
+#pragma GCC unroll 4
+          for (int64_t n = 0; n < N; ++n) sum[n * K + k] += weight * load(from[n] + f);
+        }
+      }
+      const Vec<A> sums = sum_each<A>(sum);
+      for (int64_t n = 0; n < N && n0 + n < samples; ++n)
+        for (int64_t k = 0; k < K && d0 + k < D; ++k) x[n0 + n][d0 + k] = sums[n * K + k];
+    }
+}
+
+// w[d, f] += sum over n of x_n[d] y_n[f], for K features d and C vectors of features f. The sum is
+// made apart and added once: two levels keep the rounding error of a long batch small.
+template <int K, int C, class A>
+CAPSROUTE_INLINE void outer_panel(A* w, int64_t w_stride, const A* x, int64_t x_stride, const A* y,
+                                  int64_t y_stride, int64_t samples) {
+  Vec<A> sum[K][C] = {};
+  for (int64_t n = 0; n < samples; ++n, x += x_stride, y += y_stride) {
+    Vec<A> row[C];
+#pragma GCC unroll 2
+    for (int c = 0; c < C; ++c) row[c] = load(y + c * W<A>);
+#pragma GCC unroll 4
+    for (int k = 0; k < K; ++k) {
+      const Vec<A> scale = all<A>(x[k]);
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c) sum[k][c] += scale * row[c];
+    }
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < K; ++k)
+#pragma GCC unroll 2
+    for (int c = 0; c < C; ++c) {
+      A* to = w + k * w_stride + c * W<A>;
+      store(to, load(to) + sum[k][c]);
+    }
+}
+
+template <int K, class A>
+CAPSROUTE_INLINE void outer_rows(A* w, int64_t w_stride, const A* x, int64_t x_stride, const A* y, int64_t y_stride,
+                                 int64_t F, int64_t samples) {
+  int64_t f = 0;
+  for (; f + 2 * W<A> <= F; f += 2 * W<A>)
+    outer_panel<K, 2>(w + f, w_stride, x, x_stride, y + f, y_stride, samples);
+  for (; f < F; f += W<A>) outer_panel<K, 1>(w + f, w_stride, x, x_stride, y + f, y_stride, samples);
+}
+
+// w[d, f] += sum over n of x_n[d] y_n[f]
+template <class A>
+void outer(A* w, int64_t w_stride, const A* x, int64_t x_stride, int64_t D, const A* y, int64_t y_stride, int64_t F,
+           int64_t samples) {
+  int64_t d = 0;
+  for (; d + 4 <= D; d += 4)
+    outer_rows<4>(w + d * w_stride, w_stride, x + d, x_stride, y, y_stride, F, samples);
+  for (; d < D; ++d) outer_rows<1>(w + d * w_stride, w_stride, x + d, x_stride, y, y_stride, F, samples);
+}
+
+// W rows of votes against one query vector: lane l is sum over f of rows[l, f] q[f].
+template <class A>
+CAPSROUTE_INLINE Vec<A> dot_rows(const A* rows, int64_t row_stride, const A* q, int64_t F) {
+  Vec<A> sum[W<A>];
+  {
+    const Vec<A> query = load(q);
+#pragma GCC unroll 16
+    for (int64_t l = 0; l < W<A>; ++l) sum[l] = load(rows + l * row_stride) * query;
+  }
+  for (int64_t f = W<A>; f < F; f += W<A>) {
+    const Vec<A> query = load(q + f);
+#pragma GCC unroll 16
+    for (int64_t l = 0; l < W<A>; ++l) sum[l] += load(rows + l * row_stride + f) * query;
+  }
+  return sum_each<A>(sum);
+}
+
+// s[f] += sum over l of c[l] rows[l, f], in two interleaved chains
+template <class A>
+CAPSROUTE_INLINE void add_rows(A* s, const A* rows, int64_t row_stride, const A* c, int64_t F) {
+  for (int64_t f = 0; f < F; f += W<A>) {
+    Vec<A> even = load(s + f), odd = all<A>(c[1]) * load(rows + row_stride + f);
+    even += all<A>(c[0]) * load(rows + f);
+#pragma GCC unroll 16
+    for (int64_t l = 2; l < W<A>; l += 2) {
+      even += all<A>(c[l]) * load(rows + l * row_stride + f);
+      odd += all<A>(c[l + 1]) * load(rows + (l + 1) * row_stride + f);
+    }
+    store(s + f, even + odd);
+  }
+}
+
+}  // namespace capsroute::CAPSROUTE_ISA

@@ -1,0 +1,90 @@
+// One pass over a block of input capsules, forward and backward: lanes are input capsules here.
+#pragma once
+
+#include "rows.h"
+
+namespace capsroute::CAPSROUTE_ISA {
+
+// c_ij = softmax over j of (logits_ij + h_ij . q_j), to c[j, lane]; 0 in lanes that are not live and
+// for forbidden pairs. A null query counts as zero: then rows are not read.
+template <class A>
+void couple(const Block<A>& block, const A* q, int64_t J, int64_t F, bool leaky, A* c) {
+  const Mask<A> live = block.live != 0;
+  if (!q && !block.prior) {
+    const Vec<A> uniform = live ? all<A>(A(1) / A(leaky ? J + 1 : J)) : all<A>(0);
+    for (int64_t j = 0; j < J; ++j) store(c + j * W<A>, uniform);
+    return;
+  }
+  Vec<A> highest = all<A>(leaky ? A(0) : -A(__builtin_inf()));
+  for (int64_t j = 0; j < J; ++j) {
+    Vec<A> logit = q ? dot_rows(block.rows + j * block.column, block.row, q + j * F, F) : all<A>(0);
+    if (block.prior) logit += load(block.prior + j * W<A>);
+    highest = highest > logit ? highest : logit;  // a NaN passes on its way, and makes the sum NaN
+    store(c + j * W<A>, logit);
+  }
+  if (block.forbids) highest = highest == -A(__builtin_inf()) ? all<A>(0) : highest;
+  Vec<A> sum = leaky ? exp_negative<A>(-highest) : all<A>(0);
+  for (int64_t j = 0; j < J; ++j) {
+    const Vec<A> share = exp_negative<A>(load(c + j * W<A>) - highest);
+    sum += share;
+    store(c + j * W<A>, share);
+  }
+  const Mask<A> used = live & (sum != 0);  // a lane whose pairs are all forbidden couples with 0
+  const Vec<A> scale = used ? 1 / sum : all<A>(0);
+  for (int64_t j = 0; j < J; ++j) {
+    Vec<A> share = load(c + j * W<A>);
+    share = used ? share * scale : all<A>(0);
+    if (block.forbids) share = load(block.prior + j * W<A>) == -A(__builtin_inf()) ? all<A>(0) : share;
+    store(c + j * W<A>, share);
+  }
+}
+
+// With t_ij = h_ij . e_j, the gradient of the logits: db_ij = c_ij (t_ij - sum over j of c_ij t_ij).
+template <class A>
+void couple_backward(const Block<A>& block, const A* c, const A* e, int64_t J, int64_t F, A* db) {
+  Vec<A> mean = all<A>(0);
+  for (int64_t j = 0; j < J; ++j) {
+    const Vec<A> t = dot_rows(block.rows + j * block.column, block.row, e + j * F, F);
+    mean += load(c + j * W<A>) * t;
+    store(db + j * W<A>, t);
+  }
+  for (int64_t j = 0; j < J; ++j) {
+    const Vec<A> share = load(c + j * W<A>);
+    const Vec<A> gradient = share * (load(db + j * W<A>) - mean);
+    store(db + j * W<A>, share == 0 ? all<A>(0) : gradient);  // not live or forbidden: 0, not 0 * NaN
+  }
+}
+
+// s_j += sum over the block's i of c_ij h_ij
+template <class A>
+void add_block(const Block<A>& block, const A* c, int64_t J, int64_t F, A* s) {
+  for (int64_t j = 0; j < J; ++j)
+    add_rows(s + j * F, block.rows + j * block.column, block.row, c + j * W<A>, F);
+}
+
+// v = squash(s) = n2 / (1 + n2) * s / sqrt(n2 + eps), n2 = |s|^2
+template <class A>
+void squash(const A* s, A* v, int64_t O, double eps) {
+  Vec<A> squares = all<A>(0);
+  for (int64_t o = 0; o < O; o += W<A>) squares += load(s + o) * load(s + o);
+  const A n2 = sum_lanes(squares);
+  const A scale = n2 / (1 + n2) / A(__builtin_sqrt(n2 + A(eps)));
+  for (int64_t o = 0; o < O; o += W<A>) store(v + o, load(s + o) * scale);
+}
+
+// ds = J_squash(s)^T g. With r = sqrt(n2 + eps), f = n2 / (1 + n2) / r, sh = s / r:
+//   ds = f g + (2 r / (1 + n2) / (1 + n2) - f) (sh . g) sh,
+// the form that neither overflows nor cancels for |s| up to 1e18 in float.
+template <class A>
+void squash_backward(const A* s, const A* g, A* ds, int64_t O, double eps) {
+  Vec<A> squares = all<A>(0), products = all<A>(0);
+  for (int64_t o = 0; o < O; o += W<A>) squares += load(s + o) * load(s + o);
+  const A n2 = sum_lanes(squares);
+  const A r = A(__builtin_sqrt(n2 + A(eps)));
+  const A f = n2 / (1 + n2) / r;
+  for (int64_t o = 0; o < O; o += W<A>) products += load(s + o) / r * load(g + o);
+  const A along = (2 * r / (1 + n2) / (1 + n2) - f) * sum_lanes(products);
+  for (int64_t o = 0; o < O; o += W<A>) store(ds + o, load(g + o) * f + load(s + o) / r * along);
+}
+
+}  // namespace capsroute::CAPSROUTE_ISA

@@ -1,0 +1,82 @@
+// The CPU kernel tier: raw pointers in, raw pointers out. It knows no Tensor, allocates nothing,
+// and starts no thread of its own.
+//
+// Letters: B batch, I input capsules, D their features, J output capsules, O their features,
+// R routing iterations. One pass over the input capsules is
+//   c_ij = softmax over j of (logits_ij + h_ij . V_j),   s_j = sum over i of c_ij h_ij,
+// with V^0 = 0 and V^k = V^(k-1) + squash(s^k), so the state between passes is V [B, J, O] alone.
+#pragma once
+
+#include <cstdint>
+
+namespace capsroute {
+
+enum class DType { float32, float64, bfloat16, float16 };
+
+enum class Weight {
+  none,     // u holds the votes [B, I, J, O]
+  pair,     // W [I, J, O, D]: h_ij = W_ij u_i
+  output,   // W [J, O, D]:    h_ij = W_j u_i
+  single    // W [O, D]:       h_ij = W u_i
+};
+
+// A read-only array with strides counted in elements; null data means "not given".
+struct Array {
+  const void* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t stride[4] = {0, 0, 0, 0};
+};
+
+struct Problem {
+  int64_t B, I, D, J, O, R;
+  Weight form;
+  Array u;       // [b, i, d], or the votes [b, i, j, o]
+  Array weight;  // [i, j, o, d], stride 0 where it is shared; the dtype of u
+  Array bias;    // [j, o]
+  Array logits;  // [b, i, j]
+  Array mask;    // [b, i] of bytes, 0 where the input capsule is masked
+  bool leaky;
+  double eps;
+};
+
+// Outputs are dense. The accumulation type is float64 for float64, else float32.
+struct Forward {
+  void* v;         // [B, J, O]
+  void* s;         // [R, B, J, O] in the accumulation type, or null
+  void* coupling;  // [B, I, J], or null
+};
+
+struct Backward {
+  Array grad_v;   // [b, j, o]
+  const void* s;  // what Forward saved
+  bool detach_coupling;
+  int64_t logits_B, logits_I;  // 1 or B, 1 or I: the dimensions that the logits themselves have
+  void* u;                     // as Problem::u, or null where not wanted; so the others
+  void* weight;                // [I, D, J, O], [J, O, D] or [O, D]
+  void* bias;                  // [J, O], the dtype of Problem::bias
+  void* logits;                // [logits_B, logits_I, J], the dtype of Problem::logits
+};
+
+// Runs body(context, part) for part = 0 .. parts-1, at most `threads` of them at a time.
+struct Parallel {
+  int64_t threads;
+  void (*run)(int64_t parts, void (*body)(void* context, int64_t part), void* context);
+};
+
+// One table for each instruction set. Scratch must be aligned to 64 bytes and may hold anything.
+struct Kernels {
+  const char* name;
+  int64_t (*forward_scratch)(const Problem&, const Forward&, int64_t threads);
+  void (*forward)(const Problem&, const Forward&, void* scratch, const Parallel&);
+  int64_t (*backward_scratch)(const Problem&, const Backward&, int64_t threads);
+  void (*backward)(const Problem&, const Backward&, void* scratch, const Parallel&);
+};
+
+// The best table that this processor can run, or the one that ATEN_CPU_CAPABILITY names if it is
+// lower; chosen once.
+const Kernels& kernels();
+
+// The table with that name, or null if this build or this processor lacks it.
+const Kernels* kernels_named(const char* name);
+
+}  // namespace capsroute

@@ -1,0 +1,226 @@
+// The second part of the backward, by input capsules: see backward_plan.h.
+#pragma once
+
+#include "logit_stream.h"
+
+namespace capsroute::CAPSROUTE_ISA {
+
+// Samples and input capsules whose dh is made together: 4 capsules share a load of e^k and q^k, and 8
+// samples one of W and dW, and their dh stays in the first-level cache.
+constexpr int64_t kSubBatch = 8, kSubLanes = 4;
+
+template <class A>
+CAPSROUTE_INLINE void write_as(void* to, DType dtype, int64_t at, A value) {
+  switch (dtype) {
+    case DType::float32: static_cast<float*>(to)[at] = float(value); break;
+    case DType::float64: static_cast<double*>(to)[at] = double(value); break;
+    case DType::bfloat16: static_cast<BFloat16*>(to)[at] = from_acc<BFloat16>(float(value)); break;
+    case DType::float16: static_cast<Half*>(to)[at] = from_acc<Half>(float(value)); break;
+  }
+}
+
+template <class X>
+class RowGradients {
+ public:
+  using A = Acc<X>;
+
+  RowGradients(const BackwardPlan<X>& plan, const Kept<X>& kept, const LogitStream<X>& logits, Carver& carver,
+               const Parallel& parallel)
+      : plan_(plan), layout_(plan.layout), p_(plan.p), out_(plan.out), kept_(kept), logits_(logits) {
+    const int64_t parts = minimum(parallel.threads, maximum(1, layout_.blocks));
+    if (out_.weight && p_.form == Weight::pair)
+      dW_ = in_place() ? static_cast<A*>(out_.weight) : carver.take<A>(p_.I * p_.D * layout_.sums());
+    if (plan.logits_by_row && out_.logits_B < p_.B) dlogits_ = carver.take<A>(layout_.blocks * layout_.lanes());
+    const Carver start = carver;
+    scratch_size_ = (carve_scratch(carver), carver.used - start.used);
+    scratch_ = start;
+    carver.used += (parts - 1) * scratch_size_;
+  }
+
+  // Adds what the samples first .. first + count of the batch contribute.
+  void run(int64_t first, int64_t count, const Parallel& parallel) {
+    const bool rows = out_.u || (out_.weight && p_.form == Weight::pair);
+    if (!rows && !plan_.logits_by_row) return;
+    parallel_for(parallel, layout_.blocks, [&](int64_t index, int64_t part) {
+      Carver carver{scratch_.base, scratch_.used + part * scratch_size_};
+      block_gradients(first, count, index * W<A>, rows, carve_scratch(carver), part);
+    });
+  }
+
+ private:
+  struct Scratch {
+    A* uniform;     // [kSubBatch][J, W]: p^1
+    A* pairs;       // [kSubBatch][slot][J, W], where they are not kept
+    const A** coefficient;  // [used_terms]
+    A* dh;          // [kSubLanes][kSubBatch][J, F]
+    A* inputs;      // [kSubBatch][D]
+    A* du;          // [kSubBatch][D or F]
+    A* dlogits;     // [J, W]
+  };
+
+  bool in_place() const { return sizeof(X) == sizeof(A) && layout_.O == p_.O; }
+
+  Scratch carve_scratch(Carver& carver) const {
+    Scratch s;
+    s.uniform = carver.take<A>(kSubBatch * layout_.lanes());
+    s.pairs = carver.take<A>(plan_.keep_pairs ? 0 : kSubBatch * kept_.block_pairs());
+    s.coefficient = carver.take<const A*>(plan_.used_terms);
+    s.dh = carver.take<A>(kSubLanes * kSubBatch * layout_.sums());
+    s.inputs = carver.take<A>(kSubBatch * maximum(1, p_.D));
+    s.du = carver.take<A>(kSubBatch * maximum(p_.D, layout_.F));
+    s.dlogits = carver.take<A>(layout_.lanes());
+    return s;
+  }
+
+  void block_gradients(int64_t first, int64_t count, int64_t i0, bool rows, const Scratch& scratch, int64_t part) {
+    const int64_t lanes = minimum(W<A>, p_.I - i0);
+    if (dW_ && first == 0) set_zero(dW_ + i0 * p_.D * layout_.sums(), lanes * p_.D * layout_.sums());
+    if (dlogits_ && first == 0) set_zero(dlogits_ + i0 * p_.J, layout_.lanes());
+    Block<A> blocks[kSubBatch];
+    for (int64_t m = 0; m < count; m += kSubBatch) {
+      const int64_t samples = minimum(kSubBatch, count - m);
+      if (!plan_.keep_pairs) make_pairs(first, m, samples, i0, scratch, part);
+      for (int64_t n = 0; n < samples; ++n) {
+        A* uniform = scratch.uniform + n * layout_.lanes();
+        blocks[n] = logits_.stream().rows.lanes(first + m + n, i0, uniform);
+        couple<A>(blocks[n], nullptr, p_.J, layout_.F, p_.leaky, uniform);
+      }
+      if (plan_.logits_by_row) logit_gradients(first, m, samples, i0, scratch);
+      for (int64_t l = 0; rows && l < lanes; l += kSubLanes)
+        row_gradients(first, m, samples, i0, l, minimum(kSubLanes, lanes - l), blocks, scratch);
+    }
+    if (first + count == p_.B) finish(i0, lanes);
+  }
+
+  A* pairs(int64_t m, int64_t n, int64_t i0, const Scratch& scratch) const {
+    return plan_.keep_pairs ? kept_.pair(m + n, i0) : scratch.pairs + n * kept_.block_pairs();
+  }
+
+  void make_pairs(int64_t first, int64_t m, int64_t samples, int64_t i0, const Scratch& scratch, int64_t part) const {
+    const Stream<X>& stream = logits_.stream();
+    const typename Stream<X>::Scratch own = stream.scratch(part);
+    for (int64_t n0 = 0; n0 < samples; n0 += kSamples) {
+      const int64_t some = minimum(kSamples, samples - n0);
+      if (p_.form == Weight::pair)
+        stream.rows.make_votes(first + m + n0, some, i0, own.rows.staged, own.rows.inputs);
+      for (int64_t n = 0; n < some; ++n) {
+        const Block<A> block = stream.rows.block(first + m + n0 + n, i0,
+                                                 own.rows.staged + n * layout_.block_size(), own.rows.prior);
+        const int64_t last = plan_.detach ? p_.R : (plan_.logits_by_row ? 1 : 2);
+        for (int64_t k = p_.R; k >= last; --k)
+          logits_.pass(m + n0 + n, k, block, pairs(m, n0 + n, i0, scratch), own, nullptr);
+      }
+    }
+  }
+
+  // dh_ij = sum over terms of coefficient_ij vector_j, for the lanes l0 .. l0 + lanes of one sample.
+  void votes_gradient(int64_t n, const Block<A>& block, const A* const* coefficient, int64_t l0, A* dh) const {
+    const int64_t F = layout_.F, next = kSubBatch * layout_.sums();
+    const A* vectors = kept_.row(n, 0);
+    for (int64_t j = 0; j < p_.J; ++j)
+      for (int64_t f = j * F; f < (j + 1) * F; f += W<A>) {
+        Vec<A> sum[kSubLanes] = {};
+        for (int64_t t = 0; t < plan_.used_terms; ++t) {
+          const Vec<A> vector = load(vectors + t * layout_.sums() + f);
+#pragma GCC unroll 4
+          for (int64_t l = 0; l < kSubLanes; ++l) sum[l] += all<A>(coefficient[t][j * W<A> + l0 + l]) * vector;
+        }
+#pragma GCC unroll 4
+        for (int64_t l = 0; l < kSubLanes; ++l) store(dh + l * next + f, sum[l]);
+      }
+    for (int64_t l = 0; l < kSubLanes; ++l) {  // exactly 0, also where a vector is NaN
+      if (block.live[l0 + l] == 0) set_zero(dh + l * next, layout_.sums());
+      for (int64_t j = 0; block.forbids && j < p_.J; ++j)
+        if (coefficient[0][j * W<A> + l0 + l] == 0) set_zero(dh + l * next + j * F, F);
+    }
+  }
+
+  void row_gradients(int64_t first, int64_t m, int64_t samples, int64_t i0, int64_t l0, int64_t lanes,
+                     const Block<A>* blocks, const Scratch& scratch) const {
+    const int64_t sums = layout_.sums();
+    for (int64_t n = 0; n < samples; ++n) {
+      const A* kept = pairs(m, n, i0, scratch);
+      const A** coefficient = scratch.coefficient;
+      if (plan_.detach) coefficient[0] = kept + plan_.p_slot(p_.R) * layout_.lanes();
+      if (plan_.first_is_uniform()) coefficient[0] = scratch.uniform + n * layout_.lanes();
+      for (int64_t k = 2; !plan_.detach && k <= p_.R; ++k) {
+        coefficient[plan_.e(k)] = kept + plan_.p_slot(k) * layout_.lanes();
+        coefficient[plan_.q(k - 1)] = kept + plan_.db_slot(k) * layout_.lanes();
+      }
+      votes_gradient(m + n, blocks[n], coefficient, l0, scratch.dh + n * sums);
+    }
+    for (int64_t l = 0; l < lanes; ++l) {
+      const A* dh = scratch.dh + l * kSubBatch * sums;
+      if (p_.form == Weight::pair)
+        pair_gradients(first + m, samples, i0 + l0 + l, dh, scratch);
+      else
+        for (int64_t n = 0; n < samples; ++n) given_gradient(first + m + n, i0 + l0 + l, dh + n * sums, scratch.du);
+    }
+  }
+
+  // dW_i += sum over samples of u_i dh_i^T, du_i = W_i^T dh_i
+  void pair_gradients(int64_t b, int64_t samples, int64_t i, const A* dh, const Scratch& scratch) const {
+    const int64_t sums = layout_.sums(), D = p_.D;
+    const Stream<X>& stream = logits_.stream();
+    if (dW_) {
+      for (int64_t n = 0; n < samples; ++n) stream.rows.input(b + n, i, scratch.inputs + n * D);
+      outer(dW_ + i * D * sums, sums, scratch.inputs, D, D, dh, sums, sums, samples);
+    }
+    if (!out_.u) return;
+    const A* from[kSubBatch];
+    A* to[kSubBatch];
+    for (int64_t n = 0; n < samples; ++n) from[n] = dh + n * sums, to[n] = scratch.du + n * D;
+    apply_transposed(stream.weights.pair + i * D * sums, sums, from, sums, to, D, samples);
+    for (int64_t n = 0; n < samples; ++n) narrow(static_cast<X*>(out_.u) + ((b + n) * p_.I + i) * D, to[n], D);
+  }
+
+  // The gradient of given rows: of the votes, or of an input capsule that all j share.
+  void given_gradient(int64_t b, int64_t i, const A* dh, A* du) const {
+    const int64_t n = layout_.features, F = layout_.F;
+    X* to = static_cast<X*>(out_.u) + (b * p_.I + i) * n * (layout_.shared ? 1 : p_.J);
+    if (layout_.shared) {
+      for (int64_t j = 0; j < p_.J; ++j) fold_sum(du, dh + j * F, F, j == 0);
+      narrow(to, du, n);
+    } else {
+      for (int64_t j = 0; j < p_.J; ++j) narrow(to + j * n, dh + j * F, n);
+    }
+  }
+
+  void logit_gradients(int64_t first, int64_t m, int64_t samples, int64_t i0, const Scratch& scratch) const {
+    const int64_t lanes = layout_.lanes();
+    for (int64_t n = 0; n < samples; ++n) {
+      const A* db = pairs(m, n, i0, scratch) + plan_.logits_slot() * lanes;
+      if (dlogits_)
+        fold_sum(scratch.dlogits, db, lanes, n == 0);
+      else
+        write_logits(db, (first + m + n) * p_.I + i0, i0);
+    }
+    if (dlogits_) fold_sum(dlogits_ + i0 * p_.J, scratch.dlogits, lanes, false);
+  }
+
+  void write_logits(const A* db, int64_t row, int64_t i0) const {
+    for (int64_t l = 0; l < minimum(W<A>, p_.I - i0); ++l)
+      for (int64_t j = 0; j < p_.J; ++j) write_as(out_.logits, p_.logits.dtype, (row + l) * p_.J + j, db[j * W<A> + l]);
+  }
+
+  // After the last chunk: sums over the batch, to their own dtype and shape.
+  void finish(int64_t i0, int64_t lanes) const {
+    if (dW_ && !in_place())
+      for (int64_t row = i0 * p_.D * p_.J; row < (i0 + lanes) * p_.D * p_.J; ++row)
+        narrow(static_cast<X*>(out_.weight) + row * p_.O, dW_ + row * layout_.O, p_.O);
+    if (dlogits_) write_logits(dlogits_ + i0 * p_.J, i0, i0);
+  }
+
+  const BackwardPlan<X>& plan_;
+  const Layout<X>& layout_;
+  const Problem& p_;
+  const Backward& out_;
+  const Kept<X>& kept_;
+  const LogitStream<X>& logits_;
+  A* dW_ = nullptr;       // [I, D, J, O]
+  A* dlogits_ = nullptr;  // [block][J, W], summed over the batch
+  Carver scratch_{nullptr};
+  int64_t scratch_size_;
+};
+
+}  // namespace capsroute::CAPSROUTE_ISA

@@ -1,0 +1,231 @@
+// Where the rows of a pass come from: W input capsules of one sample at a time, as a Block.
+#pragma once
+
+#include "micro.h"
+#include "plan.h"
+
+namespace capsroute::CAPSROUTE_ISA {
+
+// W input capsules of one sample. Lanes past I and masked ones are not live: their rows are zeros.
+template <class A>
+struct Block {
+  const A* rows;  // h_ij[f] at rows[l * row + j * column + f]
+  int64_t row, column;
+  Vec<A> live;     // 1, or 0
+  const A* prior;  // [J, W] prior logits, 0 where not live, or null
+  bool forbids;    // some prior logit of a live lane is -inf: that pair's row is zero
+};
+
+template <class A>
+CAPSROUTE_INLINE bool forbidden(A prior) {
+  return prior == -A(__builtin_inf());
+}
+
+// A weight in the kernels' memory order: for a pair [I, D, J, O], in place where it already is so;
+// for a shared weight its two products' orders, [D, O] to come from sums to outputs and [O, D] back.
+template <class X>
+struct Weights {
+  using A = Acc<X>;
+  const X* pair = nullptr;  // + i * D * J * O
+  const A* to_outputs = nullptr;
+  const A* to_rows = nullptr;
+
+  static Weights pack(const Layout<X>& layout, Carver& carver, const Parallel& parallel) {
+    const Problem& p = layout.p;
+    const int64_t *stride = p.weight.stride, D = p.D, J = p.J, O = layout.O, F = layout.F;
+    const X* weight = static_cast<const X*>(p.weight.data);
+    Weights packed;
+    if (layout.shared) {
+      A* to_outputs = carver.take<A>(layout.weights * D * O);
+      A* to_rows = carver.take<A>(layout.weights * p.O * F);
+      packed.to_outputs = to_outputs, packed.to_rows = to_rows;
+      if (!carver.base) return packed;
+      for (int64_t j = 0; j < layout.weights; ++j) {
+        const X* from = weight + j * stride[1];
+        for (int64_t d = 0; d < D; ++d) widen(to_outputs + (j * D + d) * O, from + d * stride[3], stride[2], p.O, O);
+        for (int64_t o = 0; o < p.O; ++o) widen(to_rows + (j * p.O + o) * F, from + o * stride[2], stride[3], D, F);
+      }
+    } else if (p.form == Weight::pair) {
+      packed.pair = weight;
+      const bool in_place = stride[2] == 1 && (stride[1] == O || J == 1) && (stride[3] == J * O || D == 1) &&
+                            (stride[0] == D * J * O || p.I == 1) && O == p.O;
+      if (in_place) return packed;
+      X* copy = carver.take<X>(p.I * D * J * O);
+      packed.pair = copy;
+      if (!carver.base) return packed;
+      parallel_for(parallel, p.I, [&](int64_t i, int64_t) {
+        X* to = copy + i * D * J * O;
+        for (int64_t d = 0; d < D; ++d)
+          for (int64_t j = 0; j < J; ++j, to += O) {
+            const X* from = weight + i * stride[0] + j * stride[1] + d * stride[3];
+            for (int64_t o = 0; o < p.O; ++o) to[o] = from[o * stride[2]];
+            for (int64_t o = p.O; o < O; ++o) to[o] = X{};
+          }
+      });
+    }
+    return packed;
+  }
+};
+
+template <class X>
+class Rows {
+ public:
+  using A = Acc<X>;
+  Rows(const Layout<X>& layout, const Weights<X>& weights) : layout_(layout), p_(layout.p), weights_(weights) {}
+
+  // Scratch of one thread: a block's input capsules for kSamples samples, and its prior logits.
+  struct Scratch {
+    A* inputs;
+    A* staged;
+    A* prior;
+    static Scratch carve(const Layout<X>& layout, Carver& carver) {
+      Scratch s;
+      s.inputs = carver.take<A>(kSamples * W<A> * maximum(layout.p.D, 1));
+      const bool may_spread = layout.shared && layout.p.logits.data;
+      s.staged = carver.take<A>(kSamples * layout.block_size() + (may_spread ? W<A> * layout.sums() : 0));
+      s.prior = carver.take<A>(layout.lanes());
+      return s;
+    }
+  };
+
+  // Input capsule u_i of sample b, [D], in the accumulation type; zeros where it is masked.
+  void input(int64_t b, int64_t i, A* u) const {
+    const int64_t* stride = p_.u.stride;
+    if (masked(b, i)) {
+      for (int64_t d = 0; d < p_.D; ++d) u[d] = 0;
+    } else {
+      widen(u, static_cast<const X*>(p_.u.data) + b * stride[0] + i * stride[1], stride[2], p_.D, p_.D);
+    }
+  }
+
+  // Weight::pair: the votes h_ij = W_ij u_i of the block at i0 for `samples` samples, to
+  // staged[n][l][J, F].
+  void make_votes(int64_t b, int64_t samples, int64_t i0, A* staged, A* inputs) const {
+    const int64_t count = minimum(W<A>, p_.I - i0), D = p_.D, votes = layout_.sums();
+    for (int64_t l = 0; l < count; ++l) {
+      const A* x[kSamples];
+      A* y[kSamples];
+      for (int64_t n = 0; n < samples; ++n) {
+        A* u = inputs + (n * W<A> + l) * D;
+        input(b + n, i0 + l, u);
+        x[n] = u;
+        y[n] = staged + n * layout_.block_size() + l * layout_.row;
+      }
+      apply(weights_.pair + (i0 + l) * D * votes, votes, x, D, y, votes, samples);
+    }
+    for (int64_t n = 0; n < samples; ++n) clear_past(staged + n * layout_.block_size(), count);
+  }
+
+  // The block at i0 of sample b without its rows: which lanes are live, and their prior logits.
+  Block<A> lanes(int64_t b, int64_t i0, A* prior) const {
+    Block<A> block{nullptr, 0, 0, all<A>(1), nullptr, false};
+    const int64_t count = minimum(W<A>, p_.I - i0);
+    if (count < W<A> || p_.mask.data)
+      for (int64_t l = 0; l < W<A>; ++l) block.live[l] = l < count && !masked(b, i0 + l);
+    if (p_.logits.data) {
+      if (p_.logits.dtype == p_.u.dtype)
+        gather_prior<X>(block, b, i0, count, prior);
+      else
+        gather_prior<float>(block, b, i0, count, prior);
+    }
+    return block;
+  }
+
+  // The block at i0 of sample b. `staged` holds its votes if make_votes made them, and is where a
+  // block is copied that cannot be read in place.
+  Block<A> block(int64_t b, int64_t i0, A* staged, A* prior) const {
+    Block<A> block = lanes(b, i0, prior);
+    block.rows = staged, block.row = layout_.row, block.column = layout_.column;
+    if (p_.form != Weight::pair && !read_in_place(block, b, i0)) stage(block, b, i0, staged);
+    if (block.forbids) clear_forbidden(block, staged);
+    return block;
+  }
+
+ private:
+  bool masked(int64_t b, int64_t i) const {
+    const auto* mask = static_cast<const uint8_t*>(p_.mask.data);
+    return mask && !mask[b * p_.mask.stride[0] + i * p_.mask.stride[1]];
+  }
+
+  template <class L>
+  void gather_prior(Block<A>& block, int64_t b, int64_t i0, int64_t count, A* prior) const {
+    const int64_t* stride = p_.logits.stride;
+    const L* logits = static_cast<const L*>(p_.logits.data) + b * stride[0] + i0 * stride[1];
+    for (int64_t j = 0; j < p_.J; ++j)
+      for (int64_t l = 0; l < W<A>; ++l) {
+        const A logit = l < count && block.live[l] != 0 ? A(to_acc(logits[l * stride[1] + j * stride[2]])) : 0;
+        prior[j * W<A> + l] = logit;
+        block.forbids |= forbidden(logit);
+      }
+    block.prior = prior;
+  }
+
+  // Rows given in the accumulation type, in whole vectors and with all lanes live need no copy.
+  bool read_in_place(Block<A>& block, int64_t b, int64_t i0) const {
+    const int64_t* stride = p_.u.stride;
+    if constexpr (sizeof(X) == sizeof(A)) {
+      const bool dense = stride[layout_.shared ? 2 : 3] == 1 && layout_.F == layout_.features;
+      if (!dense || block.forbids || sum_lanes(block.live) < W<A>) return false;
+      block.rows = static_cast<const A*>(p_.u.data) + b * stride[0] + i0 * stride[1];
+      block.row = stride[1], block.column = layout_.shared ? 0 : stride[2];
+      return true;
+    }
+    return false;
+  }
+
+  void stage(const Block<A>& block, int64_t b, int64_t i0, A* staged) const {
+    const int64_t* stride = p_.u.stride;
+    const int64_t outputs = layout_.shared ? 1 : p_.J, F = layout_.F;
+    for (int64_t l = 0; l < W<A>; ++l) {
+      A* row = staged + l * layout_.row;
+      const X* from = static_cast<const X*>(p_.u.data) + b * stride[0] + (i0 + l) * stride[1];
+      if (block.live[l] == 0)
+        clear(row, outputs * F);
+      else if (layout_.shared)
+        widen(row, from, stride[2], layout_.features, F);
+      else
+        for (int64_t j = 0; j < outputs; ++j)
+          widen(row + j * F, from + j * stride[2], stride[3], layout_.features, F);
+    }
+  }
+
+  // Forbidden pairs couple with 0, but 0 * NaN is NaN: their rows must be zeros.
+  void clear_forbidden(Block<A>& block, A* staged) const {
+    if (layout_.shared) {
+      if (finite(staged, W<A> * layout_.row)) return;
+      spread(block, staged);
+    }
+    for (int64_t j = 0; j < p_.J; ++j)
+      for (int64_t l = 0; l < W<A>; ++l)
+        if (forbidden(block.prior[j * W<A> + l])) clear(staged + l * block.row + j * block.column, layout_.F);
+  }
+
+  // One row for every j, in place of one for all.
+  void spread(Block<A>& block, A* staged) const {
+    block.row = p_.J * layout_.F, block.column = layout_.F;
+    for (int64_t l = W<A> - 1; l >= 0; --l)
+      for (int64_t j = p_.J - 1; j >= 0; --j)
+        for (int64_t f = 0; f < layout_.F; ++f)
+          staged[l * block.row + j * block.column + f] = staged[l * layout_.row + f];
+  }
+
+  static bool finite(const A* x, int64_t count) {
+    A zero = 0;
+    for (int64_t k = 0; k < count; ++k) zero += x[k] * 0;
+    return zero == 0;
+  }
+
+  void clear_past(A* staged, int64_t count) const {
+    for (int64_t l = count; l < W<A>; ++l) clear(staged + l * layout_.row, layout_.sums());
+  }
+
+  static void clear(A* to, int64_t count) {
+    for (int64_t k = 0; k < count; ++k) to[k] = 0;
+  }
+
+  const Layout<X>& layout_;
+  const Problem& p_;
+  const Weights<X>& weights_;
+};
+
+}  // namespace capsroute::CAPSROUTE_ISA

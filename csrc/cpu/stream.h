@@ -1,0 +1,117 @@
+// What the forward and the backward stream share: the rows of a tile, block by block, and the ways
+// between rows and outputs.
+#pragma once
+
+#include "pass.h"
+
+namespace capsroute::CAPSROUTE_ISA {
+
+// Votes of a tile are kept between passes while they fit into this; else they are made anew.
+constexpr int64_t kKeptVotes = int64_t(8) << 20;
+
+template <class X>
+class Stream {
+ public:
+  using A = Acc<X>;
+
+  // Scratch of one thread.
+  struct Scratch {
+    typename Rows<X>::Scratch rows;
+    A* coupling;  // [J, W]
+    A* gradient;  // [J, W], of the logits
+  };
+
+  Stream(const Layout<X>& layout, int64_t batch, int64_t passes, Carver& carver, const Parallel& parallel)
+      : layout(layout),
+        p(layout.p),
+        weights(Weights<X>::pack(layout, carver, parallel)),
+        rows(layout, weights),
+        keep(keeps(layout, passes)),
+        schedule(batch, keep || p.form != Weight::pair ? kSamples : 4 * kSamples, layout.groups, parallel.threads) {
+    kept_ = keep ? carver.take<A>(schedule.slots * kept_size()) : nullptr;
+    const Carver start = carver;
+    scratch_size_ = (carve_scratch(carver), carver.used - start.used);
+    scratch_ = start;
+    carver.used += (schedule.parts - 1) * scratch_size_;
+  }
+
+  Scratch scratch(int64_t part) const {
+    Carver carver{scratch_.base, scratch_.used + part * scratch_size_};
+    return carve_scratch(carver);
+  }
+
+  // Calls visit(n, i0, block) for every block of a group and every sample n of a tile. `first` says
+  // that this is the first step to see the tile's votes.
+  template <class Visit>
+  void for_blocks(const Tile& tile, int64_t first_sample, int64_t group, bool first, const Scratch& scratch,
+                  const Visit& visit) const {
+    const int64_t end = minimum(p.I, (group + 1) * kGroup), size = layout.block_size();
+    for (int64_t i0 = group * kGroup; i0 < end; i0 += W<A>)
+      for (int64_t m = 0; m < tile.count; m += kSamples) {
+        const int64_t samples = minimum(kSamples, tile.count - m), b = first_sample + tile.first + m;
+        A* staged = keep ? kept_ + tile.slot * kept_size() + i0 / W<A> * kSamples * size : scratch.rows.staged;
+        if (p.form == Weight::pair && (first || !keep)) rows.make_votes(b, samples, i0, staged, scratch.rows.inputs);
+        for (int64_t n = 0; n < samples; ++n)
+          visit(m + n, i0, rows.block(b + n, i0, staged + n * size, scratch.rows.prior));
+      }
+  }
+
+  // rows[j] = W_j^T outputs[j] for every j: from [J, O] to what the rows are dotted with, [J, F].
+  void to_rows(const A* outputs, A* rows) const {
+    transform(weights.to_rows, outputs, p.O, layout.O, rows, layout.F);
+  }
+
+  // outputs[j] = W_j rows[j] for every j: from sums of rows, [J, F], to [J, O].
+  void to_outputs(const A* rows, A* outputs) const {
+    transform(weights.to_outputs, rows, p.D, layout.F, outputs, layout.O);
+  }
+
+  const Layout<X>& layout;
+  const Problem& p;
+  const Weights<X> weights;
+  const Rows<X> rows;
+  const bool keep;
+  const Schedule schedule;
+
+ private:
+  static bool keeps(const Layout<X>& layout, int64_t passes) {
+    const int64_t bytes = layout.blocks * kSamples * layout.block_size() * int64_t(sizeof(A));
+    return layout.p.form == Weight::pair && passes > 1 && bytes <= kKeptVotes;
+  }
+
+  int64_t kept_size() const { return layout.blocks * kSamples * layout.block_size(); }
+
+  Scratch carve_scratch(Carver& carver) const {
+    Scratch s;
+    s.rows = Rows<X>::Scratch::carve(layout, carver);
+    s.coupling = carver.take<A>(layout.lanes());
+    s.gradient = carver.take<A>(layout.lanes());
+    return s;
+  }
+
+  void transform(const A* matrices, const A* from, int64_t n, int64_t from_stride, A* to, int64_t m) const {
+    for (int64_t j = 0; j < p.J; ++j) {
+      const A* x = from + j * from_stride;
+      A* y = to + j * m;
+      apply(matrices + (layout.weights > 1 ? j : 0) * n * m, m, &x, n, &y, m, 1);
+    }
+  }
+
+  A* kept_;  // [slots][blocks][kSamples][W, row]
+  Carver scratch_{nullptr};
+  int64_t scratch_size_;
+};
+
+template <class A>
+CAPSROUTE_INLINE void set_zero(A* to, int64_t count) {
+  __builtin_memset(to, 0, count * sizeof(A));
+}
+
+// total = partial, or total += partial
+template <class A>
+CAPSROUTE_INLINE void fold_sum(A* total, const A* partial, int64_t count, bool first) {
+  for (int64_t k = 0; k < count; k += W<A>)
+    store(total + k, first ? load(partial + k) : load(total + k) + load(partial + k));
+}
+
+}  // namespace capsroute::CAPSROUTE_ISA
