@@ -2,7 +2,8 @@
 
 from . import nn
 from ._backends import backends
+from ._version import __version__
 from .functional import capsule_linear, dynamic_routing, squash
 
-__version__ = "0.1.0"
-__all__ = ["backends", "capsule_linear", "dynamic_routing", "nn", "squash"]
+
+__all__ = ["__version__", "backends", "capsule_linear", "dynamic_routing", "nn", "squash"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -176,8 +177,9 @@ def _route(u, weight, sizes, parameters, options, return_coupling, backend):
         mask = _flatten_lead(mask, lead, batch, 1)
     if len(lead) != 1:
         u = u.reshape(batch, *u.shape[len(lead) :])
-    with torch.autocast(u.device.type, enabled=False):
-        v, c = _backends.choose(backend, u, options)(u, weight, bias, logits, mask, options, return_coupling)
+    run = _backends.choose(backend, u, options)
+    with torch.autocast(u.device.type, enabled=False) if _autocasts(u) else contextlib.nullcontext():
+        v, c = run(u, weight, bias, logits, mask, options, return_coupling)
     if len(lead) != 1:
         v = v.reshape(*lead, *v.shape[1:])
         c = c.reshape(*lead, *c.shape[1:]) if return_coupling else c
@@ -193,9 +195,13 @@ def _flatten_lead(x: Tensor, lead: list[int], batch: int, kept: int) -> Tensor:
     return x if len(lead) == 1 else x.expand(*lead, *(-1,) * kept).reshape(batch, *x.shape[len(lead) :])
 
 
-def _autocast(x: Tensor) -> Tensor:
-    """Under autocast, its dtype, as for a matrix product; float64 is left alone."""
+def _autocasts(x: Tensor) -> bool:
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Under autocast, x in its dtype, as for a matrix product; float64 is left alone."""
+    if x.dtype == torch.float64 or not _autocasts(x):
         return x
-    return x.to(torch.get_autocast_dtype(device))
+    return x.to(torch.get_autocast_dtype(x.device.type))

@@ -222,7 +222,15 @@ CAPSROUTE_INLINE auto sum_lanes(V x) {
   return sum;
 }
 
-constexpr double inverse_factorial(int k) { return k > 1 ? inverse_factorial(k - 1) / k : 1; }
+// 1 / k! for k = 0 .. 13
+template <class A>
+struct InverseFactorials {
+  A of[14] = {1};
+  constexpr InverseFactorials() {
+    double value = 1;
+    for (int k = 1; k < 14; ++k) of[k] = A(value /= k);
+  }
+};
 
 // exp(x) for x <= 0 and NaN; below the smallest normal number it is 0. With x = n ln 2 + r and
 // |r| <= ln 2 / 2, exp(x) = 2^n exp(r), and exp(r) is its Taylor series (7 terms err by 5e-9 in
@@ -239,9 +247,10 @@ CAPSROUTE_INLINE Vec<A> exp_negative(Vec<A> x) {
   const Vec<A> shifted = clamped * A(1.4426950408889634) + magic;
   const Vec<A> n = shifted - magic;
   const Vec<A> r = (clamped - n * ln2_high) - n * ln2_low;
-  Vec<A> series = all<A>(A(inverse_factorial(terms)));
+  constexpr InverseFactorials<A> coefficient;
+  Vec<A> series = all<A>(coefficient.of[terms]);
 #pragma GCC unroll 16
-  for (int k = terms - 1; k >= 0; --k) series = series * r + A(inverse_factorial(k));
+  for (int k = terms - 1; k >= 0; --k) series = series * r + coefficient.of[k];
   const Mask<A> exponent = bits_as<Mask<A>>(shifted) - bits_as<Mask<A>>(all<A>(magic)) + bias;
   return x < lowest ? all<A>(0) : series * bits_as<Vec<A>>(exponent << mantissa);
 }

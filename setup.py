@@ -1,0 +1,81 @@
+"""Builds the C++ kernels with CMake where it can; CMakeLists.txt lists sources and flags.
+
+Without a compiler, without torch (whose headers and library are needed), or with CAPSROUTE_NO_EXT=1 the
+package is installed with its plain-PyTorch reference alone. A compile that fails is an error.
+CAPSROUTE_BUILD_TESTING=1 also builds the pybind11 module that tests and benchmarks use.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+TESTING = os.environ.get("CAPSROUTE_BUILD_TESTING") == "1"
+
+
+def torch_root() -> Path | None:
+    """Where torch is installed: seen from here, or, in pip's isolated build, in the environment around it."""
+    spec = importlib.util.find_spec("torch")
+    places = [Path(spec.origin).parent] if spec and spec.origin else []
+    places += [Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib")]
+    return next((place for place in places if (place / "include").is_dir()), None)
+
+
+def why_no_kernels() -> str | None:
+    if os.environ.get("CAPSROUTE_NO_EXT") == "1":
+        return "CAPSROUTE_NO_EXT=1 is set"
+    if not sys.platform.startswith("linux"):
+        return f"they are built on Linux only, not on {sys.platform}"
+    if torch_root() is None:
+        return "torch is not installed in this environment"
+    return next((f"{tool} was not found" for tool in (os.environ.get("CXX", "g++"), "cmake") if not shutil.which(tool)), None)
+
+
+class BuildKernels(build_ext):
+    """One CMake build; the extensions below only name its products."""
+
+    def run(self):
+        build = Path(self.build_temp).resolve() / "cmake"
+        products = {Path(self.get_ext_filename(extension.name)).name for extension in self.extensions}
+        configure = ["cmake", "-S", ROOT, "-B", build, f"-DTORCH_ROOT={torch_root()}"]
+        configure += ["-G", "Ninja"] if shutil.which("ninja") else []
+        if TESTING:
+            import pybind11
+
+            configure += ["-DCAPSROUTE_BUILD_TESTING=ON", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+            configure += [f"-DPython_EXECUTABLE={sys.executable}"]
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", build, "--parallel", "--target", *(Path(p).stem.removeprefix("lib") for p in products)], check=True)
+        package = (ROOT if self.inplace else Path(self.build_lib)) / "capsroute"
+        package.mkdir(parents=True, exist_ok=True)
+        for product in products:
+            shutil.copy2(build / product, package / product)
+
+    def get_ext_filename(self, fullname):
+        return f"{fullname.replace('.', '/')}.so"
+
+
+class Wheel(bdist_wheel):
+    """The library calls no Python: one wheel serves every version."""
+
+    def get_tag(self):
+        tag = super().get_tag()
+        return tag if self.root_is_pure else ("py3", "none", tag[2])
+
+
+reason = why_no_kernels()
+if reason:
+    print(f"capsroute: the C++ kernels are not built, the reference is all there will be: {reason}", file=sys.stderr)
+names = [] if reason else ["capsroute.libcapsroute"] + ["capsroute._kernel_tier"] * TESTING
+setup(
+    ext_modules=[Extension(name, []) for name in names],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
+)

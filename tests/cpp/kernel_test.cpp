@@ -1,0 +1,328 @@
+// The kernel tier on its own: no Python, no torch, std::thread. Made to be run under Address-,
+// UndefinedBehavior- and ThreadSanitizer, with every buffer of its exact size.
+//
+// For many problems, in float64: v against the definition written with loops that store the votes;
+// the gradients against central differences along a random direction; the same bits for 1 to 5 threads;
+// float32, bfloat16 and float16 storage against the float64 result.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "routing.h"
+
+namespace capsroute::tested {
+extern const Kernels kernels;
+}
+
+using namespace capsroute;
+using Vector = std::vector<double>;
+
+namespace {
+
+std::mt19937 generator(7);
+int failures = 0;
+
+void check(bool ok, const std::string& what) {
+  if (ok) return;
+  ++failures;
+  std::printf("FAILED: %s\n", what.c_str());
+}
+
+Vector normal(int64_t count, double scale = 1) {
+  std::normal_distribution<double> distribution(0, scale);
+  Vector x(count);
+  for (double& value : x) value = distribution(generator);
+  return x;
+}
+
+struct Case {
+  int64_t B, I, D, J, O, R;
+  Weight form;
+  bool bias, mask, leaky, detach;
+  int logits;  // 0 none, 1 for all samples, 2 for all input capsules, 3 full
+  std::string name() const {
+    char text[160];
+    std::snprintf(text, sizeof(text), "B%ld I%ld D%ld J%ld O%ld R%ld form%d bias%d mask%d leaky%d detach%d logits%d", B, I,
+                  D, J, O, R, int(form), bias, mask, leaky, detach, logits);
+    return text;
+  }
+  int64_t logits_B() const { return logits == 1 ? 1 : B; }
+  int64_t logits_I() const { return logits == 2 ? 1 : I; }
+  int64_t inputs() const { return form == Weight::none ? B * I * J * O : B * I * D; }
+  int64_t weights() const {
+    return form == Weight::pair ? I * J * O * D : form == Weight::output ? J * O * D : form == Weight::single ? O * D : 0;
+  }
+};
+
+struct Values {
+  Vector u, weight, bias, logits;  // weight in its logical order, o before d
+  std::vector<uint8_t> mask;
+};
+
+Values random_values(const Case& c) {
+  Values x;
+  x.u = normal(c.inputs());
+  x.weight = normal(c.weights(), 0.5);
+  x.bias = normal(c.bias ? c.J * c.O : 0, 0.3);
+  x.logits = normal(c.logits ? c.logits_B() * c.logits_I() * c.J : 0);
+  if (c.mask)
+    for (int64_t k = 0; k < c.B * c.I; ++k) x.mask.push_back(generator() % 4 != 0);
+  return x;
+}
+
+// The definition, with votes stored. With `coupling` not null it is used in the last pass, as a constant.
+Vector definition(const Case& c, const Values& x, Vector* made_coupling, const Vector* coupling) {
+  Vector v(c.B * c.J * c.O);
+  if (made_coupling) made_coupling->assign(c.B * c.I * c.J, 0);
+  for (int64_t b = 0; b < c.B; ++b) {
+    Vector h(c.I * c.J * c.O), logit(c.I * c.J), share(c.I * c.J);
+    for (int64_t i = 0; i < c.I; ++i) {
+      const bool live = !c.mask || x.mask[b * c.I + i];
+      for (int64_t j = 0; live && j < c.J; ++j) {
+        if (c.logits)
+          logit[i * c.J + j] =
+              x.logits[((c.logits_B() == 1 ? 0 : b) * c.logits_I() + (c.logits_I() == 1 ? 0 : i)) * c.J + j];
+        for (int64_t o = 0; o < c.O; ++o) {
+          double& vote = h[(i * c.J + j) * c.O + o];
+          if (c.form == Weight::none) vote = x.u[((b * c.I + i) * c.J + j) * c.O + o];
+          const int64_t row = c.form == Weight::pair     ? (i * c.J + j) * c.O + o
+                              : c.form == Weight::output ? j * c.O + o
+                                                         : o;
+          for (int64_t d = 0; c.form != Weight::none && d < c.D; ++d)
+            vote += x.weight[row * c.D + d] * x.u[(b * c.I + i) * c.D + d];
+        }
+      }
+    }
+    for (int64_t k = 1; k <= c.R; ++k) {
+      for (int64_t i = 0; i < c.I; ++i) {
+        double sum = c.leaky ? 1 : 0;
+        for (int64_t j = 0; j < c.J; ++j) sum += std::exp(logit[i * c.J + j]);
+        for (int64_t j = 0; j < c.J; ++j)
+          share[i * c.J + j] = (!c.mask || x.mask[b * c.I + i]) ? std::exp(logit[i * c.J + j]) / sum : 0;
+      }
+      if (k == c.R && coupling) share.assign(coupling->begin() + b * c.I * c.J, coupling->begin() + (b + 1) * c.I * c.J);
+      if (k == c.R && made_coupling) std::copy(share.begin(), share.end(), made_coupling->begin() + b * c.I * c.J);
+      for (int64_t j = 0; j < c.J; ++j) {
+        Vector s(c.O);
+        double n2 = 0;
+        for (int64_t o = 0; o < c.O; ++o) {
+          s[o] = c.bias ? x.bias[j * c.O + o] : 0;
+          for (int64_t i = 0; i < c.I; ++i) s[o] += share[i * c.J + j] * h[(i * c.J + j) * c.O + o];
+          n2 += s[o] * s[o];
+        }
+        for (int64_t o = 0; o < c.O; ++o)
+          v[(b * c.J + j) * c.O + o] = s[o] * n2 / (1 + n2) / std::sqrt(n2 + 1e-9);
+      }
+      for (int64_t i = 0; k < c.R && i < c.I; ++i)
+        for (int64_t j = 0; j < c.J; ++j)
+          for (int64_t o = 0; o < c.O; ++o)
+            logit[i * c.J + j] += h[(i * c.J + j) * c.O + o] * v[(b * c.J + j) * c.O + o];
+    }
+  }
+  return v;
+}
+
+// ---- calling the kernels, in any storage type
+
+struct Store {  // exact-size memory of one dtype
+  DType dtype;
+  int64_t count;
+  std::unique_ptr<char[]> bytes;
+  static int64_t size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+  Store(DType dtype, int64_t count) : dtype(dtype), count(count), bytes(new char[count * size(dtype)]) {
+    std::memset(bytes.get(), 0xff, count * size(dtype));  // NaN
+  }
+  Store(DType dtype, const Vector& from) : Store(dtype, int64_t(from.size())) {
+    for (int64_t k = 0; k < count; ++k) set(k, from[k]);
+  }
+  void set(int64_t k, double value) {
+    float narrow = float(value);
+    uint32_t bits;
+    std::memcpy(&bits, &narrow, 4);
+    const uint16_t high = uint16_t(bits >> 16);
+    if (dtype == DType::float64) std::memcpy(&bytes[k * 8], &value, 8);
+    if (dtype == DType::float32) std::memcpy(&bytes[k * 4], &narrow, 4);
+    if (dtype == DType::bfloat16) std::memcpy(&bytes[k * 2], &high, 2);
+    if (dtype == DType::float16) {
+      const uint16_t half = uint16_t((bits >> 16 & 0x8000) | (((bits >> 23 & 255) - 112) << 10) | (bits >> 13 & 0x3ff));
+      const uint16_t used = std::fabs(value) < 1e-4 ? 0 : half;
+      std::memcpy(&bytes[k * 2], &used, 2);
+    }
+  }
+  double get(int64_t k) const {
+    double value = 0;
+    float narrow = 0;
+    uint16_t half = 0;
+    uint32_t bits = 0;
+    if (dtype == DType::float64) return std::memcpy(&value, &bytes[k * 8], 8), value;
+    if (dtype == DType::float32) return std::memcpy(&narrow, &bytes[k * 4], 4), narrow;
+    std::memcpy(&half, &bytes[k * 2], 2);
+    if (dtype == DType::bfloat16) return bits = uint32_t(half) << 16, std::memcpy(&narrow, &bits, 4), narrow;
+    if ((half & 0x7c00) == 0x7c00) return NAN;
+    return std::ldexp(half & 0x7c00 ? 1024 + (half & 0x3ff) : half & 0x3ff, std::max((half >> 10 & 31) - 25, -24)) *
+           (half & 0x8000 ? -1 : 1);
+  }
+  Vector all() const {
+    Vector x(count);
+    for (int64_t k = 0; k < count; ++k) x[k] = get(k);
+    return x;
+  }
+};
+
+Parallel threads(int64_t count) {
+  return {count, [](int64_t parts, void (*body)(void*, int64_t), void* context) {
+            std::vector<std::thread> running;
+            for (int64_t part = 0; part < parts; ++part) running.emplace_back(body, context, part);
+            for (std::thread& thread : running) thread.join();
+          }};
+}
+
+struct Scratch {
+  std::unique_ptr<char[]> bytes;
+  void* start;
+  explicit Scratch(int64_t count) : bytes(new char[count + 64]) {
+    std::memset(bytes.get(), 0xff, count + 64);
+    start = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(bytes.get() + 64) / 64 * 64);
+  }
+};
+
+struct Result {
+  Vector v, coupling, du, dweight, dbias, dlogits;
+};
+
+Result run(const Case& c, const Values& x, const Vector& grad, DType dtype, int64_t thread_count) {
+  const DType accumulated = dtype == DType::float64 ? DType::float64 : DType::float32;
+  Store u(dtype, x.u), weight(dtype, x.weight), bias(accumulated, x.bias), logits(accumulated, x.logits), g(dtype, grad);
+  Problem p{};
+  p.B = c.B, p.I = c.I, p.D = c.form == Weight::none ? 0 : c.D, p.J = c.J, p.O = c.O, p.R = c.R, p.form = c.form;
+  p.leaky = c.leaky, p.eps = 1e-9;
+  p.u = {u.bytes.get(), dtype, {c.I * c.D, c.D, 1, 0}};
+  if (c.form == Weight::none) p.u = {u.bytes.get(), dtype, {c.I * c.J * c.O, c.J * c.O, c.O, 1}};
+  if (c.form == Weight::pair) p.weight = {weight.bytes.get(), dtype, {c.J * c.O * c.D, c.O * c.D, c.D, 1}};
+  if (c.form == Weight::output) p.weight = {weight.bytes.get(), dtype, {0, c.O * c.D, c.D, 1}};
+  if (c.form == Weight::single) p.weight = {weight.bytes.get(), dtype, {0, 0, c.D, 1}};
+  if (c.bias) p.bias = {bias.bytes.get(), accumulated, {c.O, 1, 0, 0}};
+  if (c.logits)
+    p.logits = {logits.bytes.get(),
+                accumulated,
+                {c.logits_B() == 1 ? 0 : c.logits_I() * c.J, c.logits_I() == 1 ? 0 : c.J, 1, 0}};
+  if (c.mask) p.mask = {x.mask.data(), DType::float32, {c.I, 1, 0, 0}};
+
+  Store v(dtype, c.B * c.J * c.O), s(accumulated, c.R * c.B * c.J * c.O), coupling(dtype, c.B * c.I * c.J);
+  const Forward out{v.bytes.get(), s.bytes.get(), coupling.bytes.get()};
+  const Parallel parallel = threads(thread_count);
+  Scratch forward(tested::kernels.forward_scratch(p, out, thread_count));
+  tested::kernels.forward(p, out, forward.start, parallel);
+
+  Store du(dtype, c.inputs()), dweight(dtype, c.weights()), dbias(accumulated, x.bias.size()),
+      dlogits(accumulated, c.detach ? 0 : x.logits.size());
+  auto pointer = [](const Store& store) -> void* { return store.count ? store.bytes.get() : nullptr; };
+  const Backward back{{g.bytes.get(), dtype, {c.J * c.O, c.O, 1, 0}},
+                      s.bytes.get(),
+                      c.detach,
+                      c.logits_B(),
+                      c.logits_I(),
+                      pointer(du),
+                      pointer(dweight),
+                      pointer(dbias),
+                      pointer(dlogits)};
+  Scratch backward(tested::kernels.backward_scratch(p, back, thread_count));
+  tested::kernels.backward(p, back, backward.start, parallel);
+  return {v.all(), coupling.all(), du.all(), dweight.all(), dbias.all(), dlogits.all()};
+}
+
+double dot(const Vector& a, const Vector& b) {
+  double sum = 0;
+  for (size_t k = 0; k < a.size(); ++k) sum += a[k] * b[k];
+  return sum;
+}
+
+double worst(const Vector& a, const Vector& b) {
+  double difference = 0;
+  for (size_t k = 0; k < a.size(); ++k)
+    difference = std::isnan(a[k] - b[k]) ? INFINITY : std::max(difference, std::fabs(a[k] - b[k]));
+  return difference;
+}
+
+void check_gradients(const Case& c, const Values& x, const Vector& grad, const Result& result) {
+  Vector coupling;
+  definition(c, x, &coupling, nullptr);
+  const Vector* constant = c.detach ? &coupling : nullptr;
+  Vector dweight = result.dweight;
+  if (c.form == Weight::pair)  // from the kernels' order [I, D, J, O]
+    for (int64_t i = 0; i < c.I; ++i)
+      for (int64_t d = 0; d < c.D; ++d)
+        for (int64_t jo = 0; jo < c.J * c.O; ++jo)
+          dweight[(i * c.J * c.O + jo) * c.D + d] = result.dweight[(i * c.D + d) * c.J * c.O + jo];
+  struct Direction {
+    const char* name;
+    Vector Values::*member;
+    const Vector* gradient;
+  } directions[] = {{"u", &Values::u, &result.du},
+                    {"weight", &Values::weight, &dweight},
+                    {"bias", &Values::bias, &result.dbias},
+                    {"logits", &Values::logits, &result.dlogits}};
+  for (const Direction& d : directions) {
+    if (d.gradient->empty()) continue;
+    const Vector along = normal(d.gradient->size());
+    const double step = 1e-4;
+    double difference = 0;  // of fourth order
+    for (auto [at, factor] : {std::pair{1, 8.0}, {-1, -8.0}, {2, -1.0}, {-2, 1.0}}) {
+      Values moved = x;
+      for (size_t k = 0; k < along.size(); ++k) (moved.*d.member)[k] += at * step * along[k];
+      difference += factor * dot(definition(c, moved, nullptr, constant), grad) / (12 * step);
+    }
+    const double found = dot(*d.gradient, along);
+    check(std::fabs(found - difference) <= 1e-6 * (1 + std::fabs(difference)),
+          c.name() + ": gradient of " + d.name + ": " + std::to_string(found) + " for " + std::to_string(difference));
+  }
+}
+
+void check_case(const Case& c) {
+  const Values x = random_values(c);
+  const Vector grad = normal(c.B * c.J * c.O);
+  const Result exact = run(c, x, grad, DType::float64, 1);
+  Vector coupling;
+  check(worst(definition(c, x, &coupling, nullptr), exact.v) < 1e-12, c.name() + ": v");
+  check(worst(coupling, exact.coupling) < 1e-12, c.name() + ": coupling");
+  check_gradients(c, x, grad, exact);
+  for (int64_t count : {2, 3, 5}) {
+    const Result other = run(c, x, grad, DType::float64, count);
+    const double difference = worst(exact.v, other.v) + worst(exact.du, other.du) + worst(exact.dweight, other.dweight) +
+                              worst(exact.dbias, other.dbias) + worst(exact.dlogits, other.dlogits);
+    check(difference == 0, c.name() + ": other bits on " + std::to_string(count) + " threads");
+  }
+  for (auto [dtype, tolerance] : {std::pair{DType::float32, 1e-4}, {DType::bfloat16, 0.1}, {DType::float16, 0.05}}) {
+    const Result low = run(c, x, grad, dtype, 2);
+    check(worst(exact.v, low.v) < tolerance, c.name() + ": v in dtype " + std::to_string(int(dtype)));
+    check(std::isfinite(dot(low.du, low.du) + dot(low.dweight, low.dweight) + dot(low.dbias, low.dbias) +
+                        dot(low.dlogits, low.dlogits)),
+          c.name() + ": a gradient was not written in dtype " + std::to_string(int(dtype)));
+  }
+}
+
+}  // namespace
+
+int main() {
+  const Weight forms[] = {Weight::pair, Weight::output, Weight::single, Weight::none};
+  const int64_t shapes[][5] = {{1, 1, 1, 1, 1}, {2, 3, 4, 5, 6},   {5, 9, 3, 3, 8},   {4, 64, 8, 2, 16},
+                               {9, 17, 5, 7, 5}, {3, 130, 2, 4, 17}, {17, 33, 7, 3, 4}, {1, 200, 8, 10, 16}};
+  int cases = 0;
+  for (const auto& s : shapes)
+    for (Weight form : forms)
+      for (int64_t R : {1, 2, 3}) {
+        const unsigned draw = generator();
+        const int logits = form == Weight::single ? 1 + int(draw / 16 % 3) : int(draw / 16 % 4);
+        check_case({s[0], s[1], s[2], s[3], s[4], R, form, bool(draw & 1), bool(draw & 2), bool(draw & 4),
+                    draw / 64 % 4 == 0, logits});
+        ++cases;
+      }
+  std::printf("%d cases, %d failures\n", cases, failures);
+  return failures != 0;
+}
