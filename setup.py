@@ -36,15 +36,20 @@ def why_no_kernels() -> str | None:
         return f"they are built on Linux only, not on {sys.platform}"
     if torch_root() is None:
         return "torch is not installed in this environment"
-    return next((f"{tool} was not found" for tool in (os.environ.get("CXX", "g++"), "cmake") if not shutil.which(tool)), None)
+    tools = os.environ.get("CXX", "g++"), "cmake"
+    return next((f"{tool} was not found" for tool in tools if not shutil.which(tool)), None)
 
 
 class BuildKernels(build_ext):
     """One CMake build; the extensions below only name its products."""
 
     def run(self):
-        build = Path(self.build_temp).resolve() / "cmake"
-        products = {Path(self.get_ext_filename(extension.name)).name for extension in self.extensions}
+        build = ROOT / "build" / "cmake"  # kept, so that a second install compiles only what changed
+        products = [Path(self.get_ext_filename(extension.name)).name for extension in self.extensions]
+        # Forget which compiler and which ninja the last install saw, not what it compiled.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        for found in build.glob("CMakeFiles/[0-9]*"):
+            shutil.rmtree(found)
         configure = ["cmake", "-S", ROOT, "-B", build, f"-DTORCH_ROOT={torch_root()}"]
         configure += ["-G", "Ninja"] if shutil.which("ninja") else []
         if TESTING:
@@ -52,8 +57,9 @@ class BuildKernels(build_ext):
 
             configure += ["-DCAPSROUTE_BUILD_TESTING=ON", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
             configure += [f"-DPython_EXECUTABLE={sys.executable}"]
+        targets = [Path(product).stem.removeprefix("lib") for product in products]
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", build, "--parallel", "--target", *(Path(p).stem.removeprefix("lib") for p in products)], check=True)
+        subprocess.run(["cmake", "--build", build, "--parallel", "--target", *targets], check=True)
         package = (ROOT if self.inplace else Path(self.build_lib)) / "capsroute"
         package.mkdir(parents=True, exist_ok=True)
         for product in products:

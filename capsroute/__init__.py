@@ -5,5 +5,4 @@ from ._backends import backends
 from ._version import __version__
 from .functional import capsule_linear, dynamic_routing, squash
 
-
 __all__ = ["__version__", "backends", "capsule_linear", "dynamic_routing", "nn", "squash"]

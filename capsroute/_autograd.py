@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _ops, reference  # noqa: F401  (_ops defines torch.ops.capsroute)
-
-ops = torch.ops.capsroute
+from . import _autocast, reference
+from ._ops import ops
 
 
 def route(u, weight, bias, logits, mask, options, return_coupling) -> tuple[Tensor, Tensor]:
@@ -87,8 +86,9 @@ class _RouteBackward(torch.autograd.Function):
             grads = dict(zip(given, torch.func.vjp(forward, *values)[1](grad_v), strict=True))
             return tuple(grads[k] for k in needed)
 
-        _, pullback = torch.func.vjp(backward, grad_v, *(tensors[k] for k in given))
-        second = pullback(tuple(cotangents[k] for k in needed))
+        with _autocast.off(grad_v):
+            _, pullback = torch.func.vjp(backward, grad_v, *(tensors[k] for k in given))
+            second = pullback(tuple(cotangents[k] for k in needed))
         result = [None] * len(tensors)
         for k, grad in zip(given, second[1:], strict=True):
             result[k] = grad

@@ -42,7 +42,9 @@ def _run_reference(u, weight, bias, logits, mask, options, return_coupling):
 BACKENDS = {
     "cpu": Backend(_ops.cpu_library, _cpu_serves, route),
     "reference": Backend(
-        lambda: (True, "plain PyTorch, on any device"), lambda u, options: (True, "it serves every call"), _run_reference
+        lambda: (True, "plain PyTorch, on any device"),
+        lambda u, options: (True, "it serves every call"),
+        _run_reference,
     ),
 }
 

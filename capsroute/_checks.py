@@ -27,7 +27,7 @@ def check_tensor(name: str, value: object, letters: str) -> None:
 def check_eps(eps: float) -> None:
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"eps must be a float, got {type(eps).__name__}")
-    if not (eps > 0 and math.isfinite(eps)):
+    if not 0 < eps < math.inf:
         raise ValueError(f"eps must be a positive finite number, got {eps}")
 
 

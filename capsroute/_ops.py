@@ -10,7 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from .reference import accumulation_dtype, out_capsules
 
@@ -28,6 +27,7 @@ torch.library.define(
     "bool need_logits) -> (Tensor u, Tensor weight, Tensor bias, Tensor logits)",
 )
 torch.library.define("capsroute::cpu_capability", "() -> str")
+ops = torch.ops.capsroute
 
 LIBRARY = Path(__file__).with_name("libcapsroute.so")
 
@@ -42,7 +42,7 @@ def _load() -> tuple[bool, str]:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         return False, f"the C++ kernels could not be loaded: {error}"
-    return True, f"C++ kernels for {torch.ops.capsroute.cpu_capability()}"
+    return True, f"C++ kernels for {ops.cpu_capability()}"
 
 
 _loaded = _load()
@@ -70,8 +70,7 @@ def _(grad_v, s, u, weight, bias, logits, mask, iterations, leaky, eps, detach_c
         inputs, outputs, out_features, in_features = weight.shape
         shapes[1] = (inputs, in_features, outputs, out_features)
     return tuple(
-        x.new_empty(shape) if need else u.new_empty(0)
-        for x, shape, need in zip(tensors, shapes, needs, strict=True)
+        x.new_empty(shape) if need else u.new_empty(0) for x, shape, need in zip(tensors, shapes, needs, strict=True)
     )
 
 
@@ -89,5 +88,5 @@ def _one_by_one(op):
     return rule
 
 
-torch.library.register_vmap("capsroute::route", _one_by_one(torch.ops.capsroute.route))
-torch.library.register_vmap("capsroute::route_backward", _one_by_one(torch.ops.capsroute.route_backward))
+torch.library.register_vmap("capsroute::route", _one_by_one(ops.route))
+torch.library.register_vmap("capsroute::route_backward", _one_by_one(ops.route_backward))

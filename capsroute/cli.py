@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import sys
 import time
@@ -87,23 +88,29 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         ("epochs", default.epochs, "passes over the training split"),
         ("batch-size", default.batch_size, "images a step"),
         ("channels", 64, "channels of the first convolution (the paper: 256)"),
-        ("types", 8, "primary capsules at each position (the paper: 32)"),
+        ("types", 32, "primary capsules at each position"),
         ("iterations", 3, "routing passes"),
     ):
-        parser.add_argument(f"--{name}", type=_count, default=value, help=f"{text} (default: %(default)s)")
+        parser.add_argument(f"--{name}", type=_positive(int), default=value, help=f"{text} (default: %(default)s)")
     parser.add_argument(
         "--learning-rate",
-        type=float,
+        type=_positive(float),
         default=default.learning_rate,
         help="the highest of the schedule (default: %(default)s)",
     )
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+def _positive(kind: type):
+    """An argparse type: a finite number above 0."""
+
+    def parse(text: str):
+        number = kind(text)
+        if not 0 < number < math.inf:
+            raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {text}")
+        return number
+
+    parse.__name__ = kind.__name__  # argparse tells it: "invalid int value"
+    return parse
 
 
 def _checked_backend(name: str) -> str:
@@ -199,13 +206,27 @@ def _demo(args: argparse.Namespace) -> int:
     _say(args, f"\nOne training step of this network, {args.batch_size} images:")
     images, labels = dataset.train_images[: args.batch_size], dataset.train_labels[: args.batch_size]
     rows = compare_training_step(partial(_network, model), images, labels)
-    _say_table(args, rows)
+    for line in _table(rows):
+        _say(args, line)
     _say(args, "\nwrote", *run.files)
     _emit(args, {**result, "training_step": rows})
     if result["test_accuracy"] < DEMO_ACCURACY:
         print(f"capsroute demo: the test accuracy is below the expected {DEMO_ACCURACY:.1%}", file=sys.stderr)
         return 1
     return 0
+
+
+def _table(rows: list[dict]) -> list[str]:
+    """Time and memory of a training step by backend, and how much better the first row is."""
+    fused = rows[0]
+    lines = [f"{'':12}{'time a step':>14}{'':>8}{'peak memory':>14}{'':>8}"]
+    for row in rows:
+        slower, larger = row["seconds"] / fused["seconds"], row["peak_bytes"] / fused["peak_bytes"]
+        lines.append(
+            f"{row['name']:12}{row['seconds'] * 1e3:11.1f} ms{slower:7.1f}x"
+            f"{row['peak_bytes'] / 2**20:10.1f} MiB{larger:7.1f}x"
+        )
+    return lines
 
 
 def _network(model: dict, backend: str) -> CapsNet:

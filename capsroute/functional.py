@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 
-import torch
 from torch import Tensor
 
-from . import _backends, _checks, reference
+from . import _autocast, _backends, _checks, reference
 
 
 def capsule_linear(
@@ -69,7 +67,7 @@ def capsule_linear(
     _checks.check_options(iterations, coupling, leaky, detach_coupling, eps)
     _checks.check_input(u)
     _checks.check_tensor("weight", weight, "[I, J, O, D], [J, O, D] or [O, D]")
-    u, weight = _autocast(u), _autocast(weight)
+    u, weight = _autocast.cast(u), _autocast.cast(weight)
     _checks.check_weight(weight, u)
     *lead, inputs, _ = u.shape
     outputs = weight.shape[-3] if weight.dim() > 2 else None
@@ -127,7 +125,7 @@ def dynamic_routing(
     _checks.check_votes(votes)
     *lead, inputs, outputs, features = votes.shape
     return _route(
-        _autocast(votes),
+        _autocast.cast(votes),
         None,
         (lead, inputs, outputs, features),
         (bias, logits, mask),
@@ -178,7 +176,7 @@ def _route(u, weight, sizes, parameters, options, return_coupling, backend):
     if len(lead) != 1:
         u = u.reshape(batch, *u.shape[len(lead) :])
     run = _backends.choose(backend, u, options)
-    with torch.autocast(u.device.type, enabled=False) if _autocasts(u) else contextlib.nullcontext():
+    with _autocast.off(u):
         v, c = run(u, weight, bias, logits, mask, options, return_coupling)
     if len(lead) != 1:
         v = v.reshape(*lead, *v.shape[1:])
@@ -193,15 +191,3 @@ def _flatten_lead(x: Tensor, lead: list[int], batch: int, kept: int) -> Tensor:
     if all(n == 1 for n in own):
         return x.reshape(1, *x.shape[len(lead) :])
     return x if len(lead) == 1 else x.expand(*lead, *(-1,) * kept).reshape(batch, *x.shape[len(lead) :])
-
-
-def _autocasts(x: Tensor) -> bool:
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """Under autocast, x in its dtype, as for a matrix product; float64 is left alone."""
-    if x.dtype == torch.float64 or not _autocasts(x):
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))

@@ -103,8 +103,7 @@ Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
 }
 
 capsroute::Parallel torch_threads() {
-  return {int64_t(torch::stable::get_num_threads()),
-          [](int64_t parts, void (*body)(void*, int64_t), void* context) {
+  return {int64_t(torch::stable::get_num_threads()), [](int64_t parts, void (*body)(void*, int64_t), void* context) {
             torch::stable::parallel_for(0, parts, 1, [body, context](int64_t begin, int64_t end) {
               for (int64_t part = begin; part < end; ++part) body(context, part);
             });
@@ -163,9 +162,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_backward(const Tensor& grad_v, 
   Tensor du = output(need_u, u, shape_of(u)), dweight = output(need_weight, weight, weight_shape),
          dbias = output(need_bias, bias, {p.J, p.O}), dlogits = output(need_logits, logits, shape_of(logits));
   auto pointer = [](const Tensor& x) { return x.numel() ? x.mutable_data_ptr() : nullptr; };
-  const capsroute::Backward out{float_array(grad_v), s.const_data_ptr(), detach_coupling,
-                                logits ? logits->size(0) : 0, logits ? logits->size(1) : 0, pointer(du),
-                                pointer(dweight), pointer(dbias), pointer(dlogits)};
+  const capsroute::Backward out{float_array(grad_v),
+                                s.const_data_ptr(),
+                                detach_coupling,
+                                logits ? logits->size(0) : 0,
+                                logits ? logits->size(1) : 0,
+                                pointer(du),
+                                pointer(dweight),
+                                pointer(dbias),
+                                pointer(dlogits)};
   if (p.B > 0) {
     launch(p, out, capsroute::kernels().backward_scratch, capsroute::kernels().backward);
   } else {  // a sum over no samples

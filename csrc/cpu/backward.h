@@ -60,8 +60,8 @@ class BatchSums {
       for (int64_t j = one ? 0 : matrix; j < (one ? p_.J : matrix + 1); ++j)
         for (int64_t n = 0; n < pairs; n += kSumBlock)
           outer(dW_ + (matrix * p_.O + o) * F, F, kept_.outputs + n * step * layout_.outputs() + j * layout_.O + o,
-                step * layout_.outputs(), rows, kept_.sums + n * step * layout_.sums() + j * F,
-                step * layout_.sums(), F, minimum(kSumBlock, pairs - n));
+                step * layout_.outputs(), rows, kept_.sums + n * step * layout_.sums() + j * F, step * layout_.sums(),
+                F, minimum(kSumBlock, pairs - n));
     });
   }
 
@@ -71,8 +71,7 @@ class BatchSums {
 
   void finish() const {
     for (int64_t j = 0; dbias_ && j < p_.J; ++j)
-      for (int64_t o = 0; o < p_.O; ++o)
-        write_as(out_.bias, p_.bias.dtype, j * p_.O + o, dbias_[j * layout_.O + o]);
+      for (int64_t o = 0; o < p_.O; ++o) write_as(out_.bias, p_.bias.dtype, j * p_.O + o, dbias_[j * layout_.O + o]);
     if (dlogits_ && out_.logits_B == 1) write_logits(dlogits_, 0);
     for (int64_t row = 0; dW_ && row < layout_.weights * p_.O; ++row)
       narrow(static_cast<X*>(out_.weight) + row * p_.D, dW_ + row * layout_.F, p_.D);

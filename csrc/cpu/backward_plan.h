@@ -86,7 +86,7 @@ struct Kept {
   A* output(int64_t n, int64_t term) const { return outputs + (n * plan.terms + term) * layout.outputs(); }
   A* row(int64_t n, int64_t term) const { return rows + (n * plan.terms + term) * layout.sums(); }
   A* sum(int64_t n, int64_t term) const { return sums + (n * plan.terms + term) * layout.sums(); }
-  A* pair(int64_t n, int64_t i0) const { return pairs + (n * layout.blocks + i0 / W<A>) * block_pairs(); }
+  A* pair(int64_t n, int64_t i0) const { return pairs + (n * layout.blocks + i0 / W<A>)*block_pairs(); }
 
   const BackwardPlan<X>& plan;
   const Layout<X>& layout;

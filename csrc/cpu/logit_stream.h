@@ -104,9 +104,7 @@ class LogitStream {
   }
 
  private:
-  A* dV(const Tile& tile, int64_t n) const {
-    return dV_ + (tile.slot * stream_.schedule.tile + n) * layout_.outputs();
-  }
+  A* dV(const Tile& tile, int64_t n) const { return dV_ + (tile.slot * stream_.schedule.tile + n) * layout_.outputs(); }
   A* total(const Tile& tile, int64_t n) const { return total_ + (tile.slot * stream_.schedule.tile + n) * sums_; }
 
   void read_s(int64_t n, int64_t k, A* s) const {
@@ -117,8 +115,7 @@ class LogitStream {
   void read_grad(int64_t n, A* grad) const {
     const int64_t* stride = plan_.out.grad_v.stride;
     const X* from = static_cast<const X*>(plan_.out.grad_v.data) + (first_ + n) * stride[0];
-    for (int64_t j = 0; j < p_.J; ++j)
-      widen(grad + j * layout_.O, from + j * stride[1], stride[2], p_.O, layout_.O);
+    for (int64_t j = 0; j < p_.J; ++j) widen(grad + j * layout_.O, from + j * stride[1], stride[2], p_.O, layout_.O);
   }
 
   void keep(int64_t n, int64_t term, const A* outputs) const {

@@ -11,8 +11,7 @@ constexpr int64_t kSamples = 4;  // samples that share one load of the weight
 
 // y_n[f] = sum over d of x_n[d] w[d, f], for N samples and C vectors of features.
 template <int N, int C, class X, class A>
-CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const A* const* x, int64_t D, A* const* y,
-                                  int64_t f) {
+CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const A* const* x, int64_t D, A* const* y, int64_t f) {
   Vec<A> sum[N][C] = {};
   w += f;
   for (int64_t d = 0; d < D; ++d, w += w_stride) {
@@ -42,8 +41,7 @@ void apply_samples(const X* w, int64_t w_stride, const A* const* x, int64_t D, A
 
 // y_n[f] = sum over d of x_n[d] w[d, f] for `samples` <= kSamples samples and F features.
 template <class X, class A>
-void apply(const X* w, int64_t w_stride, const A* const* x, int64_t D, A* const* y, int64_t F,
-           int64_t samples) {
+void apply(const X* w, int64_t w_stride, const A* const* x, int64_t D, A* const* y, int64_t F, int64_t samples) {
   switch (samples) {
     case 1: return apply_samples<1>(w, w_stride, x, D, y, F);
     case 2: return apply_samples<2>(w, w_stride, x, D, y, F);
@@ -83,8 +81,8 @@ void apply_transposed(const X* w, int64_t w_stride, const A* const* y, int64_t F
 // w[d, f] += sum over n of x_n[d] y_n[f], for K features d and C vectors of features f. The sum is
 // made apart and added once: two levels keep the rounding error of a long batch small.
 template <int K, int C, class A>
-CAPSROUTE_INLINE void outer_panel(A* w, int64_t w_stride, const A* x, int64_t x_stride, const A* y,
-                                  int64_t y_stride, int64_t samples) {
+CAPSROUTE_INLINE void outer_panel(A* w, int64_t w_stride, const A* x, int64_t x_stride, const A* y, int64_t y_stride,
+                                  int64_t samples) {
   Vec<A> sum[K][C] = {};
   for (int64_t n = 0; n < samples; ++n, x += x_stride, y += y_stride) {
     Vec<A> row[C];
@@ -110,8 +108,7 @@ template <int K, class A>
 CAPSROUTE_INLINE void outer_rows(A* w, int64_t w_stride, const A* x, int64_t x_stride, const A* y, int64_t y_stride,
                                  int64_t F, int64_t samples) {
   int64_t f = 0;
-  for (; f + 2 * W<A> <= F; f += 2 * W<A>)
-    outer_panel<K, 2>(w + f, w_stride, x, x_stride, y + f, y_stride, samples);
+  for (; f + 2 * W<A> <= F; f += 2 * W<A>) outer_panel<K, 2>(w + f, w_stride, x, x_stride, y + f, y_stride, samples);
   for (; f < F; f += W<A>) outer_panel<K, 1>(w + f, w_stride, x, x_stride, y + f, y_stride, samples);
 }
 
@@ -120,8 +117,7 @@ template <class A>
 void outer(A* w, int64_t w_stride, const A* x, int64_t x_stride, int64_t D, const A* y, int64_t y_stride, int64_t F,
            int64_t samples) {
   int64_t d = 0;
-  for (; d + 4 <= D; d += 4)
-    outer_rows<4>(w + d * w_stride, w_stride, x + d, x_stride, y, y_stride, F, samples);
+  for (; d + 4 <= D; d += 4) outer_rows<4>(w + d * w_stride, w_stride, x + d, x_stride, y, y_stride, F, samples);
   for (; d < D; ++d) outer_rows<1>(w + d * w_stride, w_stride, x + d, x_stride, y, y_stride, F, samples);
 }
 

@@ -152,9 +152,8 @@ void run_stream(Stream& stream, const Schedule& schedule, int64_t steps, const P
     parallel_for(parallel, schedule.tiles * groups, [&](int64_t item, int64_t part) {
       stream.group(tile_at(item / groups, item / groups), step, item % groups, item, part);
     });
-    parallel_for(parallel, schedule.tiles, [&](int64_t index, int64_t) {
-      finish(tile_at(index, index), step, index * groups);
-    });
+    parallel_for(parallel, schedule.tiles,
+                 [&](int64_t index, int64_t) { finish(tile_at(index, index), step, index * groups); });
   }
 }
 

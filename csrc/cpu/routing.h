@@ -14,10 +14,10 @@ namespace capsroute {
 enum class DType { float32, float64, bfloat16, float16 };
 
 enum class Weight {
-  none,     // u holds the votes [B, I, J, O]
-  pair,     // W [I, J, O, D]: h_ij = W_ij u_i
-  output,   // W [J, O, D]:    h_ij = W_j u_i
-  single    // W [O, D]:       h_ij = W u_i
+  none,    // u holds the votes [B, I, J, O]
+  pair,    // W [I, J, O, D]: h_ij = W_ij u_i
+  output,  // W [J, O, D]:    h_ij = W_j u_i
+  single   // W [O, D]:       h_ij = W u_i
 };
 
 // A read-only array with strides counted in elements; null data means "not given".

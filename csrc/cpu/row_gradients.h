@@ -7,7 +7,9 @@ namespace capsroute::CAPSROUTE_ISA {
 
 // Samples and input capsules whose dh is made together: 4 capsules share a load of e^k and q^k, and 8
 // samples one of W and dW, and their dh stays in the first-level cache.
-constexpr int64_t kSubBatch = 8, kSubLanes = 4;
+constexpr int64_t kSubBatch = 8;
+template <class A>
+inline constexpr int64_t kSubLanes = W<A> < 4 ? W<A> : 4;
 
 template <class A>
 CAPSROUTE_INLINE void write_as(void* to, DType dtype, int64_t at, A value) {
@@ -49,13 +51,13 @@ class RowGradients {
 
  private:
   struct Scratch {
-    A* uniform;     // [kSubBatch][J, W]: p^1
-    A* pairs;       // [kSubBatch][slot][J, W], where they are not kept
+    A* uniform;             // [kSubBatch][J, W]: p^1
+    A* pairs;               // [kSubBatch][slot][J, W], where they are not kept
     const A** coefficient;  // [used_terms]
-    A* dh;          // [kSubLanes][kSubBatch][J, F]
-    A* inputs;      // [kSubBatch][D]
-    A* du;          // [kSubBatch][D or F]
-    A* dlogits;     // [J, W]
+    A* dh;                  // [kSubLanes<A>][kSubBatch][J, F]
+    A* inputs;              // [kSubBatch][D]
+    A* du;                  // [kSubBatch][D or F]
+    A* dlogits;             // [J, W]
   };
 
   bool in_place() const { return sizeof(X) == sizeof(A) && layout_.O == p_.O; }
@@ -65,7 +67,7 @@ class RowGradients {
     s.uniform = carver.take<A>(kSubBatch * layout_.lanes());
     s.pairs = carver.take<A>(plan_.keep_pairs ? 0 : kSubBatch * kept_.block_pairs());
     s.coefficient = carver.take<const A*>(plan_.used_terms);
-    s.dh = carver.take<A>(kSubLanes * kSubBatch * layout_.sums());
+    s.dh = carver.take<A>(kSubLanes<A> * kSubBatch * layout_.sums());
     s.inputs = carver.take<A>(kSubBatch * maximum(1, p_.D));
     s.du = carver.take<A>(kSubBatch * maximum(p_.D, layout_.F));
     s.dlogits = carver.take<A>(layout_.lanes());
@@ -86,8 +88,8 @@ class RowGradients {
         couple<A>(blocks[n], nullptr, p_.J, layout_.F, p_.leaky, uniform);
       }
       if (plan_.logits_by_row) logit_gradients(first, m, samples, i0, scratch);
-      for (int64_t l = 0; rows && l < lanes; l += kSubLanes)
-        row_gradients(first, m, samples, i0, l, minimum(kSubLanes, lanes - l), blocks, scratch);
+      for (int64_t l = 0; rows && l < lanes; l += kSubLanes<A>)
+        row_gradients(first, m, samples, i0, l, minimum(kSubLanes<A>, lanes - l), blocks, scratch);
     }
     if (first + count == p_.B) finish(i0, lanes);
   }
@@ -101,11 +103,10 @@ class RowGradients {
     const typename Stream<X>::Scratch own = stream.scratch(part);
     for (int64_t n0 = 0; n0 < samples; n0 += kSamples) {
       const int64_t some = minimum(kSamples, samples - n0);
-      if (p_.form == Weight::pair)
-        stream.rows.make_votes(first + m + n0, some, i0, own.rows.staged, own.rows.inputs);
+      if (p_.form == Weight::pair) stream.rows.make_votes(first + m + n0, some, i0, own.rows.staged, own.rows.inputs);
       for (int64_t n = 0; n < some; ++n) {
-        const Block<A> block = stream.rows.block(first + m + n0 + n, i0,
-                                                 own.rows.staged + n * layout_.block_size(), own.rows.prior);
+        const Block<A> block =
+            stream.rows.block(first + m + n0 + n, i0, own.rows.staged + n * layout_.block_size(), own.rows.prior);
         const int64_t last = plan_.detach ? p_.R : (plan_.logits_by_row ? 1 : 2);
         for (int64_t k = p_.R; k >= last; --k)
           logits_.pass(m + n0 + n, k, block, pairs(m, n0 + n, i0, scratch), own, nullptr);
@@ -119,16 +120,16 @@ class RowGradients {
     const A* vectors = kept_.row(n, 0);
     for (int64_t j = 0; j < p_.J; ++j)
       for (int64_t f = j * F; f < (j + 1) * F; f += W<A>) {
-        Vec<A> sum[kSubLanes] = {};
+        Vec<A> sum[kSubLanes<A>] = {};
         for (int64_t t = 0; t < plan_.used_terms; ++t) {
           const Vec<A> vector = load(vectors + t * layout_.sums() + f);
 #pragma GCC unroll 4
-          for (int64_t l = 0; l < kSubLanes; ++l) sum[l] += all<A>(coefficient[t][j * W<A> + l0 + l]) * vector;
+          for (int64_t l = 0; l < kSubLanes<A>; ++l) sum[l] += all<A>(coefficient[t][j * W<A> + l0 + l]) * vector;
         }
 #pragma GCC unroll 4
-        for (int64_t l = 0; l < kSubLanes; ++l) store(dh + l * next + f, sum[l]);
+        for (int64_t l = 0; l < kSubLanes<A>; ++l) store(dh + l * next + f, sum[l]);
       }
-    for (int64_t l = 0; l < kSubLanes; ++l) {  // exactly 0, also where a vector is NaN
+    for (int64_t l = 0; l < kSubLanes<A>; ++l) {  // exactly 0, also where a vector is NaN
       if (block.live[l0 + l] == 0) set_zero(dh + l * next, layout_.sums());
       for (int64_t j = 0; block.forbids && j < p_.J; ++j)
         if (coefficient[0][j * W<A> + l0 + l] == 0) set_zero(dh + l * next + j * F, F);

@@ -184,8 +184,7 @@ class Rows {
       else if (layout_.shared)
         widen(row, from, stride[2], layout_.features, F);
       else
-        for (int64_t j = 0; j < outputs; ++j)
-          widen(row + j * F, from + j * stride[2], stride[3], layout_.features, F);
+        for (int64_t j = 0; j < outputs; ++j) widen(row + j * F, from + j * stride[2], stride[3], layout_.features, F);
     }
   }
 

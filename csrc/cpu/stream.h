@@ -57,9 +57,7 @@ class Stream {
   }
 
   // rows[j] = W_j^T outputs[j] for every j: from [J, O] to what the rows are dotted with, [J, F].
-  void to_rows(const A* outputs, A* rows) const {
-    transform(weights.to_rows, outputs, p.O, layout.O, rows, layout.F);
-  }
+  void to_rows(const A* outputs, A* rows) const { transform(weights.to_rows, outputs, p.O, layout.O, rows, layout.F); }
 
   // outputs[j] = W_j rows[j] for every j: from sums of rows, [J, F], to [J, O].
   void to_outputs(const A* rows, A* outputs) const {

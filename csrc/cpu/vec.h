@@ -109,7 +109,7 @@ CAPSROUTE_INLINE Half from_acc<Half>(float x) {
   const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return {0x7e00};
   if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // 65520 and more round to inf
-  if (magnitude < 0x38800000) {  // a half denormal: let the float adder round at 2^-24
+  if (magnitude < 0x38800000) {                                   // a half denormal: let the float adder round at 2^-24
     const float rounded = bits_as<float>(magnitude) + 0.5f;
     return {uint16_t(sign | (bits_as<uint32_t>(rounded) - 0x3f000000))};
   }
@@ -239,7 +239,7 @@ template <class A>
 CAPSROUTE_INLINE Vec<A> exp_negative(Vec<A> x) {
   constexpr bool wide = sizeof(A) == 8;
   constexpr A lowest = wide ? -708.39 : -87.33654;
-  constexpr A magic = wide ? 0x1.8p52 : 0x1.8p23;  // adding it rounds to an integer
+  constexpr A magic = wide ? 0x1.8p52 : 0x1.8p23;               // adding it rounds to an integer
   constexpr A ln2_high = wide ? 0x1.62e42feep-1 : 0x1.62e4p-1;  // n * ln2_high is exact
   constexpr A ln2_low = wide ? 0x1.a39ef35793c76p-33 : 0x1.7f7d1cp-20;
   constexpr int mantissa = wide ? 52 : 23, bias = wide ? 1023 : 127, terms = wide ? 13 : 7;

@@ -48,15 +48,18 @@ struct Case {
   int logits;  // 0 none, 1 for all samples, 2 for all input capsules, 3 full
   std::string name() const {
     char text[160];
-    std::snprintf(text, sizeof(text), "B%ld I%ld D%ld J%ld O%ld R%ld form%d bias%d mask%d leaky%d detach%d logits%d", B, I,
-                  D, J, O, R, int(form), bias, mask, leaky, detach, logits);
+    std::snprintf(text, sizeof(text), "B%ld I%ld D%ld J%ld O%ld R%ld form%d bias%d mask%d leaky%d detach%d logits%d", B,
+                  I, D, J, O, R, int(form), bias, mask, leaky, detach, logits);
     return text;
   }
   int64_t logits_B() const { return logits == 1 ? 1 : B; }
   int64_t logits_I() const { return logits == 2 ? 1 : I; }
   int64_t inputs() const { return form == Weight::none ? B * I * J * O : B * I * D; }
   int64_t weights() const {
-    return form == Weight::pair ? I * J * O * D : form == Weight::output ? J * O * D : form == Weight::single ? O * D : 0;
+    return form == Weight::pair     ? I * J * O * D
+           : form == Weight::output ? J * O * D
+           : form == Weight::single ? O * D
+                                    : 0;
   }
 };
 
@@ -106,7 +109,8 @@ Vector definition(const Case& c, const Values& x, Vector* made_coupling, const V
         for (int64_t j = 0; j < c.J; ++j)
           share[i * c.J + j] = (!c.mask || x.mask[b * c.I + i]) ? std::exp(logit[i * c.J + j]) / sum : 0;
       }
-      if (k == c.R && coupling) share.assign(coupling->begin() + b * c.I * c.J, coupling->begin() + (b + 1) * c.I * c.J);
+      if (k == c.R && coupling)
+        share.assign(coupling->begin() + b * c.I * c.J, coupling->begin() + (b + 1) * c.I * c.J);
       if (k == c.R && made_coupling) std::copy(share.begin(), share.end(), made_coupling->begin() + b * c.I * c.J);
       for (int64_t j = 0; j < c.J; ++j) {
         Vector s(c.O);
@@ -116,8 +120,7 @@ Vector definition(const Case& c, const Values& x, Vector* made_coupling, const V
           for (int64_t i = 0; i < c.I; ++i) s[o] += share[i * c.J + j] * h[(i * c.J + j) * c.O + o];
           n2 += s[o] * s[o];
         }
-        for (int64_t o = 0; o < c.O; ++o)
-          v[(b * c.J + j) * c.O + o] = s[o] * n2 / (1 + n2) / std::sqrt(n2 + 1e-9);
+        for (int64_t o = 0; o < c.O; ++o) v[(b * c.J + j) * c.O + o] = s[o] * n2 / (1 + n2) / std::sqrt(n2 + 1e-9);
       }
       for (int64_t i = 0; k < c.R && i < c.I; ++i)
         for (int64_t j = 0; j < c.J; ++j)
@@ -198,7 +201,8 @@ struct Result {
 
 Result run(const Case& c, const Values& x, const Vector& grad, DType dtype, int64_t thread_count) {
   const DType accumulated = dtype == DType::float64 ? DType::float64 : DType::float32;
-  Store u(dtype, x.u), weight(dtype, x.weight), bias(accumulated, x.bias), logits(accumulated, x.logits), g(dtype, grad);
+  Store u(dtype, x.u), weight(dtype, x.weight), bias(accumulated, x.bias), logits(accumulated, x.logits),
+      g(dtype, grad);
   Problem p{};
   p.B = c.B, p.I = c.I, p.D = c.form == Weight::none ? 0 : c.D, p.J = c.J, p.O = c.O, p.R = c.R, p.form = c.form;
   p.leaky = c.leaky, p.eps = 1e-9;
@@ -262,7 +266,7 @@ void check_gradients(const Case& c, const Values& x, const Vector& grad, const R
           dweight[(i * c.J * c.O + jo) * c.D + d] = result.dweight[(i * c.D + d) * c.J * c.O + jo];
   struct Direction {
     const char* name;
-    Vector Values::*member;
+    Vector Values::* member;
     const Vector* gradient;
   } directions[] = {{"u", &Values::u, &result.du},
                     {"weight", &Values::weight, &dweight},
@@ -294,8 +298,9 @@ void check_case(const Case& c) {
   check_gradients(c, x, grad, exact);
   for (int64_t count : {2, 3, 5}) {
     const Result other = run(c, x, grad, DType::float64, count);
-    const double difference = worst(exact.v, other.v) + worst(exact.du, other.du) + worst(exact.dweight, other.dweight) +
-                              worst(exact.dbias, other.dbias) + worst(exact.dlogits, other.dlogits);
+    const double difference = worst(exact.v, other.v) + worst(exact.du, other.du) +
+                              worst(exact.dweight, other.dweight) + worst(exact.dbias, other.dbias) +
+                              worst(exact.dlogits, other.dlogits);
     check(difference == 0, c.name() + ": other bits on " + std::to_string(count) + " threads");
   }
   for (auto [dtype, tolerance] : {std::pair{DType::float32, 1e-4}, {DType::bfloat16, 0.1}, {DType::float16, 0.05}}) {
@@ -311,7 +316,7 @@ void check_case(const Case& c) {
 
 int main() {
   const Weight forms[] = {Weight::pair, Weight::output, Weight::single, Weight::none};
-  const int64_t shapes[][5] = {{1, 1, 1, 1, 1}, {2, 3, 4, 5, 6},   {5, 9, 3, 3, 8},   {4, 64, 8, 2, 16},
+  const int64_t shapes[][5] = {{1, 1, 1, 1, 1},  {2, 3, 4, 5, 6},    {5, 9, 3, 3, 8},   {4, 64, 8, 2, 16},
                                {9, 17, 5, 7, 5}, {3, 130, 2, 4, 17}, {17, 33, 7, 3, 4}, {1, 200, 8, 10, 16}};
   int cases = 0;
   for (const auto& s : shapes)

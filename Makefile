@@ -1,0 +1,34 @@
+# make demo   sets up .venv and trains a capsule network on handwritten digits
+# make test   sets up .venv, checks the style and runs the tests
+# make bench  the table of the README
+PYTHON ?= python3
+# The CPU wheel where the index has one; any torch >= 2.13 will do.
+TORCH ?= torch==2.13.0
+
+BIN := .venv/bin
+SOURCES := $(shell git ls-files 'csrc/*')
+
+.PHONY: demo test lint bench clean
+demo: .venv/installed
+	$(BIN)/capsroute demo --out demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp,$(SOURCES)) tests/cpp/*.cpp
+
+bench: .venv/installed
+	$(BIN)/capsroute bench
+
+.venv/installed: pyproject.toml setup.py CMakeLists.txt $(SOURCES)
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet 'setuptools>=77' wheel cmake ninja pybind11
+	PATH="$(CURDIR)/$(BIN):$$PATH" CAPSROUTE_BUILD_TESTING=1 $(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build demo capsroute/*.so

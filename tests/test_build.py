@@ -1,0 +1,127 @@
+"""What an install holds: one library for every Python and torch, or the reference alone, and says so."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from capsroute import _ops
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+
+needs_kernels = pytest.mark.skipif(
+    os.environ.get("CAPSROUTE_NO_EXT") == "1", reason="CAPSROUTE_NO_EXT=1: there are no kernels to look at"
+)
+
+
+def build_wheel(folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **environment}
+    env.pop("CAPSROUTE_BUILD_TESTING", None)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, ROOT, "-v"]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def symbols(*arguments: str) -> list[tuple[str, str]]:
+    """(kind, name) of each symbol."""
+    lines = subprocess.run(["nm", *arguments], check=True, capture_output=True, text=True).stdout.splitlines()
+    return [tuple(line.split()[-2:]) for line in lines if line]
+
+
+@needs_kernels
+def test_undefined_symbols_are_stable():
+    """The LibTorch stable ABI and the C and C++ runtimes, nothing of a torch or Python version."""
+    undefined = [name for _, name in symbols("-D", "--undefined-only", str(_ops.LIBRARY))]
+    assert any(name.startswith("aoti_torch_") for name in undefined)
+    runtime = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_|^_ITM_|^__gmon_start__$|^__cxa_")
+    strange = [
+        name for name in undefined if not name.startswith(("aoti_torch_", "torch_")) and not runtime.search(name)
+    ]
+    assert strange == []
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_weak_symbols_stay_in_their_instruction_set(name):
+    """Else the linker may keep the AVX-512 copy of an inline function for everyone."""
+    objects = list((ROOT / "build" / "cmake" / "CMakeFiles" / f"kernels_{name}.dir").rglob("*.o"))
+    assert objects
+    weak = [symbol for kind, symbol in symbols("--defined-only", str(objects[0])) if kind in "WVu"]
+    assert weak
+    assert [symbol for symbol in weak if f"9capsroute{len(name)}{name}" not in symbol] == []
+
+
+@needs_kernels
+def test_wheel_holds_one_library_for_every_python(tmp_path):
+    built = build_wheel(tmp_path)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert re.fullmatch(r"capsroute-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [name for name in names if name.endswith(".so")] == ["capsroute/libcapsroute.so"]
+    assert "capsroute/py.typed" in names
+    assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc"))]
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [({"CAPSROUTE_NO_EXT": "1"}, "CAPSROUTE_NO_EXT=1 is set"), ({"CXX": "no-such-g++"}, "no-such-g++ was not found")],
+    ids=["asked", "no-compiler"],
+)
+def test_install_without_kernels(tmp_path, environment, reason):
+    """It is said while installing and by backends(), and the reference serves."""
+    built = build_wheel(tmp_path, **environment)
+    assert built.returncode == 0, built.stderr
+    assert reason in built.stdout + built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    script = (
+        "import capsroute, torch; print(capsroute.__file__); print(capsroute.backends()['cpu']);"
+        "print(capsroute.capsule_linear(torch.ones(2, 5, 3), torch.ones(5, 6, 4, 3)).shape)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    run = subprocess.run([sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    file, verdict, shape = run.stdout.splitlines()
+    assert file.startswith(str(tmp_path))
+    assert verdict.startswith("(False, 'the C++ kernels were not built")
+    assert shape == "torch.Size([2, 6, 4])"
+
+
+@needs_kernels
+def test_failed_compile_is_an_error(tmp_path):
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    built = build_wheel(tmp_path, CXX=str(broken))
+    assert built.returncode != 0
+    assert not list(tmp_path.glob("*.whl"))
+
+
+@needs_kernels
+def test_instruction_set_follows_torchs_variable():
+    """ATEN_CPU_CAPABILITY is honoured, and a level that is not known changes nothing."""
+    script = "import torch, capsroute; print(torch.ops.capsroute.cpu_capability())"
+
+    def chosen(capability: str | None) -> str:
+        env = {key: value for key, value in os.environ.items() if key != "ATEN_CPU_CAPABILITY"}
+        env |= {} if capability is None else {"ATEN_CPU_CAPABILITY": capability}
+        return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True).stdout.strip()
+
+    best = chosen(None)
+    assert best in INSTRUCTION_SETS
+    assert chosen("default") == "baseline"
+    assert chosen("avx2") == ("baseline" if best == "baseline" else "avx2")
+    assert chosen("something") == best
+
+
+def test_compiler_is_at_hand():
+    """The tests above need nm, which comes with the compiler."""
+    assert shutil.which("nm")

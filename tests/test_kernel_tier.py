@@ -1,0 +1,81 @@
+"""The kernel tier below the operators: every instruction set, and its own C++ test under sanitizers."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from capsroute import reference
+
+ROOT = Path(__file__).parent.parent
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+AVX2 = "-mavx2;-mfma;-mf16c"
+
+kernel_tier = (
+    pytest.importorskip("capsroute._kernel_tier", reason="CAPSROUTE_NO_EXT=1: there are no kernels")
+    if os.environ.get("CAPSROUTE_NO_EXT") == "1"
+    else __import__("capsroute._kernel_tier", fromlist=["_kernel_tier"])
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", kernel_tier.instruction_sets())
+@pytest.mark.parametrize("shape", [(5, 67, 8, 10, 16), (3, 19, 5, 3, 17)], ids=str)
+def test_instruction_set_against_reference(name, shape, dtype):
+    batch, inputs, in_features, outputs, out_features = shape
+    u = torch.randn(batch, inputs, in_features, dtype=dtype)
+    weight = torch.randn(inputs, in_features, outputs, out_features, dtype=dtype) / 4
+    grad = torch.randn(batch, outputs, out_features, dtype=dtype)
+    found = kernel_tier.route(name, u.numpy(), weight.numpy(), grad.numpy(), 3)
+
+    exact = [x.double().requires_grad_() for x in (u, weight)]
+    v, _ = reference.routing(exact[0], exact[1].permute(0, 2, 3, 1), None, None, None, reference.Options())
+    expected = v, *torch.autograd.grad(v, exact, grad.double())
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-11
+    for have, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(have).double(), want, rtol=tolerance, atol=tolerance)
+
+
+def test_unknown_instruction_set_is_refused():
+    one = torch.ones(1, 1, 1, 1).numpy()
+    with pytest.raises(ValueError, match="mmx"):
+        kernel_tier.route("mmx", one[0], one, one[0], 1)
+
+
+@pytest.mark.parametrize(
+    ("sanitize", "width", "flags"),
+    [
+        ("address,undefined", 16, ""),
+        ("thread", 32, AVX2),
+        # AVX-512's vectors, in two halves where the processor lacks it: the same lanes, tiles and tails
+        ("address,undefined", 64, AVX2),
+    ],
+    ids=["address-16", "thread-32", "address-64"],
+)
+def test_cpp_test_under_sanitizer(tmp_path, sanitize, width, flags):
+    if flags and platform.machine() != "x86_64":
+        pytest.skip("AVX2 is x86-64's")
+    if flags and "avx2" not in kernel_tier.instruction_sets():
+        pytest.skip("this processor has no AVX2")
+    assert shutil.which("cmake", path=PATH)
+    settings = {
+        "CAPSROUTE_KERNEL_TEST": "ON",
+        "CAPSROUTE_SANITIZE": sanitize,
+        "CAPSROUTE_TEST_BYTES": width,
+        "CAPSROUTE_TEST_FLAGS": flags,
+    }
+    defines = [f"-D{key}={value}" for key, value in settings.items()]
+    env = {**os.environ, "PATH": PATH}
+    for command in (
+        ["cmake", "-S", ROOT, "-B", tmp_path, *defines],
+        ["cmake", "--build", tmp_path, "--target", "kernel_test", "--parallel"],
+        [tmp_path / "kernel_test"],
+    ):
+        run = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.strip().endswith("0 failures")
