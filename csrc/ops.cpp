@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdlib>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -110,15 +111,38 @@ capsroute::Parallel torch_threads() {
           }};
 }
 
-// Scratch comes from torch's allocator, so its tools see it.
+// Scratch is kept by the calling thread for its next call: fresh memory would cost a page fault for
+// every 4 KiB. More than kKeptScratch is given back at once.
+constexpr int64_t kAlignment = 64, kKeptScratch = int64_t(48) << 20;
+
+struct Scratch {
+  void* start = nullptr;
+  int64_t bytes = 0;
+
+  void* reserve(int64_t wanted) {
+    if (wanted > bytes) {
+      release();
+      bytes = (wanted + kAlignment - 1) / kAlignment * kAlignment;
+      start = std::aligned_alloc(kAlignment, bytes);
+      STD_TORCH_CHECK(start, "capsroute: no memory for ", bytes, " bytes of scratch");
+    }
+    return start;
+  }
+  void release() {
+    std::free(start);
+    start = nullptr, bytes = 0;
+  }
+  ~Scratch() { release(); }
+};
+
+thread_local Scratch scratch;
+
 template <class Out>
 void launch(const Problem& p, const Out& out, int64_t (*measure)(const Problem&, const Out&, int64_t),
             void (*run)(const Problem&, const Out&, void*, const capsroute::Parallel&)) {
   const capsroute::Parallel parallel = torch_threads();
-  const int64_t bytes = measure(p, out, parallel.threads), alignment = 64;
-  const Tensor scratch = empty({bytes + alignment}, ScalarType::Byte);
-  const auto start = reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr());
-  run(p, out, reinterpret_cast<void*>((start + alignment - 1) / alignment * alignment), parallel);
+  run(p, out, scratch.reserve(measure(p, out, parallel.threads)), parallel);
+  if (scratch.bytes > kKeptScratch) scratch.release();
 }
 
 std::tuple<Tensor, Tensor, Tensor> route(const Tensor& u, const Optional& weight, const Optional& bias,

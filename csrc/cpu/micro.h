@@ -138,19 +138,51 @@ CAPSROUTE_INLINE Vec<A> dot_rows(const A* rows, int64_t row_stride, const A* q, 
   return sum_each<A>(sum);
 }
 
-// s[f] += sum over l of c[l] rows[l, f], in two interleaved chains
+// s[f] += sum over l of c[l] rows[l, f] for C vectors of features, in two interleaved chains each.
+template <int C, class A>
+CAPSROUTE_INLINE void add_panel(A* s, const A* rows, int64_t row_stride, const A* c) {
+  Vec<A> sum[2][C];
+#pragma GCC unroll 2
+  for (int k = 0; k < C; ++k) sum[0][k] = load(s + k * W<A>), sum[1][k] = all<A>(0);
+#pragma GCC unroll 16
+  for (int64_t l = 0; l < W<A>; ++l) {
+    const Vec<A> scale = all<A>(c[l]);
+#pragma GCC unroll 2
+    for (int k = 0; k < C; ++k) sum[l % 2][k] += scale * load(rows + l * row_stride + k * W<A>);
+  }
+#pragma GCC unroll 2
+  for (int k = 0; k < C; ++k) store(s + k * W<A>, sum[0][k] + sum[1][k]);
+}
+
+// s[f] += sum over l of c[l] rows[l, f]
 template <class A>
 CAPSROUTE_INLINE void add_rows(A* s, const A* rows, int64_t row_stride, const A* c, int64_t F) {
-  for (int64_t f = 0; f < F; f += W<A>) {
-    Vec<A> even = load(s + f), odd = all<A>(c[1]) * load(rows + row_stride + f);
-    even += all<A>(c[0]) * load(rows + f);
-#pragma GCC unroll 16
-    for (int64_t l = 2; l < W<A>; l += 2) {
-      even += all<A>(c[l]) * load(rows + l * row_stride + f);
-      odd += all<A>(c[l + 1]) * load(rows + (l + 1) * row_stride + f);
+  int64_t f = 0;
+  for (; f + 2 * W<A> <= F; f += 2 * W<A>) add_panel<2>(s + f, rows + f, row_stride, c);
+  for (; f < F; f += W<A>) add_panel<1>(s + f, rows + f, row_stride, c);
+}
+
+// y_l[f] = sum over t of coefficient_t[l] vector_t[f], for N neighbouring lanes l and C vectors of
+// features; y_l are y_stride apart, vector_t vector_stride.
+template <int N, int C, class A>
+CAPSROUTE_INLINE void combine_panel(A* y, int64_t y_stride, const A* const* coefficient, int64_t lane, const A* vector,
+                                    int64_t vector_stride, int64_t terms) {
+  Vec<A> sum[N][C] = {};
+  for (int64_t t = 0; t < terms; ++t, vector += vector_stride) {
+    Vec<A> row[C];
+#pragma GCC unroll 2
+    for (int c = 0; c < C; ++c) row[c] = load(vector + c * W<A>);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      const Vec<A> scale = all<A>(coefficient[t][lane + n]);
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c) sum[n][c] += scale * row[c];
     }
-    store(s + f, even + odd);
   }
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 2
+    for (int c = 0; c < C; ++c) store(y + n * y_stride + c * W<A>, sum[n][c]);
 }
 
 }  // namespace capsroute::CAPSROUTE_ISA

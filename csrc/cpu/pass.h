@@ -1,4 +1,5 @@
-// One pass over a block of input capsules, forward and backward: lanes are input capsules here.
+// One pass over a block of input capsules, forward and backward: lanes are input capsules here. Blocks
+// are passed by value: a store could change one that is passed by reference.
 #pragma once
 
 #include "rows.h"
@@ -8,7 +9,7 @@ namespace capsroute::CAPSROUTE_ISA {
 // c_ij = softmax over j of (logits_ij + h_ij . q_j), to c[j, lane]; 0 in lanes that are not live and
 // for forbidden pairs. A null query counts as zero: then rows are not read.
 template <class A>
-void couple(const Block<A>& block, const A* q, int64_t J, int64_t F, bool leaky, A* c) {
+void couple(const Block<A> block, const A* q, int64_t J, int64_t F, bool leaky, A* c) {
   const Mask<A> live = block.live != 0;
   if (!q && !block.prior) {
     const Vec<A> uniform = live ? all<A>(A(1) / A(leaky ? J + 1 : J)) : all<A>(0);
@@ -41,7 +42,7 @@ void couple(const Block<A>& block, const A* q, int64_t J, int64_t F, bool leaky,
 
 // With t_ij = h_ij . e_j, the gradient of the logits: db_ij = c_ij (t_ij - sum over j of c_ij t_ij).
 template <class A>
-void couple_backward(const Block<A>& block, const A* c, const A* e, int64_t J, int64_t F, A* db) {
+void couple_backward(const Block<A> block, const A* c, const A* e, int64_t J, int64_t F, A* db) {
   Vec<A> mean = all<A>(0);
   for (int64_t j = 0; j < J; ++j) {
     const Vec<A> t = dot_rows(block.rows + j * block.column, block.row, e + j * F, F);
@@ -57,7 +58,7 @@ void couple_backward(const Block<A>& block, const A* c, const A* e, int64_t J, i
 
 // s_j += sum over the block's i of c_ij h_ij
 template <class A>
-void add_block(const Block<A>& block, const A* c, int64_t J, int64_t F, A* s) {
+void add_block(const Block<A> block, const A* c, int64_t J, int64_t F, A* s) {
   for (int64_t j = 0; j < J; ++j) add_rows(s + j * F, block.rows + j * block.column, block.row, c + j * W<A>, F);
 }
 

@@ -116,19 +116,16 @@ class RowGradients {
 
   // dh_ij = sum over terms of coefficient_ij vector_j, for the lanes l0 .. l0 + lanes of one sample.
   void votes_gradient(int64_t n, const Block<A>& block, const A* const* coefficient, int64_t l0, A* dh) const {
-    const int64_t F = layout_.F, next = kSubBatch * layout_.sums();
+    constexpr int N = kSubLanes<A>;
+    const int64_t F = layout_.F, sums = layout_.sums(), next = kSubBatch * sums, terms = plan_.used_terms;
     const A* vectors = kept_.row(n, 0);
-    for (int64_t j = 0; j < p_.J; ++j)
-      for (int64_t f = j * F; f < (j + 1) * F; f += W<A>) {
-        Vec<A> sum[kSubLanes<A>] = {};
-        for (int64_t t = 0; t < plan_.used_terms; ++t) {
-          const Vec<A> vector = load(vectors + t * layout_.sums() + f);
-#pragma GCC unroll 4
-          for (int64_t l = 0; l < kSubLanes<A>; ++l) sum[l] += all<A>(coefficient[t][j * W<A> + l0 + l]) * vector;
-        }
-#pragma GCC unroll 4
-        for (int64_t l = 0; l < kSubLanes<A>; ++l) store(dh + l * next + f, sum[l]);
-      }
+    for (int64_t j = 0; j < p_.J; ++j) {
+      const int64_t lane = j * W<A> + l0, end = (j + 1) * F;
+      int64_t f = j * F;
+      for (; f + 2 * W<A> <= end; f += 2 * W<A>)
+        combine_panel<N, 2>(dh + f, next, coefficient, lane, vectors + f, sums, terms);
+      for (; f < end; f += W<A>) combine_panel<N, 1>(dh + f, next, coefficient, lane, vectors + f, sums, terms);
+    }
     for (int64_t l = 0; l < kSubLanes<A>; ++l) {  // exactly 0, also where a vector is NaN
       if (block.live[l0 + l] == 0) set_zero(dh + l * next, layout_.sums());
       for (int64_t j = 0; block.forbids && j < p_.J; ++j)

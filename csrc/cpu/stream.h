@@ -27,6 +27,7 @@ class Stream {
         weights(Weights<X>::pack(layout, carver, parallel)),
         rows(layout, weights),
         keep(keeps(layout, passes)),
+        together(minimum(kSamples, batch)),
         schedule(batch, keep || p.form != Weight::pair ? kSamples : 4 * kSamples, layout.groups, parallel.threads) {
     kept_ = keep ? carver.take<A>(schedule.slots * kept_size()) : nullptr;
     const Carver start = carver;
@@ -49,7 +50,7 @@ class Stream {
     for (int64_t i0 = group * kGroup; i0 < end; i0 += W<A>)
       for (int64_t m = 0; m < tile.count; m += kSamples) {
         const int64_t samples = minimum(kSamples, tile.count - m), b = first_sample + tile.first + m;
-        A* staged = keep ? kept_ + tile.slot * kept_size() + i0 / W<A> * kSamples * size : scratch.rows.staged;
+        A* staged = keep ? kept_ + tile.slot * kept_size() + i0 / W<A> * together * size : scratch.rows.staged;
         if (p.form == Weight::pair && (first || !keep)) rows.make_votes(b, samples, i0, staged, scratch.rows.inputs);
         for (int64_t n = 0; n < samples; ++n)
           visit(m + n, i0, rows.block(b + n, i0, staged + n * size, scratch.rows.prior));
@@ -69,6 +70,7 @@ class Stream {
   const Weights<X> weights;
   const Rows<X> rows;
   const bool keep;
+  const int64_t together;  // samples whose votes are made together
   const Schedule schedule;
 
  private:
@@ -77,7 +79,7 @@ class Stream {
     return layout.p.form == Weight::pair && passes > 1 && bytes <= kKeptVotes;
   }
 
-  int64_t kept_size() const { return layout.blocks * kSamples * layout.block_size(); }
+  int64_t kept_size() const { return layout.blocks * together * layout.block_size(); }
 
   Scratch carve_scratch(Carver& carver) const {
     Scratch s;
@@ -95,7 +97,7 @@ class Stream {
     }
   }
 
-  A* kept_;  // [slots][blocks][kSamples][W, row]
+  A* kept_;  // [slots][blocks][together][W, row]
   Carver scratch_{nullptr};
   int64_t scratch_size_;
 };
