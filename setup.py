@@ -63,7 +63,8 @@ class BuildKernels(build_ext):
         package = (ROOT if self.inplace else Path(self.build_lib)) / "capsroute"
         package.mkdir(parents=True, exist_ok=True)
         for product in products:
-            shutil.copy2(build / product, package / product)
+            shutil.copy2(build / product, package / f"{product}.new")
+            os.replace(package / f"{product}.new", package / product)  # a running process keeps the old one
 
     def get_ext_filename(self, fullname):
         return f"{fullname.replace('.', '/')}.so"

@@ -9,15 +9,21 @@ namespace capsroute::CAPSROUTE_ISA {
 
 constexpr int64_t kSamples = 4;  // samples that share one load of the weight
 
-// y_n[f] = sum over d of x_n[d] w[d, f], for N samples and C vectors of features.
+// y_n[f] = sum over d of x_n[d] w[d, f], for N samples and C vectors of features. The matrix of the
+// next input capsule lies behind this one and is asked for on the way: rows this short and far apart
+// are not what a processor prefetches by itself.
 template <int N, int C, class X, class A>
 CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const A* const* x, int64_t D, A* const* y, int64_t f) {
   Vec<A> sum[N][C] = {};
+  const int64_t next = D * w_stride;
   w += f;
   for (int64_t d = 0; d < D; ++d, w += w_stride) {
     Vec<A> row[C];
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) row[c] = load(w + c * W<A>);
+    for (int c = 0; c < C; ++c) {
+      row[c] = load(w + c * W<A>);
+      if (c * sizeof(row[c]) % 64 == 0) __builtin_prefetch(w + next + c * W<A>);
+    }
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       const Vec<A> scale = all<A>(x[n][d]);
@@ -33,7 +39,7 @@ CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const A* const* 
 
 template <int N, class X, class A>
 void apply_samples(const X* w, int64_t w_stride, const A* const* x, int64_t D, A* const* y, int64_t F) {
-  constexpr int C = N > 2 ? 2 : 4;
+  constexpr int C = N > 2 ? 2 : N > 1 ? 4 : 8;
   int64_t f = 0;
   for (; f + C * W<A> <= F; f += C * W<A>) apply_panel<N, C>(w, w_stride, x, D, y, f);
   for (; f < F; f += W<A>) apply_panel<N, 1>(w, w_stride, x, D, y, f);
@@ -78,11 +84,12 @@ void apply_transposed(const X* w, int64_t w_stride, const A* const* y, int64_t F
     }
 }
 
-// w[d, f] += sum over n of x_n[d] y_n[f], for K features d and C vectors of features f. The sum is
-// made apart and added once: two levels keep the rounding error of a long batch small.
+// w[d, f] += (or, unless `add`, =) sum over n of x_n[d] y_n[f], for K features d and C vectors of
+// features f. The sum is made apart and added once: two levels keep the rounding error of a long batch
+// small.
 template <int K, int C, class A>
 CAPSROUTE_INLINE void outer_panel(A* w, int64_t w_stride, const A* x, int64_t x_stride, const A* y, int64_t y_stride,
-                                  int64_t samples) {
+                                  int64_t samples, bool add) {
   Vec<A> sum[K][C] = {};
   for (int64_t n = 0; n < samples; ++n, x += x_stride, y += y_stride) {
     Vec<A> row[C];
@@ -100,25 +107,26 @@ CAPSROUTE_INLINE void outer_panel(A* w, int64_t w_stride, const A* x, int64_t x_
 #pragma GCC unroll 2
     for (int c = 0; c < C; ++c) {
       A* to = w + k * w_stride + c * W<A>;
-      store(to, load(to) + sum[k][c]);
+      store(to, add ? load(to) + sum[k][c] : sum[k][c]);
     }
 }
 
 template <int K, class A>
 CAPSROUTE_INLINE void outer_rows(A* w, int64_t w_stride, const A* x, int64_t x_stride, const A* y, int64_t y_stride,
-                                 int64_t F, int64_t samples) {
+                                 int64_t F, int64_t samples, bool add) {
   int64_t f = 0;
-  for (; f + 2 * W<A> <= F; f += 2 * W<A>) outer_panel<K, 2>(w + f, w_stride, x, x_stride, y + f, y_stride, samples);
-  for (; f < F; f += W<A>) outer_panel<K, 1>(w + f, w_stride, x, x_stride, y + f, y_stride, samples);
+  for (; f + 2 * W<A> <= F; f += 2 * W<A>)
+    outer_panel<K, 2>(w + f, w_stride, x, x_stride, y + f, y_stride, samples, add);
+  for (; f < F; f += W<A>) outer_panel<K, 1>(w + f, w_stride, x, x_stride, y + f, y_stride, samples, add);
 }
 
-// w[d, f] += sum over n of x_n[d] y_n[f]
+// w[d, f] += (or, unless `add`, =) sum over n of x_n[d] y_n[f]
 template <class A>
 void outer(A* w, int64_t w_stride, const A* x, int64_t x_stride, int64_t D, const A* y, int64_t y_stride, int64_t F,
-           int64_t samples) {
+           int64_t samples, bool add) {
   int64_t d = 0;
-  for (; d + 4 <= D; d += 4) outer_rows<4>(w + d * w_stride, w_stride, x + d, x_stride, y, y_stride, F, samples);
-  for (; d < D; ++d) outer_rows<1>(w + d * w_stride, w_stride, x + d, x_stride, y, y_stride, F, samples);
+  for (; d + 4 <= D; d += 4) outer_rows<4>(w + d * w_stride, w_stride, x + d, x_stride, y, y_stride, F, samples, add);
+  for (; d < D; ++d) outer_rows<1>(w + d * w_stride, w_stride, x + d, x_stride, y, y_stride, F, samples, add);
 }
 
 // W rows of votes against one query vector: lane l is sum over f of rows[l, f] q[f].

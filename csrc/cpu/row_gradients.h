@@ -76,7 +76,6 @@ class RowGradients {
 
   void block_gradients(int64_t first, int64_t count, int64_t i0, bool rows, const Scratch& scratch, int64_t part) {
     const int64_t lanes = minimum(W<A>, p_.I - i0);
-    if (dW_ && first == 0) set_zero(dW_ + i0 * p_.D * layout_.sums(), lanes * p_.D * layout_.sums());
     if (dlogits_ && first == 0) set_zero(dlogits_ + i0 * p_.J, layout_.lanes());
     Block<A> blocks[kSubBatch];
     for (int64_t m = 0; m < count; m += kSubBatch) {
@@ -162,7 +161,7 @@ class RowGradients {
     const Stream<X>& stream = logits_.stream();
     if (dW_) {
       for (int64_t n = 0; n < samples; ++n) stream.rows.input(b + n, i, scratch.inputs + n * D);
-      outer(dW_ + i * D * sums, sums, scratch.inputs, D, D, dh, sums, sums, samples);
+      outer(dW_ + i * D * sums, sums, scratch.inputs, D, D, dh, sums, sums, samples, b > 0);
     }
     if (!out_.u) return;
     const A* from[kSubBatch];
