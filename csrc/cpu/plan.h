@@ -148,7 +148,7 @@ void run_stream(Stream& stream, const Schedule& schedule, int64_t steps, const P
   parallel_for(parallel, schedule.tiles, [&](int64_t index, int64_t) { stream.begin(tile_at(index, index)); });
   for (int64_t step = 0; step < steps; ++step) {
     parallel_for(parallel, schedule.tiles * groups, [&](int64_t item, int64_t part) {
-      stream.group(tile_at(item / groups, item / groups), step, item % groups, item, part);
+      stream.group(tile_at(item / groups, item / groups), step, nth_group(step, item % groups), item, part);
     });
     parallel_for(parallel, schedule.tiles, [&](int64_t index, int64_t) {
       const Tile tile = tile_at(index, index);
