@@ -16,7 +16,7 @@ import torch
 from . import __version__, backends
 from .nn import CapsNet
 from .training import checkpoint, data
-from .training.run import CHECKPOINT, Run, run_training
+from .training.run import CHECKPOINT, run_training
 from .training.trainer import TrainingOptions, evaluate
 
 DEMO_ACCURACY = 0.985  # that the demo must reach on the test split
@@ -130,8 +130,8 @@ def _emit(args: argparse.Namespace, result: dict) -> None:
         print(json.dumps({"command": args.command, **result}))
 
 
-def _run(args: argparse.Namespace, dataset: data.Dataset) -> tuple[Run, dict, dict]:
-    """Train as the arguments say: the run, the network's configuration and what to report."""
+def _run(args: argparse.Namespace, dataset: data.Dataset) -> dict:
+    """Train as the arguments say, and tell what came of it."""
     model = {
         "image_shape": dataset.image_shape,
         "classes": dataset.classes,
@@ -145,20 +145,20 @@ def _run(args: argparse.Namespace, dataset: data.Dataset) -> tuple[Run, dict, di
     seconds = time.perf_counter() - start
     score = run.history[-1].test
     _say(args, f"test accuracy {score.accuracy:.2%} on {len(dataset.test_labels)} images, after {seconds:.0f} s")
-    result = {
+    return {
         "dataset": dataset.name,
+        "model": model,
         "options": options._asdict(),
         "test_accuracy": score.accuracy,
         "test_loss": score.loss,
         "seconds": seconds,
         "files": [str(path) for path in run.files],
     }
-    return run, model, result
 
 
 def _train(args: argparse.Namespace) -> int:
-    run, _, result = _run(args, data.load(args.data_dir))
-    _say(args, "wrote", *run.files)
+    result = _run(args, data.load(args.data_dir))
+    _say(args, "wrote", *result["files"])
     _emit(args, result)
     return 0
 
@@ -170,7 +170,7 @@ def _eval(args: argparse.Namespace) -> int:
     expected = tuple(loaded.model["image_shape"]), loaded.model["classes"]
     if expected != (dataset.image_shape, dataset.classes):
         raise ValueError(
-            f"{path} is for images {expected[0]} of {expected[1]} classes ({loaded.info['dataset']}), "
+            f"{path} is for images {expected[0]} of {expected[1]} classes, "
             f"{dataset.name} has {dataset.image_shape} of {dataset.classes}"
         )
     score = evaluate(loaded.net, dataset.test_images, dataset.test_labels)
@@ -199,34 +199,28 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from .bench.step import compare_training_step
+    from .bench.compare import DisagreementError
+    from .bench.step import compare_training_step, format_rows
 
     dataset = data.load()
-    run, model, result = _run(args, dataset)
+    result = _run(args, dataset)
     _say(args, f"\nOne training step of this network, {args.batch_size} images:")
     images, labels = dataset.train_images[: args.batch_size], dataset.train_labels[: args.batch_size]
-    rows = compare_training_step(partial(_network, model), images, labels)
-    for line in _table(rows):
-        _say(args, line)
-    _say(args, "\nwrote", *run.files)
-    _emit(args, {**result, "training_step": rows})
+    try:
+        result["training_step"] = compare_training_step(partial(_network, result["model"]), images, labels)
+    except DisagreementError as error:
+        return _fall_short(str(error))
+    _say(args, format_rows(result["training_step"]))
+    _say(args, "\nwrote", *result["files"])
+    _emit(args, result)
     if result["test_accuracy"] < DEMO_ACCURACY:
-        print(f"capsroute demo: the test accuracy is below the expected {DEMO_ACCURACY:.1%}", file=sys.stderr)
-        return 1
+        return _fall_short(f"the test accuracy is below the expected {DEMO_ACCURACY:.1%}")
     return 0
 
 
-def _table(rows: list[dict]) -> list[str]:
-    """Time and memory of a training step by backend, and how much better the first row is."""
-    fused = rows[0]
-    lines = [f"{'':12}{'time a step':>14}{'':>8}{'peak memory':>14}{'':>8}"]
-    for row in rows:
-        slower, larger = row["seconds"] / fused["seconds"], row["peak_bytes"] / fused["peak_bytes"]
-        lines.append(
-            f"{row['name']:12}{row['seconds'] * 1e3:11.1f} ms{slower:7.1f}x"
-            f"{row['peak_bytes'] / 2**20:10.1f} MiB{larger:7.1f}x"
-        )
-    return lines
+def _fall_short(why: str) -> int:
+    print(f"capsroute demo: error: {why}", file=sys.stderr)
+    return 1
 
 
 def _network(model: dict, backend: str) -> CapsNet:

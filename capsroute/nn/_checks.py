@@ -1,0 +1,30 @@
+"""Checks of the arguments of modules."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_sizes(**sizes: int) -> None:
+    """Every argument, given by its name, is an int of at least 1."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def check_image_shape(image_shape: tuple[int, int, int]) -> None:
+    """Three sizes: channels, height and width."""
+    if not isinstance(image_shape, (tuple, list)) or len(image_shape) != 3:
+        raise ValueError(f"image_shape must be (channels, height, width), got {image_shape!r}")
+    check_sizes(**dict(zip(("image_shape[0]", "image_shape[1]", "image_shape[2]"), image_shape, strict=True)))
+
+
+def check_labels(labels: Tensor, batch: int) -> None:
+    """One class index for each image; that it is below J is left to F.one_hot, which reads the values."""
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    if labels.shape != (batch,):
+        raise ValueError(f"labels must be [B] with B = {batch}, got {list(labels.shape)}")

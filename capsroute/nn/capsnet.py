@@ -1,0 +1,107 @@
+"""The whole network: an image to class capsules, and back to an image."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._checks import check_image_shape, check_sizes
+from ._lengths import capsule_lengths
+from .decoder import Decoder
+from .linear import CapsuleLinear
+from .primary import PrimaryCapsules
+
+
+class CapsNetOutput(NamedTuple):
+    """What a :class:`CapsNet` returns."""
+
+    capsules: Tensor  # [B, J, O]
+    lengths: Tensor  # [B, J], at least float32; the longest capsule is the prediction
+    reconstruction: Tensor  # [B, C, H, W]
+
+
+class CapsNet(nn.Module):
+    """A capsule network for images of any size (Sabour, Frosst and Hinton 2017, section 4).
+
+    Convolution, :class:`PrimaryCapsules`, :class:`CapsuleLinear` to one capsule a class, :class:`Decoder`.
+    The defaults are the paper's. Its kernels of 9 and stride of 2 belong to 28 x 28 pixels; other
+    sizes get them in proportion, the kernel between 3 and 9.
+
+    Args:
+        image_shape: (channels, height, width).
+        classes: J, the number of classes.
+        channels: channels of the first convolution.
+        types: primary capsules at each position.
+        primary_features: D, the features of a primary capsule.
+        class_features: O, the features of a class capsule.
+        iterations: R, the number of routing passes.
+        hidden: widths of the decoder's hidden layers.
+        backend: as in :func:`capsroute.capsule_linear`.
+        device, dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: for a wrong argument, by its name; also for an image that is too small.
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        classes: int,
+        *,
+        channels: int = 256,
+        types: int = 32,
+        primary_features: int = 8,
+        class_features: int = 16,
+        iterations: int = 3,
+        hidden: tuple[int, ...] = (512, 1024),
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        check_image_shape(image_shape)
+        check_sizes(classes=classes, channels=channels)
+        self.image_shape = tuple(image_shape)
+        factory = {"device": device, "dtype": dtype}
+        kernel, stride, grid = zip(*map(_scale, image_shape[1:]), strict=True)
+        self.grid = (*grid, types)  # of the primary capsules: height, width, types
+        self.conv = nn.Conv2d(image_shape[0], channels, kernel, **factory)
+        self.primary = PrimaryCapsules(channels, types, primary_features, kernel, stride, **factory)
+        self.routing = CapsuleLinear(
+            grid[0] * grid[1] * types, primary_features, classes, class_features, iterations, backend=backend, **factory
+        )
+        self.decoder = Decoder(classes, class_features, self.image_shape, hidden, **factory)
+
+    def primary_capsules(self, images: Tensor) -> Tensor:
+        """The input of the routing, ``[B, I, D]``, I = height * width * types of ``grid``."""
+        if images.dim() != 4 or tuple(images.shape[1:]) != self.image_shape:
+            channels, height, width = self.image_shape
+            raise ValueError(
+                f"images must be [B, C, H, W] with C = {channels}, H = {height} and W = {width}, "
+                f"got {list(images.shape)}"
+            )
+        return self.primary(F.relu(self.conv(images)))
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> CapsNetOutput:
+        """Class capsules, their lengths and the reconstruction of images ``[B, C, H, W]``.
+
+        Args:
+            images: ``[B, C, H, W]`` in the dtype of the parameters, values in [0, 1].
+            labels: int64 ``[B]``: reconstruct from these capsules (training). None: from the longest
+                (prediction). They reach nothing but the reconstruction.
+        """
+        capsules = self.routing(self.primary_capsules(images))  # [B, J, O]
+        return CapsNetOutput(capsules, capsule_lengths(capsules), self.decoder(capsules, labels))
+
+
+def _scale(side: int) -> tuple[int, int, int]:
+    """Kernel, stride of the primary capsules and their number along one side of the image."""
+    kernel = min(max(round(side * 9 / 28), 3), 9)
+    stride = max(round(side * 2 / 28), 1)
+    positions = (side - 2 * kernel + 1) // stride + 1  # neither convolution is padded
+    if positions < 1:
+        raise ValueError(f"image_shape must have a height and width of at least 5, got {side}")
+    return kernel, stride, positions

@@ -1,0 +1,65 @@
+"""The decoder that draws an image again from one of its capsules."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._checks import check_image_shape, check_labels, check_sizes
+from ._lengths import capsule_lengths
+
+
+class Decoder(nn.Module):
+    """Reconstruct the image from one capsule of J, the others set to 0 (Sabour et al. 2017, section 4.1).
+
+    Fully connected layers with ReLU between them and a sigmoid at the end.
+
+    Args:
+        capsules: J, the number of capsules.
+        features: O, the features of a capsule.
+        image_shape: (channels, height, width) of the image.
+        hidden: the widths of the hidden layers.
+        device, dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: for a wrong argument, by its name.
+    """
+
+    def __init__(
+        self,
+        capsules: int,
+        features: int,
+        image_shape: tuple[int, int, int],
+        hidden: tuple[int, ...] = (512, 1024),
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        check_sizes(capsules=capsules, features=features)
+        check_image_shape(image_shape)
+        self.image_shape = tuple(image_shape)
+        widths = (capsules * features, *hidden, math.prod(image_shape))
+        layers = []
+        for before, after in itertools.pairwise(widths):
+            layers += [nn.Linear(before, after, device=device, dtype=dtype), nn.ReLU()]
+        self.layers = nn.Sequential(*layers[:-1], nn.Sigmoid())
+
+    def forward(self, capsules: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The image ``[B, C, H, W]``, values in [0, 1], from capsules ``[B, J, O]``.
+
+        Args:
+            capsules: ``[B, J, O]``.
+            labels: the capsules to draw, int64 ``[B]`` (training); None draws the longest (prediction).
+        """
+        if labels is None:
+            labels = capsule_lengths(capsules).argmax(-1)
+        check_labels(labels, capsules.shape[0])
+        chosen = F.one_hot(labels, capsules.shape[1]).bool()  # [B, J]
+        # Select, do not multiply: a NaN in another capsule must not reach the image.
+        masked = torch.where(chosen.unsqueeze(-1), capsules, 0)  # [B, J, O]
+        return self.layers(masked.flatten(1)).unflatten(1, self.image_shape)

@@ -1,0 +1,1 @@
+"""Train capsule networks: data, trainer, checkpoints, pictures. Needs `pip install 'capsroute[demo]'`."""

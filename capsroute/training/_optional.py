@@ -1,0 +1,19 @@
+"""Libraries that only training needs: import them where they are used, or say which extra brings them."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+def optional(module: str) -> ModuleType:
+    """The module, imported.
+
+    Raises:
+        ImportError: if it is not installed, with the command that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        library = module.partition(".")[0]
+        raise ImportError(f"{library} is needed here: pip install 'capsroute[demo]' ({error})") from error

@@ -1,0 +1,360 @@
+"""capsroute.nn: each module against its equation written out anew, and what a torch module must survive."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+import capsroute
+from capsroute.nn import CapsNet, CapsNetLoss, CapsuleLinear, Decoder, MarginLoss, PrimaryCapsules
+from capsroute.nn._lengths import capsule_lengths
+
+DIGITS = (1, 8, 8)
+
+
+def small_net(**options) -> CapsNet:
+    return CapsNet(DIGITS, 3, **{"channels": 4, "types": 2, "primary_features": 3, "hidden": (5,), **options})
+
+
+# CapsuleLinear
+
+
+def test_capsule_linear_is_the_operator_with_its_own_weight(backend):
+    layer = CapsuleLinear(7, 3, 4, 5, 2, bias=True, leaky=True, eps=1e-6, backend=backend)
+    torch.nn.init.normal_(layer.bias)
+    u, logits, mask = torch.randn(2, 6, 7, 3), torch.randn(7, 4), torch.rand(7) < 0.7
+    v, c = layer(u, logits=logits, mask=mask, return_coupling=True)
+    weight = layer.weight.permute(0, 2, 3, 1)
+    options = {"bias": layer.bias, "logits": logits, "mask": mask, "leaky": True, "eps": 1e-6}
+    expected = capsroute.capsule_linear(u, weight, 2, **options, return_coupling=True, backend=backend)
+    torch.testing.assert_close((v, c), expected, rtol=0, atol=0)
+    assert v.shape == (2, 6, 4, 5)
+    assert c.shape == (2, 6, 7, 4)
+
+
+@pytest.mark.parametrize("option", [{"coupling": "in"}, {"detach_coupling": True}, {"iterations": 1}, {"leaky": True}])
+def test_capsule_linear_passes_each_option_on(option):
+    torch.manual_seed(1)
+    layer = CapsuleLinear(9, 4, 3, 5, **option)
+    torch.manual_seed(1)
+    plain = CapsuleLinear(9, 4, 3, 5)
+    plain.weight.data.copy_(layer.weight)
+    u = torch.randn(2, 9, 4)
+    v, expected = layer(u), capsroute.capsule_linear(u, layer.weight.permute(0, 2, 3, 1), **option)
+    grads = [torch.autograd.grad(x.sum(), layer.weight)[0] for x in (v, expected)]
+    torch.testing.assert_close(v, expected, rtol=0, atol=0)
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+    other = torch.autograd.grad(plain(u).sum(), plain.weight)[0]
+    assert not torch.allclose(grads[0], other)  # the option matters here
+
+
+def test_capsule_linear_keeps_its_weight_contiguous_in_the_kernels_order():
+    layer = CapsuleLinear(7, 3, 4, 5)
+    assert layer.weight.shape == (7, 3, 4, 5)
+    layer(torch.randn(2, 7, 3)).sum().backward()
+    assert layer.weight.is_contiguous()
+    assert layer.weight.grad.stride() == layer.weight.stride()
+
+
+@pytest.mark.parametrize("sizes", [(1152, 8, 10, 16), (256, 8, 10, 16), (20, 8, 10, 4), (50, 64, 100, 64)])
+@pytest.mark.parametrize("coupling", ["out", "in"])
+def test_capsule_linear_starts_where_squash_is_neither_flat_nor_full(sizes, coupling):
+    inputs, features, outputs, _ = sizes
+    layer = CapsuleLinear(*sizes, coupling=coupling)
+    u = torch.nn.functional.normalize(torch.randn(32, inputs, features), dim=-1)
+    votes = torch.einsum("bid,idjo->bijo", u, layer.weight)
+    s = votes.sum(1) / (outputs if coupling == "out" else inputs)  # what the first pass sees
+    assert votes.norm(dim=-1).mean() < 1.1  # no longer than u
+    if math.sqrt(inputs) >= outputs and coupling == "out":
+        assert 0.8 < s.norm(dim=-1).mean() < 1.2
+
+
+def test_capsule_linear_shows_its_sizes_and_options():
+    shown = repr(CapsuleLinear(7, 3, 4, 5, 2, bias=True, leaky=True))
+    assert shown == (
+        "CapsuleLinear(in_capsules=7, in_features=3, out_capsules=4, out_features=5, iterations=2, bias=True, "
+        "coupling='out', leaky=True, detach_coupling=False, eps=1e-09, backend='auto')"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((0, 3, 4, 5), {}, ValueError, "in_capsules must be at least 1, got 0"),
+        ((7, 3, 4, 2.0), {}, TypeError, "out_features must be an int, got float"),
+        ((7, 3, 4, 5, 0), {}, ValueError, "iterations must be at least 1, got 0"),
+        ((7, 3, 4, 5), {"coupling": "both"}, ValueError, 'coupling must be "out"'),
+        ((7, 3, 4, 5), {"coupling": "in", "leaky": True}, ValueError, "leaky must be False"),
+        ((7, 3, 4, 5), {"eps": 0.0}, ValueError, "eps must be a positive finite number"),
+    ],
+)
+def test_capsule_linear_refuses_wrong_arguments(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        CapsuleLinear(*arguments, **options)
+
+
+# PrimaryCapsules
+
+
+def test_primary_capsules_hold_the_channels_of_one_type_at_one_position():
+    primary = PrimaryCapsules(1, types=2, features=3, kernel_size=1)
+    scales = torch.arange(1.0, 7.0)  # channel = type * features + feature
+    with torch.no_grad():
+        primary.conv.weight.copy_(scales.view(6, 1, 1, 1))
+        primary.conv.bias.zero_()
+    image = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])  # height 2, width 3
+    u = primary(image.view(1, 1, 2, 3))
+    assert u.shape == (1, 2 * 3 * 2, 3)
+    for y in range(2):
+        for x in range(3):
+            for kind in range(2):
+                s = image[y, x] * scales[3 * kind : 3 * kind + 3]
+                n2 = float(s @ s)
+                expected = n2 / (1 + n2) * s / math.sqrt(n2)
+                torch.testing.assert_close(u[0, (y * 3 + x) * 2 + kind], expected)
+
+
+def test_primary_capsules_are_as_many_as_the_convolution_has_positions():
+    primary = PrimaryCapsules(3, types=5, features=4, kernel_size=(3, 2), stride=(2, 1))
+    assert primary(torch.randn(2, 3, 9, 6)).shape == (2, 4 * 5 * 5, 4)
+
+
+def test_primary_capsules_gradients():
+    primary = PrimaryCapsules(2, types=2, features=3, kernel_size=2, dtype=torch.float64)
+    assert torch.autograd.gradcheck(primary, torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True))
+
+
+# Decoder
+
+
+def test_decoder_draws_the_labelled_capsule_alone():
+    decoder = Decoder(3, 4, DIGITS, (6,))
+    capsules = torch.randn(5, 3, 4, requires_grad=True)
+    labels = torch.tensor([0, 2, 1, 1, 0])
+    image = decoder(capsules, labels)
+    by_hand = torch.zeros(5, 12)
+    for b, label in enumerate(labels.tolist()):
+        by_hand[b, 4 * label : 4 * label + 4] = capsules[b, label].detach()
+    first, second = decoder.layers[0], decoder.layers[2]
+    expected = torch.sigmoid(second(torch.relu(first(by_hand))))
+    torch.testing.assert_close(image, expected.view(5, *DIGITS))
+    image.sum().backward()
+    touched = capsules.grad.abs().sum(-1) > 0  # [B, J]
+    assert torch.equal(touched, torch.nn.functional.one_hot(labels, 3).bool())
+
+
+def test_decoder_predicts_from_the_longest_capsule():
+    decoder = Decoder(3, 2, DIGITS)
+    capsules = torch.tensor([[[0.1, 0.1], [0.0, -0.9], [0.5, 0.5]], [[0.6, 0.6], [0.0, 0.8], [0.3, 0.0]]])
+    torch.testing.assert_close(decoder(capsules), decoder(capsules, torch.tensor([1, 0])), rtol=0, atol=0)
+
+
+def test_decoder_lets_no_other_capsule_through():
+    decoder = Decoder(2, 3, DIGITS)
+    capsules = torch.randn(1, 2, 3)
+    clean = decoder(capsules, torch.tensor([1]))
+    capsules[0, 0] = torch.nan
+    torch.testing.assert_close(decoder(capsules, torch.tensor([1])), clean, rtol=0, atol=0)
+
+
+# Losses
+
+
+def test_margin_loss_is_equation_4():
+    lengths = torch.tensor([[0.95, 0.3, 0.05], [0.2, 0.5, 0.6]], dtype=torch.float64)
+    labels = torch.tensor([0, 1])
+    total = 0.0
+    for row, label in zip(lengths.tolist(), labels.tolist(), strict=True):
+        for j, length in enumerate(row):
+            present = 1 if j == label else 0
+            total += present * max(0, 0.9 - length) ** 2 + 0.5 * (1 - present) * max(0, length - 0.1) ** 2
+    assert MarginLoss()(lengths, labels).item() == pytest.approx(total / 2, rel=1e-12)
+
+
+def test_margin_loss_takes_its_constants():
+    loss = MarginLoss(m_plus=0.8, m_minus=0.2, down_weight=0.25)
+    assert loss(torch.tensor([[0.5, 0.6]]), torch.tensor([0])).item() == pytest.approx(0.3**2 + 0.25 * 0.4**2)
+    assert repr(loss) == "MarginLoss(m_plus=0.8, m_minus=0.2, down_weight=0.25)"
+
+
+def test_capsnet_loss_adds_the_mean_squared_error():
+    net = CapsNet((1, 28, 28), 2, channels=2, types=1, hidden=(4,))
+    images, labels = torch.rand(3, 1, 28, 28), torch.tensor([0, 1, 1])
+    output = net(images, labels)
+    squares = (output.reconstruction - images).square().sum() / 3  # the paper's sum over the 784 pixels
+    expected = MarginLoss()(output.lengths, labels) + 0.0005 * squares
+    torch.testing.assert_close(CapsNetLoss(0.392)(output, images, labels), expected)
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (torch.tensor([0.0, 1.0]), TypeError, "labels must be int64, got torch.float32"),
+        (torch.tensor([0]), ValueError, r"labels must be \[B\] with B = 2, got \[1\]"),
+        (torch.tensor([[0], [1]]), ValueError, r"labels must be \[B\] with B = 2, got \[2, 1\]"),
+    ],
+)
+def test_labels_are_checked(labels, error, message):
+    with pytest.raises(error, match=message):
+        MarginLoss()(torch.rand(2, 3), labels)
+    with pytest.raises(error, match=message):
+        Decoder(3, 4, DIGITS)(torch.rand(2, 3, 4), labels)
+
+
+def test_margin_loss_wants_one_length_for_each_class():
+    with pytest.raises(ValueError, match=r"lengths must be \[B, J\], got \[2, 3, 4\]"):
+        MarginLoss()(torch.rand(2, 3, 4), torch.tensor([0, 1]))
+
+
+# CapsNet
+
+
+@pytest.mark.parametrize(
+    ("image_shape", "grid"),
+    [((1, 5, 5), (1, 1)), ((1, 8, 8), (4, 4)), ((3, 32, 32), (8, 8)), ((1, 28, 28), (6, 6)), ((2, 12, 20), (6, 10))],
+)
+def test_capsnet_takes_any_image(image_shape, grid):
+    net = CapsNet(image_shape, 4, channels=3, types=2, hidden=(4,))
+    output = net(torch.rand(2, *image_shape), torch.tensor([0, 3]))
+    assert net.grid == (*grid, 2)
+    assert output.capsules.shape == (2, 4, 16)
+    torch.testing.assert_close(output.lengths, output.capsules.norm(dim=-1))
+    assert output.reconstruction.shape == (2, *image_shape)
+
+
+def test_capsnet_is_the_papers_by_default():
+    with torch.device("meta"):
+        net = CapsNet((1, 28, 28), 10)
+    assert (net.conv.kernel_size, net.conv.stride, net.conv.out_channels) == ((9, 9), (1, 1), 256)
+    assert (net.primary.conv.kernel_size, net.primary.conv.stride) == ((9, 9), (2, 2))
+    assert net.routing.weight.shape == (1152, 8, 10, 16)
+    assert [layer.out_features for layer in net.decoder.layers[::2]] == [512, 1024, 784]
+
+
+def test_labels_reach_only_the_reconstruction():
+    net, images = small_net(), torch.rand(4, *DIGITS)
+    free = net(images)
+    told = net(images, (free.lengths.argmax(-1) + 1) % 3)
+    assert torch.equal(free.capsules, told.capsules)
+    assert torch.equal(free.lengths, told.lengths)
+    assert not torch.equal(free.reconstruction, told.reconstruction)
+    chosen = net(images, free.lengths.argmax(-1))
+    assert torch.equal(free.reconstruction, chosen.reconstruction)
+
+
+@pytest.mark.parametrize(
+    ("image_shape", "error", "message"),
+    [
+        ((1, 4, 8), ValueError, "image_shape must have a height and width of at least 5, got 4"),
+        ((8, 8), ValueError, r"image_shape must be \(channels, height, width\), got \(8, 8\)"),
+        ((0, 8, 8), ValueError, r"image_shape\[0\] must be at least 1, got 0"),
+        ((1, 8.0, 8), TypeError, r"image_shape\[1\] must be an int, got float"),
+    ],
+)
+def test_capsnet_refuses_wrong_image_shapes(image_shape, error, message):
+    with pytest.raises(error, match=message):
+        CapsNet(image_shape, 10)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 1, 8, 9), (1, 8, 8)])
+def test_capsnet_refuses_wrong_images(shape):
+    with pytest.raises(ValueError, match=r"images must be \[B, C, H, W\] with C = 1, H = 8 and W = 8, got \["):
+        small_net()(torch.rand(shape))
+
+
+def test_capsnet_gradients(backend):
+    net = small_net(backend=backend, dtype=torch.float64, class_features=2)
+    images, labels = torch.rand(2, *DIGITS, dtype=torch.float64, requires_grad=True), torch.tensor([0, 2])
+
+    def loss(images, *parameters):
+        output = torch.func.functional_call(net, dict(zip(names, parameters, strict=True)), (images, labels))
+        return CapsNetLoss()(output, images, labels)
+
+    names, parameters = zip(*net.named_parameters(), strict=True)
+    assert torch.autograd.gradcheck(loss, (images, *parameters), fast_mode=True)
+
+
+def test_capsnet_learns_its_batch(backend):
+    net, images, labels = small_net(backend=backend), torch.rand(6, *DIGITS), torch.tensor([0, 1, 2, 0, 1, 2])
+    optimizer = torch.optim.Adam(net.parameters(), 0.02)
+    losses = []
+    for _ in range(60):
+        loss = CapsNetLoss()(net(images, labels), images, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+    assert torch.equal(net(images).lengths.argmax(-1), labels)
+
+
+# What a torch module must survive
+
+
+@pytest.fixture
+def net_and_batch(backend):
+    return small_net(backend=backend), torch.rand(4, *DIGITS), torch.tensor([0, 1, 2, 0])
+
+
+def test_state_dict_and_deepcopy(net_and_batch):
+    net, images, _ = net_and_batch
+    copied = copy.deepcopy(net)
+    loaded = small_net(backend=net.routing.backend)
+    loaded.load_state_dict(net.state_dict())
+    for other in (copied, loaded):
+        for mine, theirs in zip(net(images), other(images), strict=True):
+            assert torch.equal(mine, theirs)
+    with torch.no_grad():
+        copied.routing.weight.zero_()
+    assert net.routing.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_to_dtype(net_and_batch, dtype):
+    net, images, labels = net_and_batch
+    output = copy.deepcopy(net).to(dtype)(images.to(dtype), labels)
+    assert output.capsules.dtype == output.reconstruction.dtype == dtype
+    assert output.lengths.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(output.lengths.float(), net(images).lengths, rtol=0.1, atol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(net_and_batch, dtype):
+    net, images, labels = net_and_batch
+    with torch.autocast("cpu", dtype):
+        output = net(images, labels)
+        loss = CapsNetLoss()(output, images, labels)
+    assert output.capsules.dtype == dtype
+    assert output.lengths.dtype == loss.dtype == torch.float32
+    loss.backward()
+    exact = torch.autograd.grad(CapsNetLoss()(net(images, labels), images, labels), net.parameters())
+    for parameter, expected in zip(net.parameters(), exact, strict=True):
+        assert parameter.grad.dtype == torch.float32
+        torch.testing.assert_close(parameter.grad, expected, rtol=0.1, atol=0.1 * float(expected.abs().max()) + 1e-6)
+
+
+def test_lengths_of_float16_capsules_are_float32():
+    capsules = torch.full((1, 3, 16), 1e-5, dtype=torch.float16, requires_grad=True)  # its square is 0 in float16
+    lengths = capsule_lengths(capsules)
+    torch.testing.assert_close(lengths, capsules.detach().float().norm(dim=-1))
+    lengths.sum().backward()
+    torch.testing.assert_close(capsules.grad, torch.full_like(capsules, 0.25))
+
+
+def test_lengths_of_zero_capsules_have_no_gradient():
+    capsules = torch.zeros(1, 3, 4, requires_grad=True)
+    capsule_lengths(capsules).sum().backward()
+    assert torch.equal(capsules.grad, torch.zeros_like(capsules))
+
+
+def test_compile_in_one_graph(net_and_batch):
+    net, images, labels = net_and_batch
+    step = torch.compile(lambda x, y: CapsNetLoss()(net(x, y), x, y), fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (4, 3):
+        eager = CapsNetLoss()(net(images[:batch], labels[:batch]), images[:batch], labels[:batch])
+        compiled = step(images[:batch], labels[:batch])
+        torch.testing.assert_close(compiled, eager)
+        torch.testing.assert_close(
+            torch.autograd.grad(compiled, net.parameters()), torch.autograd.grad(eager, net.parameters())
+        )
