@@ -1,0 +1,20 @@
+"""The registry of `capsroute bench` for pytest-benchmark; results are checked before they are timed.
+
+One shape: `pytest benchmarks -k "mnist-forward and not compiled"`. One thread: OMP_NUM_THREADS=1.
+"""
+
+import pytest
+
+from capsroute.bench.compare import prepare
+from capsroute.bench.registry import CASES, IMPLEMENTATIONS, run
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_routing(benchmark, case, backward, name):
+    benchmark.group = f"{case.name}, {'forward + backward' if backward else 'forward'}"
+    prepared = prepare(case, backward, [name])
+    if name in prepared.too_large:
+        pytest.skip(prepared.too_large[name])
+    benchmark(run, prepared.forwards[name], prepared.problem, backward)

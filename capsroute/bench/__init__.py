@@ -1,0 +1,1 @@
+"""Measure capsule routing against plain PyTorch: time in turns, memory in fresh processes, results first."""

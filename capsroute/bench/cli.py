@@ -1,0 +1,121 @@
+"""The command `capsroute bench`: the implementations of routing, compared at the shapes in use."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from .. import __version__, _ops
+from . import table
+from .compare import DisagreementError, compare
+from .registry import CASES, IMPLEMENTATIONS, fused_backend
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `capsroute bench` to its parser."""
+    parser.add_argument(
+        "--case",
+        nargs="+",
+        choices=(*CASES, "all"),
+        default=["mnist"],
+        dest="cases",
+        metavar="NAME",
+        help=f"{', '.join(CASES)}, or all, which takes long (default: mnist)",
+    )
+    parser.add_argument(
+        "--pass",
+        choices=("forward", "both"),
+        default="both",
+        dest="passes",
+        help="the forward alone, or also forward + backward (default: %(default)s)",
+    )
+    parser.add_argument("--batch", type=_count, metavar="B", help="instead of each case's own batch")
+    parser.add_argument("--threads", type=_count, metavar="N", help="of torch (default: its own choice)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    parser.add_argument(
+        "--implementations",
+        nargs="+",
+        choices=IMPLEMENTATIONS,
+        default=list(IMPLEMENTATIONS),
+        metavar="NAME",
+        help=f"{', '.join(IMPLEMENTATIONS)} (default: all); ratios are to the first",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="to time each case and pass, once warm (default: %(default)g)"
+    )
+    parser.add_argument("--memory", action="store_true", help="also measure peak memory, in fresh processes")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the header and the table; returns the exit status, 1 if a result was wrong."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    dtype = getattr(torch, args.dtype)
+    cases = [CASES[name] for name in (CASES if "all" in args.cases else args.cases)]
+    if args.batch:
+        cases = [case._replace(batch=args.batch) for case in cases]
+    about = describe_machine(dtype)
+
+    def say(text: str) -> None:  # to stderr where stdout is for JSON
+        print(text, file=sys.stderr if args.json else sys.stdout, flush=True)
+
+    say("\n".join(f"- {name}: {value}" for name, value in (*about.items(), *((c.name, c.describe()) for c in cases))))
+    names = args.implementations
+    say("\n" + table.head(f"{args.dtype}, ± half the quartile distance", names))
+    measured = []
+    for case in cases:
+        for backward in (False, True)[: 1 + (args.passes == "both")]:
+            label = "forward + backward" if backward else "forward"
+            try:
+                results = compare(case, backward, names, dtype=dtype, seconds=args.seconds, memory=args.memory)
+            except DisagreementError as error:
+                print(f"capsroute bench: error: {case.name}, {label}: {error}", file=sys.stderr)
+                return 1
+            say(table.rows(f"{case.name}, {label}", results))
+            measured += [{"case": case._asdict(), "pass": label, **result._asdict()} for result in results]
+    if args.json:
+        print(json.dumps({"command": "bench", "dtype": args.dtype, "machine": about, "results": measured}))
+    return 0
+
+
+def describe_machine(dtype: torch.dtype) -> dict[str, object]:
+    """What the figures depend on besides the code: processor, threads, versions."""
+    compiler = re.search(rb"GCC: \([^)]*\) [\d.]+|clang version [\d.]+", _library())
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
+        "machine": f"{platform.system()} {platform.machine()}, {_processor()}, {os.cpu_count()} logical processors",
+        "threads": torch.get_num_threads(),
+        "fused": f"{fused_backend(torch.empty(0, 1, 1, dtype=dtype))} ({_ops.cpu_library()[1]})",
+        "torch": f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}",
+        "python": platform.python_version(),
+        "capsroute": __version__,
+        "compiler": compiler[0].decode() if compiler else "unknown",
+    }
+
+
+def _library() -> bytes:
+    """The library of kernels, in which the compiler leaves its name."""
+    return _ops.LIBRARY.read_bytes() if _ops.LIBRARY.exists() else b""
+
+
+def _processor() -> str:
+    name = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return name[1] if name else "unknown processor"
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number

@@ -1,0 +1,121 @@
+"""Compare the implementations on a case: first their results, then their time and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference import accumulation_dtype
+from .measure import Result, alternate, available_memory, in_fresh_process, peak_growth
+from .registry import IMPLEMENTATIONS, Case, Forward, Problem, make_problem, run
+
+# |x - reference| / |reference| that rounding may explain, over a whole tensor
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+class DisagreementError(RuntimeError):
+    """An implementation's result is not the reference's: nothing may be said of its speed."""
+
+
+def compare(
+    case: Case, backward: bool, names: Sequence[str], *, dtype: torch.dtype, seconds: float, memory: bool
+) -> list[Result]:
+    """Measure implementations on a case.
+
+    Args:
+        case: the shape.
+        backward: measure forward and backward with all gradients, else the forward with none wanted.
+        names: of the implementations.
+        dtype: of all tensors.
+        seconds: about how long to time.
+        memory: also measure peak memory, each implementation in a process of its own.
+
+    Raises:
+        DisagreementError: if a result differs from the reference's.
+    """
+    prepared = prepare(case, backward, names, dtype)
+    calls = {name: partial(run, forward, prepared.problem, backward) for name, forward in prepared.forwards.items()}
+    timings = alternate(calls, seconds)
+    results = []
+    for name in names:
+        if name in prepared.too_large:
+            results.append(Result(name, note=prepared.too_large[name]))
+            continue
+        result = Result(name, *timings[name])
+        results.append(_with_memory(result, case, backward, dtype) if memory else result)
+    return results
+
+
+class Prepared(NamedTuple):
+    """A case's tensors, the implementations that fit and agree, and what is to be said of the others."""
+
+    problem: Problem
+    forwards: dict[str, Forward]
+    too_large: dict[str, str]
+
+
+def prepare(case: Case, backward: bool, names: Sequence[str], dtype: torch.dtype = torch.float32) -> Prepared:
+    """Get a case ready to be measured: arguments and errors as for :func:`compare`."""
+    problem = make_problem(case, dtype)
+    room = available_memory()
+    needs = {name: bytes_held(name, case, backward, dtype) for name in IMPLEMENTATIONS}
+    forwards = {name: IMPLEMENTATIONS[name].make() for name in names if needs[name] <= room}
+    check(forwards, checked_part(problem, needs["reference"], room), backward)
+    too_large = {name: f"needs ~{needs[name] / 2**30:.0f} GiB" for name in names if name not in forwards}
+    return Prepared(problem, forwards, too_large)
+
+
+def bytes_held(name: str, case: Case, backward: bool, dtype: torch.dtype) -> int:
+    """About the most memory that an implementation holds, less inputs and results."""
+    return int(IMPLEMENTATIONS[name].held[backward] * case.votes * accumulation_dtype(dtype).itemsize)
+
+
+def checked_part(problem: Problem, needed: int, room: int) -> Problem:
+    """The problem, or if the reference needs more room than there is, as many samples as take a quarter."""
+    batch = len(problem.u)
+    return problem if needed <= room else problem.first(max(1, batch * room // (4 * needed)))
+
+
+def check(forwards: dict[str, Forward], problem: Problem, backward: bool) -> None:
+    """Raise DisagreementError unless every forward gives the reference's v and gradients."""
+    expected = run(IMPLEMENTATIONS["reference"].make(), problem, backward)
+    for name, forward in forwards.items():
+        if name != "reference":
+            check_equal(name, run(forward, problem, backward), expected)
+
+
+def check_equal(name: str, results: list[Tensor], expected: list[Tensor]) -> None:
+    """Raise DisagreementError unless every result is close to what is expected, by the norm of the difference."""
+    for index, (x, y) in enumerate(zip(results, expected, strict=True)):
+        if x.shape != y.shape or x.dtype != y.dtype:
+            raise DisagreementError(
+                f"{name}: result {index} is {x.dtype} {list(x.shape)}, the reference's {y.dtype} {list(y.shape)}"
+            )
+        norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
+        difference, limit = norm(x - y).item(), TOLERANCE[y.dtype] * norm(y).item()
+        if not difference <= limit:  # nor is it, if it is NaN
+            raise DisagreementError(
+                f"{name}: result {index} is {difference:.1e} from the reference's, at most {limit:.1e} is rounding"
+            )
+
+
+def _with_memory(result: Result, case: Case, backward: bool, dtype: torch.dtype) -> Result:
+    try:
+        peak = in_fresh_process(_case_memory, case, backward, result.name, dtype, torch.get_num_threads())
+    except BrokenProcessPool:
+        return result._replace(note="its process was killed")
+    return result._replace(peak_bytes=peak)
+
+
+def _case_memory(case: Case, backward: bool, name: str, dtype: torch.dtype, threads: int) -> int:
+    torch.set_num_threads(threads)
+    implementation, problem = IMPLEMENTATIONS[name], make_problem(case, dtype)
+    forward = implementation.make()
+    # The small problem leaves nothing behind that the first true call would need; a compiled one has no choice.
+    small = problem if implementation.compiles else problem.first(2)
+    return peak_growth(lambda: run(forward, small, backward), lambda: run(forward, problem, backward))

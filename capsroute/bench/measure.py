@@ -1,0 +1,108 @@
+"""Time and memory of a call, measured so that the figures of several calls can be compared."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import re
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from torch import Tensor
+
+MIN_ROUNDS = 3
+T = TypeVar("T")
+
+
+class Timing(NamedTuple):
+    """Seconds of a call over some rounds: the median, and the quartiles around it."""
+
+    seconds: float
+    lower: float
+    upper: float
+    rounds: int
+
+
+class Result(NamedTuple):
+    """What was measured of an implementation, None where it was not, and a note why.
+
+    Attributes:
+        name: of the implementation.
+        seconds, lower, upper, rounds: as in :class:`Timing`.
+        peak_bytes: extra memory, as :func:`peak_growth` gives it.
+        note: why something was not measured.
+    """
+
+    name: str
+    seconds: float | None = None
+    lower: float | None = None
+    upper: float | None = None
+    rounds: int = 0
+    peak_bytes: int | None = None
+    note: str = ""
+
+
+def alternate(
+    calls: dict[str, Callable[[], object]], seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Timing]:
+    """Time the calls in turns, A B C A B C ..., so that a slow moment of the machine falls on all of them.
+
+    Args:
+        calls: what to time, by name; each is called once before, to warm up.
+        seconds: begin no further round after this long, but make MIN_ROUNDS.
+        clock: gives the time in seconds.
+    """
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    rounds, end = 0, clock() + seconds
+    while calls and (rounds < MIN_ROUNDS or clock() < end):
+        for name, call in calls.items():
+            start = clock()
+            call()
+            times[name].append(clock() - start)
+        rounds += 1
+    timings = {}
+    for name, taken in times.items():
+        lower, median, upper = statistics.quantiles(taken, n=4, method="inclusive")
+        timings[name] = Timing(median, lower, upper, rounds)
+    return timings
+
+
+def available_memory() -> int:
+    """Bytes that can be allocated without swapping, as Linux estimates them."""
+    return _kibibytes("/proc/meminfo", "MemAvailable")
+
+
+def peak_growth(warm_up: Callable[[], object], work: Callable[[], list[Tensor]]) -> int:
+    """Bytes by which the process's peak resident memory grows during `work`, less the tensors it returns.
+
+    Call it in a fresh process: in one that has worked before, memory that the C library has kept hides a
+    part. That is also why `warm_up`, which should load code and little else, is followed by a trim.
+    """
+    warm_up()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again at what is resident now
+    before = _kibibytes("/proc/self/status", "VmRSS")
+    results = work()
+    peak = _kibibytes("/proc/self/status", "VmHWM")
+    return max(peak - before - sum(x.nbytes for x in results), 0)
+
+
+def in_fresh_process(function: Callable[..., T], *args: object) -> T:
+    """function(*args) in a new Python process; all must be picklable.
+
+    Raises:
+        concurrent.futures.process.BrokenProcessPool: if the process is killed, as for want of memory.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def _kibibytes(path: str, field: str) -> int:
+    """A field of a file of /proc that is given in kB, in bytes."""
+    return int(re.search(rf"^{field}:\s+(\d+) kB$", Path(path).read_text(), re.MULTILINE)[1]) * 1024

@@ -1,0 +1,164 @@
+"""What is compared: the shapes at which capsule routing is really used, and the ways to compute it.
+
+Everything that times, weighs or tests an implementation goes through here: `capsroute bench`,
+`benchmarks/` and the tests.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import _backends, reference
+from ..functional import capsule_linear, dynamic_routing
+from .plain import matmul
+
+T = TypeVar("T")
+
+
+class Case(NamedTuple):
+    """A shape in use; `weight` names its dimensions in letters, "" where the votes are given."""
+
+    name: str
+    batch: int
+    inputs: int
+    in_features: int
+    outputs: int
+    out_features: int
+    iterations: int = 3
+    weight: str = "IJOD"
+
+    @property
+    def votes(self) -> int:
+        """The numbers in the votes [B, I, J, O]."""
+        return self.batch * self.inputs * self.outputs * self.out_features
+
+    def describe(self) -> str:
+        """The shape in words, for a table."""
+        sizes = zip("BIDJOR", self[1:7], strict=True)
+        shape = " ".join(f"{letter}={size}" for letter, size in sizes if size)
+        return f"{shape}, {f'weight [{self.weight}]' if self.weight else 'votes given'}"
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("mnist", 128, 1152, 8, 10, 16),  # Sabour et al. 2017
+        Case("mnist-1", 1, 1152, 8, 10, 16),
+        Case("cifar10", 128, 4096, 8, 10, 16),
+        Case("deepcaps", 256, 2560, 8, 10, 32),  # class capsules, Rajasegaran et al. 2019
+        Case("emnist", 100, 1152, 8, 62, 16),
+        Case("196-classes", 128, 3872, 8, 196, 16),
+        Case("imagenet", 128, 1568, 8, 1000, 16),
+        Case("matrix-pose", 4608, 288, 16, 32, 16),  # convolutional capsules: B times positions
+        Case("segcaps", 16384, 16, 0, 4, 32, weight=""),  # LaLonde and Bagci 2018: B times pixels
+        Case("comirec", 256, 50, 64, 4, 64),  # ComiRec-DR, Cen et al. 2020
+        Case("comirec-shared", 256, 50, 64, 4, 64, weight="JOD"),
+        Case("mind", 8192, 50, 64, 8, 64, weight="OD"),  # Li et al. 2019; J comes from fixed random logits
+        Case("efficient", 16, 16, 8, 10, 16, iterations=1),  # Efficient-CapsNet, Mazzia et al. 2021
+    )
+}
+
+
+class Problem(NamedTuple):
+    """The tensors of a case."""
+
+    u: Tensor  # [B, I, D], or the votes [B, I, J, O] where weight is None
+    weight: Tensor | None  # [I, J, O, D] in the memory order I, D, J, O, [J, O, D] or [O, D]
+    logits: Tensor | None  # [I, J]
+    iterations: int
+    grad_v: Tensor  # [B, J, O]
+
+    def first(self, batch: int) -> Problem:
+        """The first samples of it."""
+        u = self.u.detach()[:batch].requires_grad_()
+        return self._replace(u=u, grad_v=self.grad_v[:batch])
+
+
+def make_problem(case: Case, dtype: torch.dtype = torch.float32) -> Problem:
+    """Random tensors for a case, always the same: |u| is about 1, votes as :class:`CapsuleLinear` makes them."""
+    batch, inputs, in_features, outputs, out_features = case[1:6]
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, std: float) -> Tensor:
+        return torch.empty(shape).normal_(0, std, generator=generator).to(dtype)
+
+    weight, logits = None, None
+    std = min(outputs / math.sqrt(inputs), 1) / math.sqrt(out_features)
+    if case.weight:
+        u = normal(batch, inputs, in_features, std=1 / math.sqrt(in_features))
+        sizes = {"I": inputs, "D": in_features, "J": outputs, "O": out_features}
+        memory = "IDJO" if case.weight == "IJOD" else case.weight
+        weight = normal(*(sizes[letter] for letter in memory), std=std)
+        weight = weight.permute(*(memory.index(letter) for letter in case.weight)).requires_grad_()
+    else:
+        u = normal(batch, inputs, outputs, out_features, std=std)
+    if case.weight == "OD":
+        logits = normal(inputs, outputs, std=1)
+    return Problem(u.requires_grad_(), weight, logits, case.iterations, normal(batch, outputs, out_features, std=1))
+
+
+Forward = Callable[[Problem], Tensor]
+
+
+def run(forward: Forward, problem: Problem, backward: bool) -> list[Tensor]:
+    """v alone, with no gradient wanted, or v and the gradients of u (or the votes) and the weight."""
+    if not backward:
+        with torch.no_grad():
+            return [forward(problem)]
+    v = forward(problem)
+    leaves = [x for x in (problem.u, problem.weight) if x is not None]
+    return [v.detach(), *torch.autograd.grad(v, leaves, problem.grad_v)]
+
+
+def routed(problem: Problem, backend: str) -> Tensor:
+    """v by the package's own operator."""
+    u, weight, logits, iterations, _ = problem
+    if weight is None:
+        return dynamic_routing(u, iterations, logits=logits, backend=backend)
+    return capsule_linear(u, weight, iterations, logits=logits, backend=backend)
+
+
+def fused_backend(u: Tensor) -> str:
+    """The name of the backend that backend="auto" resolves to for u."""
+    chosen = _backends.choose("auto", u, reference.Options())
+    return next(name for name, backend in _backends.BACKENDS.items() if backend.run is chosen)
+
+
+def compiled(function: Callable[..., T]) -> Callable[..., T]:
+    """torch.compile of a function, for one shape; what was compiled before is forgotten."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise FileNotFoundError(f"torch.compile needs a C++ compiler, and {compiler} is not there")
+    torch.compiler.reset()  # else the recompile limit is met after a few cases
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+class Implementation(NamedTuple):
+    """One way to compute routing.
+
+    Attributes:
+        make: gives a function that computes v, new for every case.
+        held: the most memory that it holds (forward alone, forward and backward), less inputs and results,
+            in votes of the accumulation type: measured, rounded, and only to tell what cannot fit.
+        compiles: the first call with a new shape compiles.
+    """
+
+    make: Callable[[], Forward]
+    held: tuple[float, float]
+    compiles: bool = False
+
+
+IMPLEMENTATIONS = {
+    "fused": Implementation(lambda: partial(routed, backend="auto"), (0, 0)),
+    "reference": Implementation(lambda: partial(routed, backend="reference"), (2, 5.5)),
+    "compiled": Implementation(lambda: compiled(lambda problem: routed(problem, "reference")), (2, 3.5), compiles=True),
+    "matmul": Implementation(lambda: lambda problem: matmul(*problem[:4]), (0.7, 3.5)),
+}

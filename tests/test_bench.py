@@ -1,0 +1,301 @@
+"""The benchmark: its cases and implementations, its measuring, and that it refuses wrong results."""
+
+import argparse
+import itertools
+import json
+import os
+import pickle
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+
+import pytest
+import torch
+
+from capsroute.bench import cli, compare, measure, plain, registry, step, table
+from capsroute.bench.measure import Result
+from capsroute.bench.registry import CASES, IMPLEMENTATIONS, Implementation
+from capsroute.nn import CapsNet
+
+TINY = CASES["efficient"]._replace(batch=3, iterations=2)
+MIB = 1 << 20
+
+
+def shrunk(case, batch=20):
+    return case._replace(
+        batch=min(case.batch, batch),
+        inputs=min(case.inputs, 13),
+        in_features=min(case.in_features, 9),
+        outputs=min(case.outputs, 7),
+        out_features=min(case.out_features, 10),
+    )
+
+
+# Cases and implementations
+
+
+MEBIBYTES = {
+    "mnist": 90, "cifar10": 320, "deepcaps": 800, "emnist": 436, "196-classes": 5.8 * 1024, "imagenet": 12 * 1024,
+    "matrix-pose": 2.5 * 1024, "segcaps": 128, "comirec": 12.5, "mind": 800,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEBIBYTES)
+def test_cases_have_the_size_of_the_shapes_in_use(name):
+    assert CASES[name].votes * 4 / MIB == pytest.approx(MEBIBYTES[name], rel=0.03)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_problem_has_the_shapes_of_its_case(case):
+    case = shrunk(case)
+    problem = registry.make_problem(case, torch.bfloat16)
+    sizes = dict(zip("BIDJO", case[1:6], strict=True))
+    assert problem.u.shape == tuple(sizes[letter] for letter in ("BID" if case.weight else "BIJO"))
+    if case.weight:
+        assert problem.weight.shape == tuple(sizes[letter] for letter in case.weight)
+    assert problem.grad_v.shape == (case.batch, case.outputs, case.out_features)
+    assert {x.dtype for x in problem if isinstance(x, torch.Tensor)} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("part_bytes", [1, plain.PART_BYTES])  # parts of the batch, or all at once
+@pytest.mark.parametrize("batch", [3, 20])  # votes made, or not
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_implementations_agree(case, batch, part_bytes, monkeypatch):
+    monkeypatch.setattr(plain, "PART_BYTES", part_bytes)
+    names = [name for name in IMPLEMENTATIONS if name != "compiled"]
+    for backward, dtype in itertools.product((False, True), (torch.float64, torch.bfloat16)):
+        compare.prepare(shrunk(case, batch), backward, names, dtype)
+
+
+def test_compiled_reference_agrees():
+    compare.prepare(TINY, True, ["compiled"])
+
+
+def test_compiling_needs_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(FileNotFoundError, match="no-such-compiler is not there"):
+        IMPLEMENTATIONS["compiled"].make()
+
+
+# What is wrong is refused
+
+
+def wrong(distort):
+    """A registry in which "fused" is the reference, distorted."""
+    make = lambda: lambda problem: distort(registry.routed(problem, "reference"), problem)  # noqa: E731
+    return {**IMPLEMENTATIONS, "fused": Implementation(make, (0, 0))}
+
+
+@pytest.mark.parametrize(
+    ("distort", "backward", "result"),
+    [
+        (lambda v, problem: v * 1.001, False, 0),
+        (lambda v, problem: v + torch.nan, False, 0),
+        (lambda v, problem: v[:, 1:], False, 0),
+        (lambda v, problem: v.double(), False, 0),
+        (lambda v, problem: v + 1e-2 * (problem.u - problem.u.detach()).sum(), True, 1),
+        (lambda v, problem: v + 1e-2 * (problem.weight - problem.weight.detach()).sum(), True, 2),
+    ],
+    ids=["value", "nan", "shape", "dtype", "gradient-u", "gradient-weight"],
+)
+def test_wrong_result_is_refused(distort, backward, result, monkeypatch):
+    monkeypatch.setattr(compare, "IMPLEMENTATIONS", wrong(distort))
+    with pytest.raises(compare.DisagreementError, match=f"fused: result {result} is"):
+        compare.prepare(TINY, backward, ["fused", "reference"])
+
+
+def test_command_reports_no_time_of_a_wrong_result(monkeypatch, capsys):
+    monkeypatch.setattr(compare, "IMPLEMENTATIONS", wrong(lambda v, problem: v + 1))
+    assert bench("--case", "efficient", "--implementations", "fused", "--seconds", "0") == 1
+    captured = capsys.readouterr()
+    assert "efficient, forward: fused: result 0 is" in captured.err
+    assert "| efficient" not in captured.out
+
+
+# Measuring
+
+
+def test_calls_take_turns_and_all_rounds_count():
+    called, now = [], [0.0]
+
+    def call(name, durations):
+        called.append(name)
+        now[0] += next(durations)
+
+    calls = {
+        "a": partial(call, "a", iter([9, 1, 2, 3, 4, 5])),  # the first is the warm-up
+        "b": partial(call, "b", itertools.repeat(10)),
+    }
+    timings = measure.alternate(calls, 60.5, clock=lambda: now[0])  # 5 rounds take 65 s, 4 take 50
+    assert called == ["a", "b"] * 6
+    assert timings == {"a": measure.Timing(3, 2, 4, 5), "b": measure.Timing(10, 10, 10, 5)}
+
+
+def test_at_least_three_rounds():
+    assert measure.alternate({"a": lambda: None}, seconds=0)["a"].rounds == 3
+
+
+def touch_64_return_16():
+    torch.ones(64 * MIB // 4)
+    return [torch.ones(16 * MIB // 4)]
+
+
+def test_peak_growth_counts_what_was_freed_but_not_the_results():
+    grown = measure.in_fresh_process(measure.peak_growth, touch_64_return_16, touch_64_return_16)
+    assert grown == pytest.approx(48 * MIB, abs=2 * MIB)  # 64 freed before the 16 came
+
+
+def test_a_process_that_dies_is_told(monkeypatch):
+    with pytest.raises(BrokenProcessPool):
+        measure.in_fresh_process(os._exit, 9)
+
+    def dies(*args):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(compare, "in_fresh_process", dies)
+    results = compare.compare(TINY, False, ["reference"], dtype=torch.float32, seconds=0, memory=True)
+    assert (results[0].peak_bytes, results[0].note) == (None, "its process was killed")
+
+
+def test_memory_of_a_case():
+    case = CASES["mnist"]._replace(batch=32)
+    (result,) = compare.compare(case, False, ["reference"], dtype=torch.float32, seconds=0, memory=True)
+    assert 1 < result.peak_bytes / (case.votes * 4) <= IMPLEMENTATIONS["reference"].held[False]
+
+
+def test_what_does_not_fit_says_so_and_the_rest_runs(monkeypatch):
+    needed = compare.bytes_held("reference", TINY, True, torch.float32)
+    assert needed == 5.5 * TINY.votes * 4
+    monkeypatch.setattr(compare, "available_memory", lambda: needed - 1)
+    checked = []
+    monkeypatch.setattr(compare, "check", lambda forwards, problem, backward: checked.append(len(problem.u)))
+    results = compare.compare(
+        TINY._replace(batch=30), True, ["fused", "reference"], dtype=torch.float32, seconds=0, memory=False
+    )
+    assert results[0].rounds == 3
+    assert results[1] == Result("reference", note="needs ~0 GiB")
+    assert checked == [1]  # a tenth of the batch would fit, a quarter of that is used, and at least one sample
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_memory_estimate_is_in_the_accumulation_type(dtype):
+    size = 8 if dtype == torch.float64 else 4
+    assert compare.bytes_held("compiled", CASES["mnist"], False, dtype) == 2 * 128 * 1152 * 160 * size
+    assert compare.bytes_held("fused", CASES["imagenet"], True, dtype) == 0
+
+
+def test_available_memory_is_less_than_the_machine_has():
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < measure.available_memory() < total
+
+
+# Table and command
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(12.3456, "12.3 s"), (0.1, "100 ms"), (1.5e-3, "1.5 ms"), (9.999e-6, "10 µs"), (1e-9, "0.001 µs")],
+)
+def test_seconds_are_told_in_three_digits(seconds, text):
+    assert table.format_seconds(seconds) == text
+
+
+def test_rows_give_spread_and_ratio():
+    results = [
+        Result("fused", 0.010, 0.009, 0.011, 5, 2 * MIB),
+        Result("reference", 0.125, 0.125, 0.125, 5, 90 * MIB),
+        Result("compiled", note="needs ~60 GiB"),
+    ]
+    times, memory = table.rows("mnist", results).splitlines()
+    assert [cell.strip() for cell in times.split("|")[1:-1]] == [
+        "mnist",
+        "10 ms ±10%",
+        "125 ms ±0%, 12.5x",
+        "needs ~60 GiB",
+    ]
+    assert [cell.strip() for cell in memory.split("|")[2:-1]] == ["2 MiB", "90 MiB, 45x", "needs ~60 GiB"]
+
+
+def test_memory_below_a_mebibyte_gives_no_ratio():
+    results = [Result("fused", 1, 1, 1, 3, 100), Result("reference", 1, 1, 1, 3, 90 * MIB)]
+    assert [cell.strip() for cell in table.rows("", results).split("|")[-3:-1]] == ["< 1 MiB", "90 MiB"]
+
+
+def bench(*arguments):
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    return cli.run(parser.parse_args(arguments))
+
+
+def test_command_prints_json_last_and_alone(capsys):
+    names = ["fused", "reference", "matmul"]
+    assert bench("--case", "efficient", "--batch", "2", "--implementations", *names, "--seconds", "0", "--json") == 0
+    captured = capsys.readouterr()
+    (line,) = captured.out.splitlines()
+    told = json.loads(line)
+    assert [(row["pass"], row["name"]) for row in told["results"]] == [
+        (label, name) for label in ("forward", "forward + backward") for name in names
+    ]
+    assert all(row["case"]["batch"] == 2 and row["lower"] <= row["seconds"] <= row["upper"] for row in told["results"])
+    assert told["machine"]["threads"] == torch.get_num_threads()
+    assert "| efficient, forward + backward " in captured.err
+
+
+def test_command_sets_threads_and_dtype(capsys):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert bench(
+            "--case", "efficient", "--pass", "forward", "--implementations", "fused", "--seconds", "0",
+            "--threads", "2", "--dtype", "bfloat16",
+        ) == 0  # fmt: skip
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    out = capsys.readouterr().out
+    assert "- threads: 2\n" in out
+    assert "| bfloat16" in out
+    assert "backward" not in out
+
+
+@pytest.mark.parametrize("arguments", [("--case", "imagined"), ("--batch", "0"), ("--implementations", "slow")])
+def test_command_refuses_wrong_arguments(arguments):
+    with pytest.raises(SystemExit):
+        bench(*arguments)
+
+
+# Training step
+
+
+def network(backend, distorted=None):
+    net = CapsNet((1, 10, 10), 3, channels=4, types=2, hidden=(8,), backend=backend)
+    if backend == distorted:
+        net.routing.iterations = 1
+    return net
+
+
+def in_this_process(function, *args):
+    """What in_fresh_process does, without the seconds that a process takes to import torch."""
+    with torch.random.fork_rng(devices=[]):
+        return function(*pickle.loads(pickle.dumps(args)))
+
+
+@pytest.fixture
+def batch(monkeypatch):
+    monkeypatch.delitem(step.BACKENDS, "compiled")  # takes a minute to compile
+    monkeypatch.setattr(step, "in_fresh_process", in_this_process)
+    return torch.rand(5, 1, 10, 10), torch.arange(5) % 3
+
+
+def test_training_steps_are_compared(batch):
+    before = torch.random.get_rng_state()
+    rows = step.compare_training_step(network, *batch, seconds=0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert [row["name"] for row in rows] == ["fused", "reference"]
+    assert all(row["rounds"] == 3 and row["seconds"] > 0 and row["peak_bytes"] >= 0 for row in rows)
+    assert "training step: extra memory" in step.format_rows(rows)
+    json.dumps(rows)
+
+
+def test_wrong_training_step_is_refused(batch):
+    with pytest.raises(compare.DisagreementError, match="fused"):
+        step.compare_training_step(partial(network, distorted="auto"), *batch, seconds=0)
