@@ -1,0 +1,142 @@
+"""Which backend serves a call: what "auto" takes, what an explicit name refuses, and life without the library."""
+
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from problems import FUSED, random_problem
+from torch.testing import assert_close
+
+import capsroute
+from capsroute import _backends, _ops
+
+
+@pytest.fixture
+def log(caplog, monkeypatch):
+    """What the package logs, from a fresh start."""
+    monkeypatch.setattr(_backends, "_logged", set())
+    caplog.set_level(logging.INFO, "capsroute")
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "capsroute"]
+
+
+@pytest.fixture
+def no_library(monkeypatch):
+    monkeypatch.setattr(_ops, "_loaded", (False, "hidden by the test"))
+
+
+def called(monkeypatch, name: str) -> list:
+    """Collect the calls that a backend serves."""
+    calls, backend = [], _backends.BACKENDS[name]
+
+    def run(*args):
+        calls.append(args)
+        return backend.run(*args)
+
+    monkeypatch.setitem(_backends.BACKENDS, name, backend._replace(run=run))
+    return calls
+
+
+def test_backends_says_what_can_run_here_and_why():
+    found = capsroute.backends()
+    assert list(found)[-1] == "reference"
+    assert set(FUSED) <= set(found)
+    assert found["reference"][0] is True
+    for can, why in found.values():
+        assert isinstance(can, bool)
+        assert isinstance(why, str)
+        assert why
+
+
+def test_auto_takes_the_kernels_where_they_serve(monkeypatch, fused):
+    calls = called(monkeypatch, fused)
+    random_problem().run("auto")
+    assert len(calls) == 1
+
+
+def test_auto_takes_the_reference_where_no_kernels_serve(monkeypatch, log, no_library):
+    calls = called(monkeypatch, "reference")
+    random_problem().run("auto")
+    assert len(calls) == 1
+    assert len(log()) == 1
+    assert "backend reference" in log()[0]
+    assert "hidden by the test" in log()[0]
+
+
+def test_auto_takes_the_reference_for_what_has_no_kernel(monkeypatch):
+    calls = called(monkeypatch, "reference")
+    random_problem(coupling="in").run("auto")
+    assert len(calls) == 1
+
+
+def test_auto_logs_its_reason_once(log):
+    for _ in range(3):
+        random_problem().run("auto")
+    assert len(log()) == 1
+    random_problem(coupling="in").run("auto")
+    assert len(set(log())) == len(log()) <= 2
+
+
+def test_explicit_backend_logs_nothing(log):
+    random_problem().run("reference")
+    assert log() == []
+
+
+def test_nothing_is_logged_while_compiling(log):
+    problem = random_problem()
+    compiled = torch.compile(lambda u, weight: capsroute.capsule_linear(u, weight), backend="eager", fullgraph=True)
+    assert_close(compiled(**problem.tensors), problem.run("reference"))
+    assert log() == []
+
+
+def test_explicit_backend_never_falls_back(monkeypatch, fused, no_library):
+    calls = called(monkeypatch, "reference")
+    with pytest.raises(RuntimeError, match=f'"{fused}" cannot serve this call: hidden by the test'):
+        random_problem().run(fused)
+    assert calls == []
+
+
+def test_explicit_backend_refuses_what_it_has_no_kernel_for(fused):
+    with pytest.raises(RuntimeError, match=f'"{fused}" cannot serve this call: .*coupling="in"'):
+        random_problem(coupling="in").run(fused)
+
+
+def test_explicit_backend_refuses_another_device(fused):
+    with pytest.raises(RuntimeError, match=f'"{fused}" cannot serve this call: .*meta'):
+        random_problem().map(lambda x: x.to("meta")).run(fused)
+
+
+WITHOUT_LIBRARY = """
+import sys
+from pathlib import Path
+import torch
+import capsroute
+assert Path(capsroute.__file__).parent == Path("capsroute").resolve()
+heavy = {"sklearn", "matplotlib", "rich", "safetensors", "tqdm"} & set(sys.modules)
+assert not heavy, f"import capsroute brings {heavy}"
+can, why = capsroute.backends()["cpu"]
+assert not can
+u, weight = torch.ones(2, 5, 3), torch.ones(5, 6, 4, 3)
+assert torch.equal(capsroute.capsule_linear(u, weight), capsroute.capsule_linear(u, weight, backend="reference"))
+try:
+    capsroute.capsule_linear(u, weight, backend="cpu")
+except RuntimeError as error:
+    assert why in str(error)
+    print(why)
+"""
+
+
+@pytest.mark.parametrize(("library", "reason"), [(None, "not built"), (b"no library", "could not be loaded")])
+def test_package_works_without_its_library(tmp_path, library, reason):
+    package = Path(capsroute.__file__).parent
+    shutil.copytree(package, tmp_path / "capsroute", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    if library:
+        (tmp_path / "capsroute" / _ops.LIBRARY.name).write_bytes(library)
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_LIBRARY], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert reason in result.stdout

@@ -1,0 +1,131 @@
+"""The private ops under torch's own checks, and the operator in torch.compile and torch.export."""
+
+import pytest
+import torch
+from problems import FORMS, OPTIONS, Problem, cotangent, random_problem
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.testing import assert_close
+
+import capsroute
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch._dynamo.reset()
+
+
+# The private ops
+
+
+def permuted(x: Tensor | None) -> Tensor | None:
+    """The same values, the dimensions in reverse order in memory."""
+    dims = [] if x is None else list(reversed(range(x.dim())))
+    return x if x is None else x.permute(dims).contiguous().permute(dims)
+
+
+CHECKED = [
+    ("ijod", "plain"),
+    ("ijod", "one pass"),
+    ("ijod", "all"),
+    ("jod", "logits of the layer"),
+    ("jod", "mask"),
+    ("od", "mask of the layer"),
+    ("votes", "leaky"),
+    ("votes", "all"),
+]
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, permuted])
+@pytest.mark.parametrize(("form", "options"), CHECKED)
+def test_ops_pass_opcheck(fused, form, options, layout):
+    if fused == "reference":
+        pytest.skip("the reference has no ops")
+    problem = random_problem((3, 5, 2, 3, 4), form=form, dtype=torch.float32, **OPTIONS[options])
+    given = {name: x if name in ("weight", "bias") else add_lead(x) for name, x in problem.tensors.items()}
+    tensors = [given.get("u", given.get("votes")), *(given.get(name) for name in ("weight", "bias", "logits"))]
+    mask = None if problem.mask is None else torch.atleast_2d(problem.mask)
+    arguments = [None if x is None else layout(x) for x in (*tensors, mask)]
+    scalars = problem.options.get("iterations", 3), problem.options.get("leaky", False), 1e-9
+    ops = torch.ops.capsroute
+    for save, return_coupling in [(False, True), (True, False)]:
+        torch.library.opcheck(ops.route.default, (*arguments, *scalars, save, return_coupling))
+    v, s, _ = ops.route(*arguments, *scalars, True, False)
+    every = tuple(x is not None for x in tensors)
+    for detach, needs in [(False, every), (True, (every[0], False, every[2], False))]:
+        backward = (layout(cotangent(v)), s, *arguments, *scalars, detach, *needs)
+        torch.library.opcheck(ops.route_backward.default, backward)
+
+
+def add_lead(x: Tensor) -> Tensor:
+    return x if x.dim() > 2 else x[None]
+
+
+# compile and export
+
+
+def layer(u: Tensor, weight: Tensor, backend: str, **options) -> Tensor:
+    return capsroute.capsule_linear(u, weight, backend=backend, **options)
+
+
+@pytest.mark.parametrize(("form", "options"), [("ijod", "plain"), *((form, "all") for form in FORMS)])
+def test_compile_is_one_graph_and_does_not_recompile_for_another_batch(fused, form, options):
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    def compiled(tensors, mask, options):
+        return Problem(tensors, mask, options).run(fused)
+
+    graphs = set()
+    for batch in (2, 4, 7):
+        problem = random_problem((batch, 9, 3, 6, 5), form=form, dtype=torch.float32, **OPTIONS[options])
+        leaves = problem.map(lambda x: x.requires_grad_()).tensors
+        v = compiled(leaves, problem.mask, problem.options)
+        graphs.add(counter.frame_count)
+        found = torch.autograd.grad(v, leaves.values(), cotangent(v))
+        expected = problem.gradients(fused)
+        assert_close(v, expected["v"])
+        for name, grad in zip(leaves, found, strict=True):
+            assert_close(grad, expected[name])
+    assert len(graphs) == 1
+
+
+def test_compile_with_the_coupling_and_without_gradients(fused):
+    u, weight = torch.randn(4, 9, 3), torch.randn(9, 3, 5, 3)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for x, y in zip(
+        compiled(u, weight, fused, return_coupling=True), layer(u, weight, fused, return_coupling=True), strict=True
+    ):
+        assert_close(x, y)
+
+
+def test_compile_by_inductor(fused):
+    u, weight = torch.randn(4, 9, 3, requires_grad=True), torch.randn(9, 3, 5, 3, requires_grad=True)
+
+    def step(u, weight):
+        return layer(u * 2, weight, fused).norm(dim=-1)
+
+    found, expected = (
+        torch.autograd.grad(call(u, weight).sum(), (u, weight)) for call in (torch.compile(step, fullgraph=True), step)
+    )
+    for x, y in zip(found, expected, strict=True):
+        assert_close(x, y)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, backend: str):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(9, 3, 5, 4))
+        self.backend = backend
+
+    def forward(self, u):
+        return layer(u, self.weight, self.backend)
+
+
+def test_export_with_dynamic_batch(fused):
+    module = Layer(fused)
+    exported = torch.export.export(
+        module, (torch.randn(4, 9, 4),), dynamic_shapes={"u": {0: torch.export.Dim("batch", min=2)}}
+    )
+    u = torch.randn(6, 9, 4)
+    assert_close(exported.module()(u), module(u))

@@ -1,0 +1,309 @@
+"""The sentences of "Options, exactly" that every backend obeys."""
+
+import math
+
+import pytest
+import torch
+from problems import FORMS, FUSED, Problem, cotangent, random_problem
+from torch.testing import assert_close
+
+import capsroute
+
+NAN, INF = math.nan, math.inf
+
+# Each backend with each coupling that it serves.
+with_coupling = pytest.mark.parametrize(
+    ("backend", "coupling"),
+    [("reference", "out"), ("reference", "in"), *((name, "out") for name in FUSED)],
+    indirect=["backend"],
+)
+
+
+def by_sample(problem: Problem) -> str:
+    """The name of the input, votes or u."""
+    return next(iter(problem.tensors))
+
+
+# Mask
+
+
+# Rows that are not whole vectors, and rows that are.
+SIZES = [(6, 9, 3, 3, 5), (6, 70, 8, 3, 8)]
+
+
+@with_coupling
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("poison", [NAN, INF])
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_mask_selects_whatever_is_masked(backend, coupling, form, iterations, poison, sizes):
+    problem = random_problem(sizes, form=form, logits="BIJ", mask="BI", iterations=iterations, coupling=coupling)
+    masked = ~problem.mask
+
+    def fill(name, x, value):
+        return x if name == "weight" else x.masked_fill(masked.reshape(*masked.shape, *(1,) * (x.dim() - 2)), value)
+
+    clean, poisoned = (
+        Problem({name: fill(name, x, value) for name, x in problem.tensors.items()}, problem.mask, problem.options)
+        for value in (0.0, poison)
+    )
+    for x, y in zip(clean.run(backend, return_coupling=True), poisoned.run(backend, return_coupling=True), strict=True):
+        assert torch.equal(x, y)
+    expected = clean.gradients(backend)
+    for name, grad in poisoned.gradients(backend).items():
+        assert torch.equal(grad, expected[name]), name
+        if name in ("u", "votes", "logits"):
+            assert not grad[masked].any(), name
+
+
+@with_coupling
+def test_masked_input_capsules_count_as_absent(backend, coupling):
+    problem = random_problem((4, 9, 3, 3, 5), bias=True, logits="IJ", coupling=coupling)
+    keep = torch.arange(9) % 3 != 1
+    v = problem.run(backend, mask=keep)
+    absent = {
+        name: x[:, keep] if name == "u" else x[keep] if name in ("weight", "logits") else x
+        for name, x in problem.tensors.items()
+    }
+    assert_close(v, Problem(absent, None, problem.options).run(backend))
+
+
+@with_coupling
+@pytest.mark.parametrize("name", ["u", "votes", "logits"])
+def test_nan_stays_in_its_sample(backend, coupling, name):
+    form = "votes" if name == "votes" else "ijod"
+    problem = random_problem((6, 9, 3, 3, 5), form=form, logits="BIJ", forbid=True, mask="BI", coupling=coupling)
+    problem.mask[2, 4] = True
+    problem.tensors["logits"][2, 4] = 0
+    clean = problem.gradients(backend)
+    problem.tensors[name][2, 4, ..., 1] = NAN
+    found = problem.gradients(backend)
+    others = torch.arange(6) != 2
+    assert found["v"][2].isnan().any()
+    for per_sample in ("v", by_sample(problem), "logits"):
+        assert torch.equal(found[per_sample][others], clean[per_sample][others]), per_sample
+    assert not found[by_sample(problem)][~problem.mask].any()
+    assert not found["logits"][~problem.mask].any()
+    assert not found["logits"][problem.tensors["logits"] == -INF].any()
+
+
+@with_coupling
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_fully_masked_sample_gives_squashed_bias(backend, coupling, form, bias):
+    problem = random_problem((5, 9, 3, 3, 5), form=form, bias=bias, logits="BIJ", coupling=coupling)
+    problem.tensors[by_sample(problem)][3] = NAN
+    mask = torch.ones(5, 9, dtype=torch.bool)
+    mask[3] = False
+    found = Problem(problem.tensors, mask, problem.options)
+    v, c = found.run(backend, return_coupling=True)
+    assert_close(v[3], capsroute.squash(problem.tensors["bias"]) if bias else torch.zeros_like(v[3]))
+    assert not c[3].any()
+    for name, grad in found.gradients(backend).items():
+        assert grad.isfinite().all(), name
+
+
+@with_coupling
+@pytest.mark.parametrize("form", FORMS)
+def test_no_input_capsules_give_squashed_bias(backend, coupling, form):
+    problem = random_problem((5, 0, 3, 3, 5), form=form, bias=True, logits="BIJ", coupling=coupling)
+    v, c = problem.run(backend, return_coupling=True)
+    bias = problem.tensors["bias"].requires_grad_()
+    expected = capsroute.squash(bias).expand(5, 3, 5)
+    assert_close(v, expected)
+    assert c.shape == (5, 0, 3)
+    grads = problem.gradients(backend)
+    assert_close(grads["bias"], torch.autograd.grad(expected, bias, cotangent(v))[0])
+    for name, x in problem.tensors.items():
+        assert grads[name].shape == x.shape
+        assert name == "bias" or not grads[name].any()
+    without = {name: x for name, x in problem.tensors.items() if name != "bias"}
+    assert not Problem(without, None, problem.options).run(backend).any()
+
+
+# Forbidden pairs
+
+
+@with_coupling
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("poison", [1.0, NAN, INF])
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_minus_infinity_forbids_a_pair(backend, coupling, iterations, poison, sizes):
+    problem = random_problem(sizes, form="votes", logits="BIJ", forbid=True, iterations=iterations)
+    problem.options["coupling"] = coupling
+    problem.tensors["logits"][:, :, 2] = -INF  # a whole column
+    problem.tensors["logits"][:, 6] = -INF  # a whole row
+    forbidden = problem.tensors["logits"] == -INF
+    problem.tensors["votes"][forbidden] = poison
+    v, c = problem.run(backend, return_coupling=True)
+    assert not c[forbidden].any()
+    assert c.isfinite().all()
+    assert not v[:, 2].any()
+    found = problem.gradients(backend)
+    for name, value in found.items():
+        assert value.isfinite().all(), name
+    assert not found["votes"][forbidden].any()
+    assert not found["logits"][forbidden].any()
+
+
+@with_coupling
+@pytest.mark.parametrize("poison", [1.0, NAN, INF])
+@pytest.mark.parametrize("form", ["ijod", "jod", "od"])
+def test_minus_infinity_forbids_a_pair_of_a_weight(backend, coupling, form, poison):
+    problem = random_problem((4, 9, 3, 5, 5), form=form, logits="BIJ", forbid=True, mask="BI", coupling=coupling)
+    problem.tensors["logits"][:, 6] = -INF  # a whole row
+    forbidden = problem.tensors["logits"] == -INF
+    found = problem.gradients(backend)
+    for name, value in found.items():
+        assert value.isfinite().all(), name
+    assert not found["logits"][forbidden].any()
+    problem.tensors["u"][:, 6] = poison
+    v, c = problem.run(backend, return_coupling=True)
+    assert torch.equal(v, found["v"])
+    assert not c[forbidden].any()
+
+
+def test_leak_takes_all_of_a_forbidden_row(backend):
+    problem = random_problem(logits="BIJ", leaky=True)
+    problem.tensors["logits"][1] = -INF
+    v, c = problem.run(backend, return_coupling=True)
+    assert not c[1].any()
+    assert not v[1].any()
+    assert all(x.isfinite().all() for x in problem.gradients(backend).values())
+
+
+@pytest.mark.parametrize("leaky", [False, True])
+def test_the_maximum_is_subtracted_before_exp(backend, leaky):
+    problem = random_problem((3, 9, 3, 5, 5), bias=True, logits="BIJ", dtype=torch.float32, leaky=leaky)
+    problem.tensors["logits"] *= 1e4
+    c = problem.run(backend, return_coupling=True)[1]
+    winner = problem.tensors["logits"].max(-1, keepdim=True).values
+    assert_close(c, ((problem.tensors["logits"] == winner) & ~(leaky & (winner < 0))).float())
+    assert all(x.isfinite().all() for x in problem.gradients(backend).values())
+
+
+# Detached coupling, returned coupling, leak
+
+
+@with_coupling
+@pytest.mark.parametrize("form", FORMS)
+def test_detached_coupling_is_a_constant_of_the_last_pass(backend, coupling, form):
+    problem = random_problem((3, 9, 3, 3, 5), form=form, bias=True, logits="BIJ", mask="BI", coupling=coupling)
+    problem.options["detach_coupling"] = True
+    c = problem.run(backend, return_coupling=True)[1]
+    leaves = {name: x.detach().requires_grad_() for name, x in problem.tensors.items()}
+    if form == "votes":
+        votes = leaves["votes"]
+    else:
+        weight = leaves["weight"].expand(9, 3, 5, 3)
+        votes = torch.einsum("bid,ijod->bijo", leaves["u"], weight)
+    v = capsroute.squash(torch.einsum("bij,bijo->bjo", c, votes) + leaves["bias"])
+    found = problem.gradients(backend)
+    assert_close(found.pop("v"), v)
+    assert found.pop("logits") is None
+    for name, grad in found.items():
+        assert_close(grad, torch.autograd.grad(v, leaves[name], cotangent(v), retain_graph=True)[0])
+
+
+def test_with_detached_coupling_logits_alone_get_no_gradient(backend):
+    problem = random_problem(logits="BIJ", detach_coupling=True)
+    problem.tensors["logits"].requires_grad_()
+    v = problem.run(backend)
+    if v.requires_grad:
+        assert torch.autograd.grad(v.sum(), problem.tensors["logits"], allow_unused=True) == (None,)
+
+
+@with_coupling
+def test_returned_coupling_carries_no_gradient(backend, coupling):
+    problem = random_problem((3, 9, 3, 3, 5), logits="BIJ", coupling=coupling).map(lambda x: x.requires_grad_())
+    v, c = problem.run(backend, return_coupling=True)
+    assert v.requires_grad
+    assert not c.requires_grad
+
+
+@with_coupling
+def test_returned_coupling_is_normalised(backend, coupling):
+    c = random_problem((3, 9, 3, 3, 5), coupling=coupling).run(backend, return_coupling=True)[1]
+    total = c.sum(-1 if coupling == "out" else -2)
+    assert_close(total, torch.ones_like(total))
+
+
+def test_leak_is_not_in_the_returned_coupling(backend):
+    c = random_problem(leaky=True, iterations=1).run(backend, return_coupling=True)[1]
+    assert_close(c, torch.full_like(c, 1 / 4))  # J = 3, and the leak
+
+
+def test_eps_is_inside_the_root(backend):
+    votes = torch.tensor([[[3.0, 4.0]]], dtype=torch.float64)  # [I, J, O]
+    v = capsroute.dynamic_routing(votes, 1, eps=11.0, backend=backend)
+    assert_close(v, 25 / 26 * votes[0] / 6)
+
+
+# Shapes and dtypes
+
+
+@with_coupling
+@pytest.mark.parametrize("lead", [(), (2,), (2, 3), (2, 1, 3), (0,), (2, 0)])
+@pytest.mark.parametrize("form", ["ijod", "votes"])
+def test_leading_dimensions_are_a_batch(backend, coupling, form, lead):
+    count = math.prod(lead)
+    flat = random_problem((count, 5, 2, 3, 4), form=form, bias=True, logits="BIJ", mask="BI", coupling=coupling)
+
+    def shape(x):
+        return x.reshape(*lead, *x.shape[1:])
+
+    per_sample = (by_sample(flat), "logits")
+    tensors = {name: shape(x) if name in per_sample else x for name, x in flat.tensors.items()}
+    shaped = Problem(tensors, shape(flat.mask), flat.options)
+    v, c = shaped.run(backend, return_coupling=True)
+    expected_v, expected_c = flat.run(backend, return_coupling=True)
+    assert_close(v, shape(expected_v))
+    assert_close(c, shape(expected_c))
+    expected = flat.gradients(backend, cotangent(v).reshape(expected_v.shape))
+    for name, grad in shaped.gradients(backend).items():
+        assert_close(grad, shape(expected[name]) if name in (*per_sample, "v") else expected[name])
+
+
+@with_coupling
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (5, 1), (4, 1, 1), (4, 5, 3), (2, 1, 5, 3), (1, 4, 1, 3)])
+def test_logits_broadcast_and_their_gradient_is_summed_back(backend, coupling, shape):
+    problem = random_problem((8, 5, 2, 3, 4), coupling=coupling)
+    problem.tensors["u"] = problem.tensors["u"].reshape(2, 4, 5, 2)
+    logits = torch.randn(shape, dtype=torch.float64)
+    small, full = (
+        Problem({**problem.tensors, "logits": x}, None, problem.options).gradients(backend)["logits"]
+        for x in (logits, logits.expand(2, 4, 5, 3).clone())
+    )
+    assert small.shape == shape
+    assert_close(small, full.sum_to_size(shape))
+
+
+@with_coupling
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (4, 1), (4, 5), (2, 1, 5), (1, 4, 1)])
+def test_mask_broadcasts(backend, coupling, shape):
+    u, weight, mask = torch.randn(2, 4, 5, 2), torch.randn(5, 3, 4, 2), torch.rand(shape) < 0.5
+    small, full = (
+        capsroute.capsule_linear(u, weight, mask=x, coupling=coupling, backend=backend)
+        for x in (mask, mask.expand(2, 4, 5).clone())
+    )
+    assert_close(small, full)
+
+
+def test_weight_shared_by_all_pairs_takes_j_from_logits_else_from_bias(backend):
+    u, weight = torch.randn(2, 5, 3), torch.randn(4, 3)
+    assert capsroute.capsule_linear(u, weight, logits=torch.randn(5, 7), backend=backend).shape == (2, 7, 4)
+    assert capsroute.capsule_linear(u, weight, bias=torch.randn(6, 4), backend=backend).shape == (2, 6, 4)
+
+
+@with_coupling
+@pytest.mark.parametrize("parameters", ["own", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_results_have_the_dtype_of_u_and_gradients_each_tensors_own(backend, coupling, dtype, parameters):
+    parameters = torch.float32 if parameters == "float32" else dtype
+    problem = random_problem(bias=True, logits="IJ", dtype=dtype, parameters=parameters, coupling=coupling)
+    v, c = problem.run(backend, return_coupling=True)
+    assert v.dtype == c.dtype == dtype
+    grads = problem.gradients(backend)
+    assert {name: x.dtype for name, x in problem.tensors.items()} == {
+        name: grads[name].dtype for name in problem.tensors
+    }

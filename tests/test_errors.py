@@ -1,0 +1,139 @@
+"""Every wrong argument gets an error that names it, says what was expected and what came."""
+
+import re
+
+import pytest
+import torch
+
+import capsroute
+
+# A valid call of each kind: B = 2, I = 5, D = 3, J = 6, O = 4.
+VALID = {
+    "linear": (capsroute.capsule_linear, {"u": torch.ones(2, 5, 3), "weight": torch.ones(5, 6, 4, 3)}),
+    "votes": (capsroute.dynamic_routing, {"votes": torch.ones(2, 5, 6, 4)}),
+    "squash": (capsroute.squash, {"s": torch.ones(2, 3)}),
+}
+
+
+def of(dtype):
+    return lambda *shape: torch.ones(shape).to(dtype)
+
+
+ones, ints, halves, doubles = of(torch.float32), of(torch.int64), of(torch.float16), of(torch.float64)
+bools, complexes, bytes_, float8 = of(torch.bool), of(torch.complex64), of(torch.uint8), of(torch.float8_e4m3fn)
+CAPSULES = "[*, I, D]"
+WEIGHTS = "[I, J, O, D], [J, O, D] or [O, D]"
+VOTES = "[*, I, J, O]"
+
+# (call, changed arguments, error, what was expected, what came); the changed argument that must be named is the first.
+WRONG = [
+    ("linear", {"u": [[1.0]]}, TypeError, CAPSULES, "list"),
+    ("linear", {"u": ints(2, 5, 3)}, TypeError, "float32, float64, bfloat16 or float16", "int64"),
+    ("linear", {"u": complexes(2, 5, 3)}, TypeError, "float32, float64, bfloat16 or float16", "complex64"),
+    ("linear", {"u": float8(2, 5, 3)}, TypeError, "float32, float64, bfloat16 or float16", "float8_e4m3fn"),
+    ("linear", {"u": ones(2, 5, 3).to_sparse()}, TypeError, "dense", "sparse_coo"),
+    ("linear", {"u": ones(3)}, ValueError, CAPSULES, "[3]"),
+    ("linear", {"u": ones(2, 5, 0), "weight": ones(5, 6, 4, 0)}, ValueError, "D >= 1", "[2, 5, 0]"),
+    ("linear", {"weight": None}, TypeError, WEIGHTS, "NoneType"),
+    ("linear", {"weight": ints(5, 6, 4, 3)}, TypeError, "float32, float64, bfloat16 or float16", "int64"),
+    ("linear", {"weight": float8(5, 6, 4, 3)}, TypeError, "float32, float64, bfloat16 or float16", "float8"),
+    ("linear", {"weight": ones(3)}, ValueError, WEIGHTS, "[3]"),
+    ("linear", {"weight": ones(1, 5, 6, 4, 3)}, ValueError, WEIGHTS, "[1, 5, 6, 4, 3]"),
+    ("linear", {"weight": ones(5, 6, 4, 2)}, ValueError, "I = 5 and D = 3", "[5, 6, 4, 2]"),
+    ("linear", {"weight": ones(1, 6, 4, 3)}, ValueError, "I = 5 and D = 3", "[1, 6, 4, 3]"),
+    ("linear", {"weight": ones(6, 4, 2)}, ValueError, "D = 3", "[6, 4, 2]"),
+    ("linear", {"weight": ones(4, 2)}, ValueError, "D = 3", "[4, 2]"),
+    ("linear", {"weight": ones(5, 0, 4, 3)}, ValueError, "J, O >= 1", "[5, 0, 4, 3]"),
+    ("linear", {"weight": ones(5, 6, 0, 3)}, ValueError, "J, O >= 1", "[5, 6, 0, 3]"),
+    ("linear", {"weight": ones(0, 4, 3)}, ValueError, "J, O >= 1", "[0, 4, 3]"),
+    ("linear", {"weight": ones(0, 3), "bias": ones(6, 0)}, ValueError, "O >= 1", "[0, 3]"),
+    ("linear", {"weight": halves(5, 6, 4, 3)}, TypeError, "float32", "float16"),
+    ("linear", {"weight": doubles(5, 6, 4, 3)}, TypeError, "float32", "float64"),
+    ("linear", {"weight": ones(5, 6, 4, 3).to("meta")}, ValueError, "cpu", "meta"),
+    ("linear", {"weight": ones(4, 3)}, ValueError, "[O, D]", "J"),
+    ("linear", {"logits": ones(), "weight": ones(4, 3)}, ValueError, "[*, I, J]", "[]"),
+    ("linear", {"logits": ones(5, 0), "weight": ones(4, 3)}, ValueError, "J >= 1", "[5, 0]"),
+    ("linear", {"bias": ones(0, 4), "weight": ones(4, 3)}, ValueError, "J >= 1", "[0, 4]"),
+    ("votes", {"votes": 1.0}, TypeError, VOTES, "float"),
+    ("votes", {"votes": ints(2, 5, 6, 4)}, TypeError, "float32, float64, bfloat16 or float16", "int64"),
+    ("votes", {"votes": ones(5, 6)}, ValueError, VOTES, "[5, 6]"),
+    ("votes", {"votes": ones(2, 5, 0, 4)}, ValueError, "J, O >= 1", "[2, 5, 0, 4]"),
+    ("votes", {"votes": ones(2, 5, 6, 0)}, ValueError, "J, O >= 1", "[2, 5, 6, 0]"),
+    ("squash", {"s": 3.0}, TypeError, "tensor", "float"),
+    ("squash", {"s": ints(2, 3)}, TypeError, "float32, float64, bfloat16 or float16", "int64"),
+    ("squash", {"dim": 2}, ValueError, "[2, 3]", "2"),
+    ("squash", {"dim": -3}, ValueError, "[2, 3]", "-3"),
+    ("squash", {"dim": 1.0}, TypeError, "int", "float"),
+    ("squash", {"dim": -1, "s": ones()}, ValueError, "[]", "-1"),
+    *((call, *rest) for call in ("linear", "votes") for rest in [
+        ({"bias": [1.0]}, TypeError, "[J, O]", "list"),
+        ({"bias": ints(6, 4)}, TypeError, "float32", "int64"),
+        ({"bias": doubles(6, 4)}, TypeError, "float32", "float64"),
+        ({"bias": ones(4)}, ValueError, "J = 6 and O = 4", "[4]"),
+        ({"bias": ones(6, 1)}, ValueError, "J = 6 and O = 4", "[6, 1]"),
+        ({"bias": ones(1, 4)}, ValueError, "J = 6 and O = 4", "[1, 4]"),
+        ({"bias": ones(6, 4).to("meta")}, ValueError, "cpu", "meta"),
+        ({"logits": 0.0}, TypeError, "[*, I, J]", "float"),
+        ({"logits": bools(5, 6)}, TypeError, "float32", "bool"),
+        ({"logits": halves(5, 6)}, TypeError, "float32", "float16"),
+        ({"logits": ones(5, 4)}, ValueError, "[*, I, J] = [2, 5, 6]", "[5, 4]"),
+        ({"logits": ones(3, 5, 6)}, ValueError, "[*, I, J] = [2, 5, 6]", "[3, 5, 6]"),
+        ({"logits": ones(1, 2, 5, 6)}, ValueError, "[*, I, J] = [2, 5, 6]", "[1, 2, 5, 6]"),
+        ({"logits": ones(5, 6).to("meta")}, ValueError, "cpu", "meta"),
+        ({"mask": [True]}, TypeError, "[*, I]", "list"),
+        ({"mask": bytes_(2, 5)}, TypeError, "mask.bool()", "uint8"),
+        ({"mask": ones(2, 5)}, TypeError, "mask.bool()", "float32"),
+        ({"mask": bools(2, 6)}, ValueError, "[*, I] = [2, 5]", "[2, 6]"),
+        ({"mask": bools(1, 2, 5)}, ValueError, "[*, I] = [2, 5]", "[1, 2, 5]"),
+        ({"mask": bools(2, 5).to("meta")}, ValueError, "cpu", "meta"),
+        ({"iterations": 0}, ValueError, "at least 1", "0"),
+        ({"iterations": -2}, ValueError, "at least 1", "-2"),
+        ({"iterations": 3.0}, TypeError, "int", "float"),
+        ({"iterations": True}, TypeError, "int", "bool"),
+        ({"iterations": None}, TypeError, "int", "NoneType"),
+        ({"coupling": "both"}, ValueError, '"out" (softmax over j) or "in" (softmax over i)', "'both'"),
+        ({"coupling": None}, ValueError, '"out" (softmax over j) or "in" (softmax over i)', "None"),
+        ({"leaky": 1}, TypeError, "True or False", "1"),
+        ({"leaky": True, "coupling": "in"}, ValueError, "softmax over j only", 'coupling="in"'),
+        ({"detach_coupling": None}, TypeError, "True or False", "None"),
+        ({"return_coupling": "yes"}, TypeError, "True or False", "'yes'"),
+        ({"backend": "gpu"}, ValueError, '"auto", "cpu", "reference"', "'gpu'"),
+        ({"backend": None}, ValueError, '"auto", "cpu", "reference"', "None"),
+    ]),
+    *((call, *rest) for call in VALID for rest in [
+        ({"eps": 0.0}, ValueError, "positive", "0.0"),
+        ({"eps": -1e-9}, ValueError, "positive", "-1e-09"),
+        ({"eps": float("nan")}, ValueError, "positive", "nan"),
+        ({"eps": float("inf")}, ValueError, "finite", "inf"),
+        ({"eps": "1e-9"}, TypeError, "float", "str"),
+        ({"eps": True}, TypeError, "float", "bool"),
+    ]),
+]  # fmt: skip
+
+
+def described(value) -> str:
+    return f"{value.dtype}{list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+
+
+def ids(case) -> str:
+    call, changes, *_ = case
+    return "-".join([call, *(f"{name}={described(value)}" for name, value in changes.items())])
+
+
+@pytest.mark.parametrize("case", WRONG, ids=ids)
+def test_wrong_argument_is_named_with_what_was_expected_and_what_came(case):
+    call, changes, error, expected, came = case
+    function, arguments = VALID[call]
+    function(**arguments)
+    with pytest.raises(error) as raised:
+        function(**{**arguments, **changes})
+    assert raised.type is error
+    message = str(raised.value)
+    assert re.search(rf"\b{next(iter(changes))}\b", message), message
+    assert expected in message
+    assert came in message
+
+
+def test_integer_eps_and_positional_iterations_are_fine():
+    function, arguments = VALID["votes"]
+    assert torch.equal(function(*arguments.values(), 2, eps=1), function(**arguments, iterations=2, eps=1.0))

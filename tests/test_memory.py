@@ -1,0 +1,102 @@
+"""What is computed, saved and allocated: only what is asked for, and never the votes."""
+
+import itertools
+
+import pytest
+import torch
+from problems import FORMS, Problem, random_problem
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Calls(TorchDispatchMode):
+    """Record the results of the private ops, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.results = {"route": [], "route_backward": []}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        if op.namespace == "capsroute":
+            self.results[op.__name__.split(".")[0]].append(out)
+        return out
+
+
+@pytest.mark.parametrize("without", ["requires_grad", "no_grad", "inference_mode"])
+def test_nothing_is_saved_when_no_gradient_is_wanted(fused, without):
+    problem = random_problem(bias=True, logits="BIJ").map(lambda x: x.requires_grad_(without != "requires_grad"))
+    mode = torch.enable_grad if without == "requires_grad" else getattr(torch, without)
+    with mode(), Calls() as calls:
+        v = problem.run(fused)
+    assert not v.requires_grad
+    ((_, s, coupling),) = calls.results["route"]
+    assert s.numel() == 0
+    assert coupling.numel() == 0
+
+
+def test_what_is_saved_is_the_inputs_and_s(fused):
+    problem = random_problem((2, 5, 3, 3, 4), bias=True, logits="BIJ", iterations=3)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        problem.map(lambda x: x.requires_grad_()).run(fused)
+    inputs = {x.data_ptr() for x in problem.tensors.values()}
+    assert [x.shape for x in saved if x.data_ptr() not in inputs] == [(3, 2, 3, 4)]  # [R, B, J, O]
+
+
+NAMES = ("u", "weight", "bias", "logits")
+
+
+@pytest.mark.parametrize("wanted", [s for n in (1, 2, 3, 4) for s in itertools.combinations(NAMES, n)], ids="-".join)
+def test_only_wanted_gradients_are_computed(fused, wanted):
+    problem = random_problem(bias=True, logits="BIJ")
+    expected = problem.gradients("reference")
+    with Calls() as calls:
+        found = problem.gradients(fused, wanted=wanted)
+    ((*computed,),) = calls.results["route_backward"]
+    assert [name for name, x in zip(NAMES, computed, strict=True) if x.numel()] == list(wanted)
+    for name in wanted:
+        torch.testing.assert_close(found[name], expected[name])
+
+
+def test_detached_coupling_computes_no_gradient_of_logits(fused):
+    problem = random_problem(bias=True, logits="BIJ", detach_coupling=True)
+    with Calls() as calls:
+        problem.gradients(fused)
+    ((*_, dlogits),) = calls.results["route_backward"]
+    assert dlogits.numel() == 0
+
+
+MIB = 2**20
+
+
+def extra_memory(problem: Problem, backend: str) -> int:
+    """Peak of forward + backward in bytes, by torch's allocator, less what is kept: v and the gradients."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = problem.gradients(backend)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes)) - sum(x.nbytes for x in kept.values())
+
+
+@pytest.fixture
+def one_thread():
+    """Scratch is per thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_extra_memory_is_a_small_part_of_the_references(fused, one_thread):
+    problem = random_problem((128, 1152, 8, 10, 16), dtype=torch.float32)
+    problem.tensors["weight"] = problem.tensors["weight"].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    assert extra_memory(problem, fused) < 0.08 * extra_memory(problem, "reference")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_scratch_is_smaller_than_the_logits(fused, one_thread, form):
+    batch, inputs, outputs = 256, 256, 256
+    problem = random_problem((batch, inputs, 2, outputs, 2), form=form, dtype=torch.float32, bias=True, logits="IJ")
+    assert batch * inputs * outputs * 4 == 64 * MIB
+    assert extra_memory(problem, fused) < 48 * MIB  # chunks of at most 32, and what has no factor B * I

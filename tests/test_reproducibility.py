@@ -1,0 +1,73 @@
+"""The same inputs give the same bits: on any number of threads, alone or in a batch, from two threads at once."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from judge import Results, results
+from problems import FORMS, LARGE, Problem, cotangent, random_problem
+
+# Enough samples, groups of input capsules and output capsules for every kernel to split its work.
+SIZES = (13, 300, 8, 10, 16)
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, put back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def assert_same_bits(found: Results, expected: Results) -> None:
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"bias": True, "logits": "IJ", "mask": "BI", "leaky": True}])
+@pytest.mark.parametrize("form", FORMS)
+def test_same_bits_on_any_number_of_threads(fused, threads, form, options, dtype):
+    options = {"bias": True} if form == "od" and not options else options
+    problem = random_problem(SIZES, form=form, dtype=dtype, **options)
+    threads(1)
+    expected = results(problem, fused)
+    for count in (2, 3, 5):
+        threads(count)
+        assert_same_bits(results(problem, fused), expected)
+
+
+@pytest.mark.parametrize("sizes", LARGE.values(), ids=LARGE)
+def test_same_bits_on_any_number_of_threads_at_large_sizes(fused, threads, sizes):
+    problem = random_problem(sizes, dtype=torch.float32, logits="IJ")
+    threads(1)
+    expected = results(problem, fused)
+    threads(3)
+    assert_same_bits(results(problem, fused), expected)
+
+
+@pytest.mark.parametrize(
+    ("form", "sizes"), [*((form, SIZES) for form in FORMS), *(("ijod", sizes) for sizes in LARGE.values())]
+)
+def test_each_sample_has_the_same_bits_alone(fused, form, sizes):
+    problem = random_problem(sizes, form=form, dtype=torch.float32, bias=True, logits="BIJ", mask="BI")
+    per_sample = ("u", "votes", "logits", "v")
+    v, coupling = problem.run(fused, return_coupling=True)
+    grad_v = cotangent(v)
+    together = problem.gradients(fused, grad_v)
+    for b in (0, 1, sizes[0] - 2):  # the last is masked out
+        one = slice(b, b + 1)
+        tensors = {name: x[one] if name in per_sample else x for name, x in problem.tensors.items()}
+        alone = Problem(tensors, problem.mask[one], problem.options)
+        assert torch.equal(alone.run(fused, return_coupling=True)[1], coupling[one])
+        for name, value in alone.gradients(fused, grad_v[one]).items():
+            assert name not in per_sample or torch.equal(value, together[name][one]), name
+
+
+def test_two_threads_may_call_at_once(fused):
+    problems = [random_problem(SIZES, form=form, dtype=torch.float32, bias=True) for form in FORMS]
+    expected = [results(problem, fused) for problem in problems]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            for found, bits in zip(pool.map(lambda p: results(p, fused), problems), expected, strict=True):
+                assert_same_bits(found, bits)

@@ -1,0 +1,196 @@
+"""The fused operator under torch.func and forward mode, autocast, GradScaler, checkpoint and gradient penalties."""
+
+import itertools
+
+import pytest
+import torch
+from problems import FORMS, Problem, random_problem
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+import capsroute
+
+EVERYTHING = {"bias": True, "logits": "BIJ", "mask": "BI"}
+
+
+# torch.func
+
+
+def function_of(problem: Problem, fused: str):
+    function, tensors = problem.as_function(fused)
+    return function, tuple(x.detach() for x in tensors)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_func_grad_is_autograd(fused, form):
+    problem = random_problem((4, 9, 3, 3, 5), form=form, **EVERYTHING)
+    function, tensors = function_of(problem, fused)
+    found = torch.func.grad(lambda *x: function(*x).square().sum(), tuple(range(len(tensors))))(*tensors)
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    for x, y in zip(found, torch.autograd.grad(function(*leaves).square().sum(), leaves), strict=True):
+        assert_close(x, y)
+
+
+NAMES = ("u", "weight", "bias", "logits")
+SUBSETS = [subset for n in range(1, 5) for subset in itertools.combinations(NAMES, n)]
+
+
+@pytest.mark.parametrize("mapped", SUBSETS, ids="-".join)
+def test_vmap_over_any_subset_equals_a_loop(fused, mapped):
+    problem = random_problem((3, 5, 2, 3, 4), **EVERYTHING)
+    function, tensors = function_of(problem, fused)
+    dims = [NAMES.index(name) % 2 if name in mapped else None for name in NAMES]  # some of them not in front
+    stacked = [torch.stack([x, -x, 2 * x], dim) if dim is not None else x for x, dim in zip(tensors, dims, strict=True)]
+
+    def at(n):
+        return [x if dim is None else x.select(dim, n) for x, dim in zip(stacked, dims, strict=True)]
+
+    assert_close(torch.vmap(function, tuple(dims))(*stacked), torch.stack([function(*at(n)) for n in range(3)]))
+
+    def gradients(*x):
+        return torch.func.grad(lambda *x: function(*x).square().sum(), (0, 1, 2, 3))(*x)
+
+    loop = [gradients(*at(n)) for n in range(3)]
+    for x, *parts in zip(torch.vmap(gradients, tuple(dims))(*stacked), *loop, strict=True):
+        assert_close(x, torch.stack(parts))
+
+
+def test_vmap_over_the_mask_and_over_votes(fused):
+    votes, mask = torch.randn(4, 2, 5, 3, 4), torch.rand(4, 2, 5) < 0.7
+
+    def route(votes, mask):
+        return capsroute.dynamic_routing(votes, mask=mask, backend=fused)
+
+    for dims in [(0, 0), (0, None), (None, 0)]:
+        arguments = [x if dim == 0 else x[0] for x, dim in zip((votes, mask), dims, strict=True)]
+        expected = [route(votes[n if dims[0] == 0 else 0], mask[n if dims[1] == 0 else 0]) for n in range(4)]
+        assert_close(torch.vmap(route, dims)(*arguments), torch.stack(expected))
+
+
+def test_gradients_per_sample_equal_a_loop(fused):
+    u, weight = torch.randn(6, 9, 4).double(), torch.randn(9, 3, 5, 4).double()
+
+    def loss(weight, u):
+        return capsroute.capsule_linear(u, weight, backend=fused).norm(dim=-1).sum()
+
+    gradient = torch.func.grad(loss)
+
+    found = torch.vmap(gradient, (None, 0))(weight, u)
+    assert_close(found, torch.stack([gradient(weight, sample) for sample in u]))
+
+
+def test_jacrev_equals_a_loop(fused):
+    function, tensors = function_of(random_problem((2, 3, 2, 2, 3), bias=True), fused)
+    found = torch.func.jacrev(function, (0, 1, 2))(*tensors)
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    v = function(*leaves)
+    rows = [torch.autograd.grad(element, leaves, retain_graph=True) for element in v.flatten()]
+    for jacobian, *parts in zip(found, *rows, strict=True):
+        assert_close(jacobian.flatten(0, v.dim() - 1), torch.stack(parts))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.enable_grad])
+def test_forward_mode_refuses_rather_than_lose_the_tangent(fused, name, grad_mode):
+    problem = random_problem(**EVERYTHING)
+    function, tensors = function_of(problem, fused)
+    at = list(problem.tensors).index(name)
+
+    def alone(x):
+        return function(*tensors[:at], x, *tensors[at + 1 :])
+
+    def dual(x):
+        with torch.autograd.forward_ad.dual_level():
+            v = alone(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+            return torch.autograd.forward_ad.unpack_dual(v).tangent
+
+    for forward_mode in (dual, torch.func.jacfwd(alone), lambda x: torch.func.jvp(alone, (x,), (torch.ones_like(x),))):
+        with grad_mode(), pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
+            forward_mode(tensors[at])
+
+
+# Training tools
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast_casts_u_weight_and_votes_alone(fused, form):
+    problem = random_problem((4, 9, 3, 3, 5), form=form, dtype=torch.float32, bias=True, logits="BIJ")
+    cast = {name: x if name in ("bias", "logits") else x.bfloat16() for name, x in problem.tensors.items()}
+    expected = Problem(cast).gradients(fused)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = problem.gradients(fused)
+    assert found["v"].dtype == torch.bfloat16
+    assert torch.equal(found["v"], expected["v"])
+    for name in problem.tensors:
+        assert found[name].dtype == torch.float32
+        assert torch.equal(found[name], expected[name].float()), name
+
+
+def test_autocast_leaves_float64_alone(fused):
+    problem = random_problem()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(problem.run(fused), problem.run(fused))
+        assert problem.run(fused).dtype == torch.float64
+
+
+def test_autocast_of_mixed_dtypes(fused):
+    problem = random_problem(dtype=torch.float32)
+    with torch.autocast("cpu", torch.float16):
+        v = capsroute.capsule_linear(problem.tensors["u"].half(), problem.tensors["weight"], backend=fused)
+    assert torch.equal(v, problem.map(torch.Tensor.half).run(fused))
+
+
+def test_grad_scaler(fused):
+    u, weight = torch.randn(4, 9, 3), torch.randn(9, 3, 5, 3)
+    steps = []
+    for scaler in (torch.amp.GradScaler("cpu"), torch.amp.GradScaler("cpu", enabled=False)):
+        parameter = torch.nn.Parameter(weight.clone())
+        optimizer = torch.optim.SGD([parameter], lr=1.0)
+        with torch.autocast("cpu", torch.float16):
+            loss = capsroute.capsule_linear(u, parameter, backend=fused).float().norm(dim=-1).sum()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        steps.append(parameter.detach())
+    assert not torch.equal(steps[0], weight)
+    assert_close(steps[0], steps[1], rtol=1e-3, atol=1e-3)
+
+
+def test_inference_mode(fused):
+    problem = random_problem(**EVERYTHING)
+    with torch.inference_mode():
+        v = problem.run(fused)
+    assert v.is_inference()
+    assert torch.equal(v, problem.run(fused))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint(fused, use_reentrant):
+    function, tensors = random_problem((4, 9, 3, 3, 5), **EVERYTHING).as_function(fused)
+    plain = torch.autograd.grad(function(*tensors).square().sum(), tensors)
+    checkpoint(function, *tensors, use_reentrant=use_reentrant).square().sum().backward()
+    for x, grad in zip(tensors, plain, strict=True):
+        assert torch.equal(x.grad, grad)
+
+
+def test_gradient_penalty(fused):
+    problem = random_problem((4, 9, 3, 3, 5), **EVERYTHING)
+    for found, expected in zip(penalty_gradients(problem, fused), penalty_gradients(problem, "reference"), strict=True):
+        assert_close(found, expected)
+
+
+def test_second_backward_is_computed_in_full_precision_under_autocast(fused):
+    problem = random_problem((4, 9, 3, 3, 5), dtype=torch.float32, **EVERYTHING)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = penalty_gradients(problem, fused)
+    for x, y in zip(found, penalty_gradients(problem, fused), strict=True):
+        assert_close(x, y)
+
+
+def penalty_gradients(problem: Problem, backend: str) -> tuple[Tensor, ...]:
+    function, tensors = problem.as_function(backend)
+    with torch.autocast("cpu", enabled=False):
+        v = function(*tensors)
+    (du,) = torch.autograd.grad(v.norm(dim=-1).sum(), tensors[0], create_graph=True)
+    return torch.autograd.grad(du.square().sum(), tensors)
