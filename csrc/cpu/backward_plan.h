@@ -18,6 +18,9 @@ namespace capsroute::CAPSROUTE_ISA {
 // p^k and db^k, numbers for every [I, J] of a sample, are kept for a chunk of the batch within
 // kChunkBytes. If that does not hold kFewestKept samples, the second part makes them anew.
 constexpr int64_t kChunkBytes = int64_t(32) << 20, kFewestKept = 16;
+// Without a weight for each pair nothing large is read or written once a chunk, and a small one stays
+// in the cache between the parts.
+constexpr int64_t kSmallChunkBytes = int64_t(4) << 20;
 
 // The sizes of a backward and the places of what it keeps.
 template <class X>
@@ -35,7 +38,8 @@ struct BackwardPlan {
     const int64_t vectors = terms * (layout.outputs() + (layout.shared ? 2 * layout.sums() : 0)) * int64_t(sizeof(A));
     const int64_t pairs = slots * layout.blocks * layout.lanes() * int64_t(sizeof(A));
     keep_pairs = (vectors + pairs) * minimum(kFewestKept, p.B) <= kChunkBytes;
-    const int64_t fitting = kChunkBytes / maximum(1, vectors + (keep_pairs ? pairs : 0));
+    const int64_t bytes = p.form == Weight::pair ? kChunkBytes : kSmallChunkBytes;
+    const int64_t fitting = bytes / maximum(1, vectors + (keep_pairs ? pairs : 0));
     const int64_t chunks = divide_up(p.B, maximum(kFewestKept, fitting));
     chunk = divide_up(p.B, maximum(1, chunks));
 

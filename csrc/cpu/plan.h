@@ -30,6 +30,21 @@ struct Carver {
   }
 };
 
+// Equal shares of one buffer, one for each thread.
+struct Shares {
+  char* start = nullptr;
+  int64_t size = 0;
+  Carver at(int64_t index) const { return {start + index * size}; }
+};
+
+// `count` shares, each of the size that carve(carver) takes.
+template <class Carve>
+Shares take_shares(Carver& carver, int64_t count, const Carve& carve) {
+  Carver one{nullptr};
+  carve(one);
+  return {carver.take<char>(count * one.used), one.used};
+}
+
 // Sizes of a problem, with feature axes padded to whole vectors. A row is what one pass streams:
 // the votes h_ij with O features or, where the weight is shared, u_i itself with D features, for
 //   h_ij . V_j = u_i . (W_j^T V_j)   and   s_j = W_j (sum over i of c_ij u_i).

@@ -33,10 +33,7 @@ class RowGradients {
     if (out_.weight && p_.form == Weight::pair)
       dW_ = in_place() ? static_cast<A*>(out_.weight) : carver.take<A>(p_.I * p_.D * layout_.sums());
     if (plan.logits_by_row && out_.logits_B < p_.B) dlogits_ = carver.take<A>(layout_.blocks * layout_.lanes());
-    const Carver start = carver;
-    scratch_size_ = (carve_scratch(carver), carver.used - start.used);
-    scratch_ = start;
-    carver.used += (parts - 1) * scratch_size_;
+    scratch_ = take_shares(carver, parts, [this](Carver& own) { carve_scratch(own); });
   }
 
   // Adds what the samples first .. first + count of the batch contribute.
@@ -44,7 +41,7 @@ class RowGradients {
     const bool rows = out_.u || (out_.weight && p_.form == Weight::pair);
     if (!rows && !plan_.logits_by_row) return;
     parallel_for(parallel, layout_.blocks, [&](int64_t index, int64_t part) {
-      Carver carver{scratch_.base, scratch_.used + part * scratch_size_};
+      Carver carver = scratch_.at(part);
       block_gradients(first, count, index * W<A>, rows, carve_scratch(carver), part);
     });
   }
@@ -176,7 +173,11 @@ class RowGradients {
     const int64_t n = layout_.features, F = layout_.F;
     X* to = static_cast<X*>(out_.u) + (b * p_.I + i) * n * (layout_.shared ? 1 : p_.J);
     if (layout_.shared) {
-      for (int64_t j = 0; j < p_.J; ++j) fold_sum(du, dh + j * F, F, j == 0);
+      for (int64_t f = 0; f < F; f += W<A>) {
+        Vec<A> sum = load(dh + f);
+        for (int64_t j = 1; j < p_.J; ++j) sum += load(dh + j * F + f);
+        store(du + f, sum);
+      }
       narrow(to, du, n);
     } else {
       for (int64_t j = 0; j < p_.J; ++j) narrow(to + j * n, dh + j * F, n);
@@ -216,8 +217,7 @@ class RowGradients {
   const LogitStream<X>& logits_;
   A* dW_ = nullptr;       // [I, D, J, O]
   A* dlogits_ = nullptr;  // [block][J, W], summed over the batch
-  Carver scratch_{nullptr};
-  int64_t scratch_size_;
+  Shares scratch_;
 };
 
 }  // namespace capsroute::CAPSROUTE_ISA

@@ -30,14 +30,11 @@ class Stream {
         together(minimum(kSamples, batch)),
         schedule(batch, keep || p.form != Weight::pair ? kSamples : 4 * kSamples, layout.groups, parallel.threads) {
     kept_ = keep ? carver.take<A>(schedule.slots * kept_size()) : nullptr;
-    const Carver start = carver;
-    scratch_size_ = (carve_scratch(carver), carver.used - start.used);
-    scratch_ = start;
-    carver.used += (schedule.parts - 1) * scratch_size_;
+    scratch_ = take_shares(carver, schedule.parts, [this](Carver& own) { carve_scratch(own); });
   }
 
   Scratch scratch(int64_t part) const {
-    Carver carver{scratch_.base, scratch_.used + part * scratch_size_};
+    Carver carver = scratch_.at(part);
     return carve_scratch(carver);
   }
 
@@ -89,17 +86,20 @@ class Stream {
     return s;
   }
 
+  // to_j = matrix_j from_j; one matrix for all j is read once for kSamples of them.
   void transform(const A* matrices, const A* from, int64_t n, int64_t from_stride, A* to, int64_t m) const {
-    for (int64_t j = 0; j < p.J; ++j) {
-      const A* x = from + j * from_stride;
-      A* y = to + j * m;
-      apply(matrices + (layout.weights > 1 ? j : 0) * n * m, m, &x, n, &y, m, 1);
+    const bool one = layout.weights == 1;
+    for (int64_t j = 0, count; j < p.J; j += count) {
+      count = one ? minimum(kSamples, p.J - j) : 1;
+      const A* x[kSamples];
+      A* y[kSamples];
+      for (int64_t k = 0; k < count; ++k) x[k] = from + (j + k) * from_stride, y[k] = to + (j + k) * m;
+      apply(matrices + (one ? 0 : j) * n * m, m, x, n, y, m, count);
     }
   }
 
   A* kept_;  // [slots][blocks][together][W, row]
-  Carver scratch_{nullptr};
-  int64_t scratch_size_;
+  Shares scratch_;
 };
 
 template <class A>
