@@ -39,8 +39,6 @@ CHECKED = [
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, permuted])
 @pytest.mark.parametrize(("form", "options"), CHECKED)
 def test_ops_pass_opcheck(fused, form, options, layout):
-    if fused == "reference":
-        pytest.skip("the reference has no ops")
     problem = random_problem((3, 5, 2, 3, 4), form=form, dtype=torch.float32, **OPTIONS[options])
     given = {name: x if name in ("weight", "bias") else add_lead(x) for name, x in problem.tensors.items()}
     tensors = [given.get("u", given.get("votes")), *(given.get(name) for name in ("weight", "bias", "logits"))]

@@ -348,8 +348,8 @@ def test_lengths_of_zero_capsules_have_no_gradient():
     assert torch.equal(capsules.grad, torch.zeros_like(capsules))
 
 
-def test_compile_in_one_graph(net_and_batch):
-    net, images, labels = net_and_batch
+def test_compile_in_one_graph(fused):
+    net, images, labels = small_net(backend=fused), torch.rand(4, *DIGITS), torch.tensor([0, 1, 2, 0])
     step = torch.compile(lambda x, y: CapsNetLoss()(net(x, y), x, y), fullgraph=True, dynamic=True, backend="aot_eager")
     for batch in (4, 3):
         eager = CapsNetLoss()(net(images[:batch], labels[:batch]), images[:batch], labels[:batch])

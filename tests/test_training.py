@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from capsroute.training.pictures import save_pictures
 from capsroute.training.trainer import Epoch, Score, TrainingOptions, evaluate, shift_at_random, train
 
 pytest.importorskip("sklearn")
+MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 SMALL = {"image_shape": (1, 8, 8), "classes": 10, "channels": 8, "types": 2, "hidden": (16,)}
 
 
@@ -90,6 +92,14 @@ def test_idx_files_plain_and_gzipped(mnist_dir):
     assert dataset.test_labels.tolist() == [3, 0]
 
 
+@pytest.mark.skipif(not MNIST.is_dir(), reason=f"the real MNIST is looked for in {MNIST}")
+def test_real_mnist_is_read_as_it_is():
+    images = data.read_idx(MNIST / "t10k-images-idx3-ubyte.gz", 3)
+    labels = data.read_idx(MNIST / "t10k-labels-idx1-ubyte.gz", 1)
+    assert images.shape == (10000, 28, 28)
+    assert labels.long().bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -103,7 +113,8 @@ def test_idx_files_plain_and_gzipped(mnist_dir):
         ("train-images-idx3-ubyte", idx(5, 5, 7), "holds 5 images, .*train-labels-idx1-ubyte 6 labels"),
         ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(2, 5, 7))[:-9], "is no whole gzip file"),
         ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(2, 5, 7))[:20], "is no whole gzip file"),
-        ("t10k-images-idx3-ubyte.gz", b"\x1f\x8b" + bytes(30), "is no whole gzip file"),
+        ("t10k-images-idx3-ubyte.gz", b"\x1f\x8b" + bytes(30), "is no whole gzip file"),  # no method
+        ("t10k-images-idx3-ubyte.gz", b"\x1f\x8b\x08" + bytes(7) + b"\xff" * 20, "is no whole gzip file"),  # no block
         ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(2, 5, 6)), r"are \[5, 7\] for training, \[5, 6\] for testing"),
     ],
 )
@@ -273,6 +284,14 @@ def test_pictures_are_drawn(few, tmp_path):
     assert [path.name for path in paths] == ["learning_curves.png", "reconstructions.png", "coupling.png"]
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_error_of_zero_lies_inside_the_learning_curves():
+    history = [Epoch(Score(1.0, 0.5), Score(1.0, 0.5), 1.0), Epoch(Score(0.1, 1.0), Score(0.2, 1.0), 1.0)]
+    figure = pictures.learning_curves(history)
+    axes = figure.axes[1]
+    assert axes.lines[1].get_ydata().tolist() == [50, 0]
+    assert axes.bbox.ymin - 1 <= axes.transData.transform((2, 0))[1] <= axes.bbox.ymax
 
 
 def test_pictures_of_more_classes_than_fit_and_of_colour():

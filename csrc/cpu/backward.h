@@ -61,7 +61,7 @@ class BatchSums {
         for (int64_t n = 0; n < pairs; n += kSumBlock)
           outer(dW_ + (matrix * p_.O + o) * F, F, kept_.outputs + n * step * layout_.outputs() + j * layout_.O + o,
                 step * layout_.outputs(), rows, kept_.sums + n * step * layout_.sums() + j * F, step * layout_.sums(),
-                F, minimum(kSumBlock, pairs - n), true);
+                F, minimum(kSumBlock, pairs - n), Write::add);
     });
   }
 

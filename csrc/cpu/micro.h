@@ -84,12 +84,14 @@ void apply_transposed(const X* w, int64_t w_stride, const A* const* y, int64_t F
     }
 }
 
-// w[d, f] += (or, unless `add`, =) sum over n of x_n[d] y_n[f], for K features d and C vectors of
-// features f. The sum is made apart and added once: two levels keep the rounding error of a long batch
-// small.
+// What becomes of a sum: added to what is there, or put there, or put there past the caches.
+enum class Write { add, set, set_past };
+
+// w[d, f] += or = sum over n of x_n[d] y_n[f], for K features d and C vectors of features f. The sum is made apart and
+// added once: two levels keep the rounding error of a long batch small.
 template <int K, int C, class A>
 CAPSROUTE_INLINE void outer_panel(A* w, int64_t w_stride, const A* x, int64_t x_stride, const A* y, int64_t y_stride,
-                                  int64_t samples, bool add) {
+                                  int64_t samples, Write write) {
   Vec<A> sum[K][C] = {};
   for (int64_t n = 0; n < samples; ++n, x += x_stride, y += y_stride) {
     Vec<A> row[C];
@@ -107,26 +109,31 @@ CAPSROUTE_INLINE void outer_panel(A* w, int64_t w_stride, const A* x, int64_t x_
 #pragma GCC unroll 2
     for (int c = 0; c < C; ++c) {
       A* to = w + k * w_stride + c * W<A>;
-      store(to, add ? load(to) + sum[k][c] : sum[k][c]);
+      if (write == Write::add)
+        store(to, load(to) + sum[k][c]);
+      else if (write == Write::set)
+        store(to, sum[k][c]);
+      else
+        store_past(to, sum[k][c]);
     }
 }
 
 template <int K, class A>
 CAPSROUTE_INLINE void outer_rows(A* w, int64_t w_stride, const A* x, int64_t x_stride, const A* y, int64_t y_stride,
-                                 int64_t F, int64_t samples, bool add) {
+                                 int64_t F, int64_t samples, Write write) {
   int64_t f = 0;
   for (; f + 2 * W<A> <= F; f += 2 * W<A>)
-    outer_panel<K, 2>(w + f, w_stride, x, x_stride, y + f, y_stride, samples, add);
-  for (; f < F; f += W<A>) outer_panel<K, 1>(w + f, w_stride, x, x_stride, y + f, y_stride, samples, add);
+    outer_panel<K, 2>(w + f, w_stride, x, x_stride, y + f, y_stride, samples, write);
+  for (; f < F; f += W<A>) outer_panel<K, 1>(w + f, w_stride, x, x_stride, y + f, y_stride, samples, write);
 }
 
-// w[d, f] += (or, unless `add`, =) sum over n of x_n[d] y_n[f]
+// w[d, f] += or = sum over n of x_n[d] y_n[f]
 template <class A>
 void outer(A* w, int64_t w_stride, const A* x, int64_t x_stride, int64_t D, const A* y, int64_t y_stride, int64_t F,
-           int64_t samples, bool add) {
+           int64_t samples, Write write) {
   int64_t d = 0;
-  for (; d + 4 <= D; d += 4) outer_rows<4>(w + d * w_stride, w_stride, x + d, x_stride, y, y_stride, F, samples, add);
-  for (; d < D; ++d) outer_rows<1>(w + d * w_stride, w_stride, x + d, x_stride, y, y_stride, F, samples, add);
+  for (; d + 4 <= D; d += 4) outer_rows<4>(w + d * w_stride, w_stride, x + d, x_stride, y, y_stride, F, samples, write);
+  for (; d < D; ++d) outer_rows<1>(w + d * w_stride, w_stride, x + d, x_stride, y, y_stride, F, samples, write);
 }
 
 // W rows of votes against one query vector: lane l is sum over f of rows[l, f] q[f].

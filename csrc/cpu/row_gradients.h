@@ -32,6 +32,9 @@ class RowGradients {
     const int64_t parts = minimum(parallel.threads, maximum(1, layout_.blocks));
     if (out_.weight && p_.form == Weight::pair)
       dW_ = in_place() ? static_cast<A*>(out_.weight) : carver.take<A>(p_.I * p_.D * layout_.sums());
+    // A whole batch in one write: nothing of dW is needed again.
+    const bool aligned = reinterpret_cast<uintptr_t>(dW_) % CAPSROUTE_VECTOR_BYTES == 0;
+    if (in_place() && aligned && p_.B <= kSubBatch) first_write_ = Write::set_past;
     if (plan.logits_by_row && out_.logits_B < p_.B) dlogits_ = carver.take<A>(layout_.blocks * layout_.lanes());
     scratch_ = take_shares(carver, parts, [this](Carver& own) { carve_scratch(own); });
   }
@@ -88,6 +91,7 @@ class RowGradients {
         row_gradients(first, m, samples, i0, l, minimum(kSubLanes<A>, lanes - l), blocks, scratch);
     }
     if (first + count == p_.B) finish(i0, lanes);
+    if (first_write_ == Write::set_past) finish_stores();
   }
 
   A* pairs(int64_t m, int64_t n, int64_t i0, const Scratch& scratch) const {
@@ -158,7 +162,7 @@ class RowGradients {
     const Stream<X>& stream = logits_.stream();
     if (dW_) {
       for (int64_t n = 0; n < samples; ++n) stream.rows.input(b + n, i, scratch.inputs + n * D);
-      outer(dW_ + i * D * sums, sums, scratch.inputs, D, D, dh, sums, sums, samples, b > 0);
+      outer(dW_ + i * D * sums, sums, scratch.inputs, D, D, dh, sums, sums, samples, b > 0 ? Write::add : first_write_);
     }
     if (!out_.u) return;
     const A* from[kSubBatch];
@@ -215,7 +219,8 @@ class RowGradients {
   const Backward& out_;
   const Kept<X>& kept_;
   const LogitStream<X>& logits_;
-  A* dW_ = nullptr;       // [I, D, J, O]
+  A* dW_ = nullptr;  // [I, D, J, O]
+  Write first_write_ = Write::set;
   A* dlogits_ = nullptr;  // [block][J, W], summed over the batch
   Shares scratch_;
 };

@@ -8,7 +8,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -149,6 +149,27 @@ CAPSROUTE_INLINE Vec<float> load(const Half* p) {
 template <class A>
 CAPSROUTE_INLINE void store(A* p, Vec<A> x) {
   __builtin_memcpy(p, &x, sizeof(x));
+}
+
+// Past the caches, for large memory that is written once and not read soon: a plain store would read
+// it first. p is aligned to a vector. Other threads may read it after finish_stores().
+template <class A>
+CAPSROUTE_INLINE void store_past(A* p, Vec<A> x) {
+#if defined(__x86_64__) && CAPSROUTE_VECTOR_BYTES == 16
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits_as<__m128i>(x));
+#elif defined(__AVX__) && CAPSROUTE_VECTOR_BYTES == 32
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits_as<__m256i>(x));
+#elif defined(__AVX512F__) && CAPSROUTE_VECTOR_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits_as<__m512i>(x));
+#else
+  store(p, x);
+#endif
+}
+
+CAPSROUTE_INLINE void finish_stores() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 CAPSROUTE_INLINE void store(BFloat16* p, Vec<float> x) {
