@@ -17,7 +17,7 @@ from capsroute.training.pictures import save_pictures
 from capsroute.training.trainer import Epoch, Score, TrainingOptions, evaluate, shift_at_random, train
 
 pytest.importorskip("sklearn")
-MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
+MNIST = Path(os.environ.get("CAPSROUTE_DATA", "no-such-directory"))
 SMALL = {"image_shape": (1, 8, 8), "classes": 10, "channels": 8, "types": 2, "hidden": (16,)}
 
 
@@ -92,7 +92,7 @@ def test_idx_files_plain_and_gzipped(mnist_dir):
     assert dataset.test_labels.tolist() == [3, 0]
 
 
-@pytest.mark.skipif(not MNIST.is_dir(), reason=f"the real MNIST is looked for in {MNIST}")
+@pytest.mark.skipif(not MNIST.is_dir(), reason="CAPSROUTE_DATA names no directory with the real MNIST")
 def test_real_mnist_is_read_as_it_is():
     images = data.read_idx(MNIST / "t10k-images-idx3-ubyte.gz", 3)
     labels = data.read_idx(MNIST / "t10k-labels-idx1-ubyte.gz", 1)
