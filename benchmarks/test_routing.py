@@ -15,6 +15,6 @@ from capsroute.bench.registry import CASES, IMPLEMENTATIONS, run
 def test_routing(benchmark, case, backward, name):
     benchmark.group = f"{case.name}, {'forward + backward' if backward else 'forward'}"
     prepared = prepare(case, backward, [name])
-    if name in prepared.too_large:
-        pytest.skip(prepared.too_large[name])
+    if name in prepared.left_out:
+        pytest.skip(prepared.left_out[name])
     benchmark(run, prepared.forwards[name], prepared.problem, backward)

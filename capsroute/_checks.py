@@ -67,7 +67,6 @@ def check_votes(votes: Tensor) -> None:
 
 
 def check_weight(weight: Tensor, u: Tensor) -> None:
-    check_tensor("weight", weight, "[I, J, O, D], [J, O, D] or [O, D]")
     letters = {4: "[I, J, O, D]", 3: "[J, O, D]", 2: "[O, D]"}.get(weight.dim())
     if letters is None:
         raise ValueError(f"weight must be [I, J, O, D], [J, O, D] or [O, D], got {_show(weight.shape)}")

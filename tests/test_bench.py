@@ -72,8 +72,9 @@ def test_compiled_reference_agrees():
 
 def test_compiling_needs_a_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(FileNotFoundError, match="no-such-compiler is not there"):
-        IMPLEMENTATIONS["compiled"].make()
+    prepared = compare.prepare(TINY, False, ["fused", "compiled"])
+    assert list(prepared.forwards) == ["fused"]
+    assert prepared.left_out == {"compiled": "needs no-such-compiler"}
 
 
 # What is wrong is refused
@@ -81,7 +82,10 @@ def test_compiling_needs_a_compiler(monkeypatch):
 
 def wrong(distort):
     """A registry in which "fused" is the reference, distorted."""
-    make = lambda: lambda problem: distort(registry.routed(problem, "reference"), problem)  # noqa: E731
+
+    def make():
+        return lambda problem: distort(registry.routed(problem, "reference"), problem)
+
     return {**IMPLEMENTATIONS, "fused": Implementation(make, (0, 0))}
 
 
@@ -294,6 +298,14 @@ def test_training_steps_are_compared(batch):
     assert all(row["rounds"] == 3 and row["seconds"] > 0 and row["peak_bytes"] >= 0 for row in rows)
     assert "training step: extra memory" in step.format_rows(rows)
     json.dumps(rows)
+
+
+def test_training_steps_without_a_compiler(batch, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setitem(step.BACKENDS, "compiled", "reference")
+    rows = step.compare_training_step(network, *batch, seconds=0)
+    assert [(row["name"], row["note"]) for row in rows][-1] == ("compiled", "needs no-such-compiler")
+    assert "needs no-such-compiler" in step.format_rows(rows)
 
 
 def test_wrong_training_step_is_refused(batch):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..reference import accumulation_dtype
 from .measure import Result, alternate, available_memory, in_fresh_process, peak_growth
-from .registry import IMPLEMENTATIONS, Case, Forward, Problem, make_problem, run
+from .registry import IMPLEMENTATIONS, Case, Forward, Problem, make_problem, no_compiler, run
 
 # |x - reference| / |reference| that rounding may explain, over a whole tensor
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -43,8 +43,8 @@ def compare(
     timings = alternate(calls, seconds)
     results = []
     for name in names:
-        if name in prepared.too_large:
-            results.append(Result(name, note=prepared.too_large[name]))
+        if name in prepared.left_out:
+            results.append(Result(name, note=prepared.left_out[name]))
             continue
         result = Result(name, *timings[name])
         results.append(_with_memory(result, case, backward, dtype) if memory else result)
@@ -52,11 +52,11 @@ def compare(
 
 
 class Prepared(NamedTuple):
-    """A case's tensors, the implementations that fit and agree, and what is to be said of the others."""
+    """A case's tensors, the implementations that can run and agree, and why the others cannot."""
 
     problem: Problem
     forwards: dict[str, Forward]
-    too_large: dict[str, str]
+    left_out: dict[str, str]
 
 
 def prepare(case: Case, backward: bool, names: Sequence[str], dtype: torch.dtype = torch.float32) -> Prepared:
@@ -64,10 +64,12 @@ def prepare(case: Case, backward: bool, names: Sequence[str], dtype: torch.dtype
     problem = make_problem(case, dtype)
     room = available_memory()
     needs = {name: bytes_held(name, case, backward, dtype) for name in IMPLEMENTATIONS}
-    forwards = {name: IMPLEMENTATIONS[name].make() for name in names if needs[name] <= room}
+    left_out = {name: f"needs ~{needs[name] / 2**30:.0f} GiB" for name in names if needs[name] > room}
+    if reason := no_compiler():
+        left_out |= {name: reason for name in names if IMPLEMENTATIONS[name].compiles}
+    forwards = {name: IMPLEMENTATIONS[name].make() for name in names if name not in left_out}
     check(forwards, checked_part(problem, needs["reference"], room), backward)
-    too_large = {name: f"needs ~{needs[name] / 2**30:.0f} GiB" for name in names if name not in forwards}
-    return Prepared(problem, forwards, too_large)
+    return Prepared(problem, forwards, left_out)
 
 
 def bytes_held(name: str, case: Case, backward: bool, dtype: torch.dtype) -> int:

@@ -132,11 +132,14 @@ def fused_backend(u: Tensor) -> str:
     return next(name for name, backend in _backends.BACKENDS.items() if backend.run is chosen)
 
 
+def no_compiler() -> str:
+    """Why torch.compile cannot work here, or nothing."""
+    compiler = os.environ.get("CXX", "g++")
+    return "" if shutil.which(compiler) else f"needs {compiler}"
+
+
 def compiled(function: Callable[..., T]) -> Callable[..., T]:
     """torch.compile of a function, for one shape; what was compiled before is forgotten."""
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise FileNotFoundError(f"torch.compile needs a C++ compiler, and {compiler} is not there")
     torch.compiler.reset()  # else the recompile limit is met after a few cases
     return torch.compile(function, dynamic=False, fullgraph=True)
 

@@ -11,7 +11,7 @@ from ..nn import CapsNetLoss
 from . import table
 from .compare import check_equal
 from .measure import Result, alternate, in_fresh_process, peak_growth
-from .registry import compiled
+from .registry import compiled, no_compiler
 
 BACKENDS = {"fused": "auto", "reference": "reference", "compiled": "reference"}
 
@@ -56,14 +56,17 @@ def compare_training_step(
         seconds: about how long to time.
 
     Returns:
-        A dict of the fields of :class:`capsroute.bench.measure.Result` for each, "fused" first. `peak_bytes` is
+        A dict of the fields of :class:`capsroute.bench.measure.Result` for each, "fused" first; without a compiler,
+        that of "compiled" has but a note. `peak_bytes` is
         without parameters, their gradients and the optimizer's state.
 
     Raises:
         DisagreementError: if a loss or gradient differs from the reference's.
     """
+    reason = no_compiler()
+    names = [name for name in BACKENDS if not (reason and name == "compiled")]
     with torch.random.fork_rng(devices=[]):  # leave the caller's random state as it is
-        steps = {name: _Step(name, model_factory, images, labels) for name in BACKENDS}
+        steps = {name: _Step(name, model_factory, images, labels) for name in names}
     for step in steps.values():
         step.model.load_state_dict(steps["reference"].model.state_dict())
     first = {name: step() for name, step in steps.items()}
@@ -75,7 +78,7 @@ def compare_training_step(
         batch = images.clone(), labels.clone()  # sending a tensor moves its storage to shared memory
         peak = in_fresh_process(_step_memory, name, model_factory, *batch, torch.get_num_threads())
         rows.append(Result(name, *timing, peak)._asdict())
-    return rows
+    return rows + [Result(name, note=reason)._asdict() for name in BACKENDS if name not in names]
 
 
 def format_rows(rows: list[dict]) -> str:

@@ -70,7 +70,6 @@ py::tuple route(const std::string& name, Buffer<A> u, Buffer<A> weight, Buffer<A
 PYBIND11_MODULE(_kernel_tier, m) {
   m.doc() = "The CPU kernel tier on raw buffers, for tests and benchmarks.";
   m.def("instruction_sets", &instruction_sets, "The instruction sets that this build and this processor have.");
-  m.def("chosen", [] { return kernels().name; }, "The instruction set that the operators use.");
   m.def("route", &route<float>, py::arg("name"), py::arg("u").noconvert(), py::arg("weight"), py::arg("grad_v"),
         py::arg("iterations"));
   m.def("route", &route<double>, py::arg("name"), py::arg("u").noconvert(), py::arg("weight"), py::arg("grad_v"),
