@@ -13,6 +13,9 @@ from ._ops import ops
 def route(u, weight, bias, logits, mask, options, return_coupling) -> tuple[Tensor, Tensor]:
     """v [B, J, O] and, if asked for, the coupling [B, I, J], by the kernels of the tensors' device."""
     tensors = (u, weight, bias, logits)
+    if torch.compiler.is_compiling():
+        # dynamo believes that what torch.func differentiates needs no gradient; of a view of it, it knows better
+        tensors = tuple(None if x is None else x.view_as(x) for x in tensors)
     wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     # Forward-mode tangents would be dropped silently by the raw op; the Function refuses them.
     if wants_grad or forward_ad._current_level >= 0:

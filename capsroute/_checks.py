@@ -20,7 +20,8 @@ def check_tensor(name: str, value: object, letters: str) -> None:
         raise TypeError(f"{name} must be a tensor {letters}, got {type(value).__name__}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}")
-    if value.layout != torch.strided:
+    # dynamo cannot trace `layout` in a backward, where a recomputed forward comes through here
+    if not torch.compiler.is_compiling() and value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
 
 

@@ -15,6 +15,17 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {size}")
 
 
+def pair(name: str, value: int | tuple[int, int], least: int = 1) -> tuple[int, int]:
+    """(height, width) from one int or two."""
+    both = (value, value) if isinstance(value, int) else value
+    ints = isinstance(both, (tuple, list)) and all(isinstance(n, int) and not isinstance(n, bool) for n in both)
+    if not ints or len(both) != 2:
+        raise TypeError(f"{name} must be an int or (height, width), got {value!r}")
+    if min(both) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return tuple(both)
+
+
 def check_image_shape(image_shape: tuple[int, int, int]) -> None:
     """Three sizes: channels, height and width."""
     if not isinstance(image_shape, (tuple, list)) or len(image_shape) != 3:

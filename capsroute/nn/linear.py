@@ -6,10 +6,14 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from .. import _checks
 from ..functional import capsule_linear
 from ._checks import check_sizes
+from .layout import from_layout
+
+SHARED = (None, "inputs", "pairs")
 
 
 class CapsuleLinear(nn.Module):
@@ -18,17 +22,21 @@ class CapsuleLinear(nn.Module):
     Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", 2017, Procedure 1.
 
     Args:
-        in_capsules: I, the number of input capsules.
+        in_capsules: I, the number of input capsules. None, with a shared weight: any number.
         in_features: D, the features of an input capsule.
         out_capsules: J, the number of output capsules.
         out_features: O, the features of an output capsule.
         iterations: R, the number of routing passes, at least 1.
         bias: learn a bias ``[J, O]``, added to s in every pass.
+        shared: who shares a matrix: None, each pair has its own; ``"inputs"``, all input capsules; ``"pairs"``,
+            all pairs (MIND: Li et al. 2019), where only the logits that you give, or a bias that was trained,
+            tell the output capsules apart.
         coupling, leaky, detach_coupling, eps, backend: as in :func:`capsroute.capsule_linear`.
         device, dtype: of the parameters, as in every torch layer.
 
     Attributes:
-        weight: ``[I, D, J, O]``, contiguous: the memory order that the kernels read in place.
+        weight: ``[I, D, J, O]``, contiguous: the memory order that the kernels read in place. Shared by the
+            inputs ``[J, O, D]``, by all pairs ``[O, D]``.
         bias: ``[J, O]`` or None.
 
     Raises:
@@ -37,13 +45,14 @@ class CapsuleLinear(nn.Module):
 
     def __init__(
         self,
-        in_capsules: int,
+        in_capsules: int | None,
         in_features: int,
         out_capsules: int,
         out_features: int,
         iterations: int = 3,
         *,
         bias: bool = False,
+        shared: str | None = None,
         coupling: str = "out",
         leaky: bool = False,
         detach_coupling: bool = False,
@@ -54,29 +63,64 @@ class CapsuleLinear(nn.Module):
     ):
         super().__init__()
         _checks.check_options(iterations, coupling, leaky, detach_coupling, eps)
-        check_sizes(
-            in_capsules=in_capsules, in_features=in_features, out_capsules=out_capsules, out_features=out_features
-        )
+        if shared not in SHARED:
+            raise ValueError(f'shared must be None, "inputs" or "pairs", got {shared!r}')
+        if in_capsules is not None or shared is None:
+            check_sizes(in_capsules=in_capsules)
+        check_sizes(in_features=in_features, out_capsules=out_capsules, out_features=out_features)
         self.in_capsules, self.in_features = in_capsules, in_features
         self.out_capsules, self.out_features = out_capsules, out_features
-        self.iterations, self.coupling, self.leaky = iterations, coupling, leaky
+        self.iterations, self.shared, self.coupling, self.leaky = iterations, shared, coupling, leaky
         self.detach_coupling, self.eps, self.backend = detach_coupling, eps, backend
         factory = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(in_capsules, in_features, out_capsules, out_features, **factory))
+        self.weight = self._empty_weight(**factory)
         self.bias = nn.Parameter(torch.empty(out_capsules, out_features, **factory)) if bias else None
         self.reset_parameters()
 
+    def _empty_weight(self, **factory) -> nn.Parameter:
+        return nn.Parameter(torch.empty(self._weight_shape(), **factory))
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        inputs, features, outputs, out_features = (
+            self.in_capsules,
+            self.in_features,
+            self.out_capsules,
+            self.out_features,
+        )
+        if self.shared is None:
+            return inputs, features, outputs, out_features
+        return (outputs, out_features, features) if self.shared == "inputs" else (out_features, features)
+
     def reset_parameters(self) -> None:
         """Draw the weight anew and set the bias to 0."""
-        # The first pass couples all pairs with the same c, and votes of random direction add up as
-        # sqrt(I): |s| is about |u| for votes 1 / (c sqrt(I)) as long as u. A smaller s vanishes in
-        # squash, n2 / (1 + n2); a larger one saturates it. Votes longer than u would let the first
-        # agreement decide the softmax at once, so they are not made longer.
-        c = 1 / (self.out_capsules if self.coupling == "out" else self.in_capsules)
-        gain = min(1 / (c * math.sqrt(self.in_capsules)), 1.0)
+        gain = first_pass_gain(self.in_capsules, self.out_capsules, self.coupling)
         nn.init.normal_(self.weight, std=gain / math.sqrt(self.out_features))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def logical_weight(self) -> Tensor:
+        """The weight as :func:`capsroute.capsule_linear` takes it, a view: ``[I, J, O, D]``, or shared."""
+        return self.weight if self.shared else self.weight.permute(0, 2, 3, 1)
+
+    def set_weight(self, weight: Tensor, layout: str | None = None) -> None:
+        """Copy a weight from another implementation into this layer.
+
+        Args:
+            weight: the tensor; any dtype and device.
+            layout: its dimensions, as in :func:`capsroute.nn.from_layout`, for instance ``"[J, I, D, O]"``.
+                None: as :func:`capsroute.capsule_linear` takes it.
+
+        Raises:
+            ValueError: for a layout or a shape that does not fit.
+        """
+        if layout is not None:
+            sizes = {"I": self.in_capsules, "J": self.out_capsules, "O": self.out_features, "D": self.in_features}
+            weight = from_layout(weight, layout, **{letter: n for letter, n in sizes.items() if letter in layout and n})
+        own = self.logical_weight()
+        if weight.shape != own.shape:
+            raise ValueError(f"weight must be {list(own.shape)}, got {list(weight.shape)}")
+        with torch.no_grad():
+            own.copy_(weight)
 
     def forward(
         self, u: Tensor, *, logits: Tensor | None = None, mask: Tensor | None = None, return_coupling: bool = False
@@ -92,9 +136,11 @@ class CapsuleLinear(nn.Module):
         Returns:
             v ``[*, J, O]``; with ``return_coupling`` also c ``[*, I, J]``.
         """
+        if self.shared == "pairs" and logits is not None:
+            logits = logits.expand(*logits.shape[:-1], self.out_capsules)
         return capsule_linear(
             u,
-            self.weight.permute(0, 2, 3, 1),  # [I, J, O, D]
+            self.logical_weight(),
             self.iterations,
             bias=self.bias,
             logits=logits,
@@ -111,6 +157,53 @@ class CapsuleLinear(nn.Module):
         return (
             f"in_capsules={self.in_capsules}, in_features={self.in_features}, "
             f"out_capsules={self.out_capsules}, out_features={self.out_features}, iterations={self.iterations}, "
-            f"bias={self.bias is not None}, coupling={self.coupling!r}, leaky={self.leaky}, "
+            f"bias={self.bias is not None}, shared={self.shared!r}, coupling={self.coupling!r}, leaky={self.leaky}, "
             f"detach_coupling={self.detach_coupling}, eps={self.eps}, backend={self.backend!r}"
         )
+
+
+class LazyCapsuleLinear(LazyModuleMixin, CapsuleLinear):
+    """A :class:`CapsuleLinear` that learns ``in_capsules`` and ``in_features`` from its first input.
+
+    As with every lazy module of torch: run it once before the optimizer is made.
+
+    Args:
+        out_capsules, out_features, iterations: as in :class:`CapsuleLinear`.
+        **options: its other arguments.
+    """
+
+    cls_to_become = CapsuleLinear
+    weight: nn.UninitializedParameter
+
+    def __init__(self, out_capsules: int, out_features: int, iterations: int = 3, **options):
+        super().__init__(1, 1, out_capsules, out_features, iterations, **options)
+        self.in_capsules = self.in_features = 0
+
+    def _empty_weight(self, **factory) -> nn.Parameter:
+        return nn.UninitializedParameter(**factory)
+
+    def reset_parameters(self) -> None:
+        if not self.has_uninitialized_params():
+            super().reset_parameters()
+
+    def initialize_parameters(self, u: Tensor, **_) -> None:
+        """Make the weight for inputs like ``u`` and draw it, unless it was loaded."""
+        _checks.check_input(u)
+        self.in_capsules, self.in_features = u.shape[-2:]
+        if self.has_uninitialized_params():
+            with torch.no_grad():
+                self.weight.materialize(self._weight_shape())
+                self.reset_parameters()
+
+
+def first_pass_gain(inputs: int | None, outputs: int, coupling: str) -> float:
+    """How long votes of u should be at first, in units of |u|.
+
+    The first pass couples all pairs with the same c, and votes of random direction add up as sqrt(I): |s| is about
+    |u| for votes 1 / (c sqrt(I)) as long as u. A smaller s vanishes in squash, n2 / (1 + n2); a larger one saturates
+    it. Votes longer than u would let the first agreement decide the softmax at once, so they are not made longer.
+    """
+    if inputs is None:
+        return 1.0
+    c = 1 / (outputs if coupling == "out" else inputs)
+    return min(1 / (c * math.sqrt(inputs)), 1.0)

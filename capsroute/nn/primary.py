@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_eps, check_flag
 from ..functional import squash
 from ._checks import check_sizes
 
@@ -20,7 +21,9 @@ class PrimaryCapsules(nn.Module):
         in_channels: channels of the input.
         types: capsules at each position.
         features: D, the features of a capsule.
-        kernel_size, stride: of the convolution, one int or (height, width); it is not padded.
+        kernel_size, stride, padding: of the convolution, one int or (height, width).
+        flatten: one list of capsules ``[B, I, D]`` for :class:`CapsuleLinear`; False: a map of them
+            ``[B, height, width, types, D]`` for :class:`CapsuleConv2d`.
         eps: as in :func:`capsroute.squash`.
         device, dtype: of the parameters.
 
@@ -35,18 +38,30 @@ class PrimaryCapsules(nn.Module):
         features: int,
         kernel_size: int | tuple[int, int],
         stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
         *,
+        flatten: bool = True,
         eps: float = 1e-9,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         check_sizes(in_channels=in_channels, types=types, features=features)
-        self.types, self.features, self.eps = types, features, eps
-        self.conv = nn.Conv2d(in_channels, types * features, kernel_size, stride, device=device, dtype=dtype)
+        check_flag("flatten", flatten)
+        check_eps(eps)
+        self.types, self.features, self.flatten, self.eps = types, features, flatten, eps
+        self.conv = nn.Conv2d(in_channels, types * features, kernel_size, stride, padding, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Squashed capsules ``[B, I, D]``, I = height * width * types, from features ``[B, C, H, W]``."""
+        """Squashed capsules from features ``[B, C, H, W]``.
+
+        Returns:
+            ``[B, I, D]``, I = height * width * types, or with ``flatten=False``
+            ``[B, height, width, types, D]``.
+        """
         s = self.conv(x)  # [B, types * D, height, width]
         s = s.unflatten(1, (self.types, self.features)).permute(0, 3, 4, 1, 2)  # [B, height, width, types, D]
-        return squash(s.flatten(1, 3), eps=self.eps)
+        return squash(s.flatten(1, 3) if self.flatten else s, eps=self.eps)
+
+    def extra_repr(self) -> str:
+        return f"types={self.types}, features={self.features}, flatten={self.flatten}, eps={self.eps}"

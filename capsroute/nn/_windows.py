@@ -1,0 +1,132 @@
+"""Routing over the windows of a map of capsules, a chunk of positions at a time.
+
+Unfolded to windows of k x k, an input is k^2 times as large, and its votes J O / D times that. Neither is stored: the
+windows of a chunk are made when they are routed, and made once more when their gradient is wanted.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..functional import capsule_linear
+
+Chunk = tuple[slice, slice]  # images, rows of the output
+
+
+class Windows(NamedTuple):
+    """Which input positions an output position sees; (height, width) each."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, bottom, left, right; below 0 it crops
+
+    def span(self, d: int) -> int:
+        """The length that a window covers."""
+        return self.dilation[d] * (self.kernel[d] - 1) + 1
+
+    def positions(self, height: int, width: int) -> tuple[int, int]:
+        """The number of output positions, for a padded input."""
+        return tuple((n - self.span(d)) // self.stride[d] + 1 for d, n in enumerate((height, width)))
+
+    def pad(self, x: Tensor, value: float | bool = 0) -> Tensor:
+        """x [B, H, W, ...] with the padding around it."""
+        top, bottom, left, right = self.padding
+        return F.pad(x, (0, 0) * (x.dim() - 3) + (left, right, top, bottom), value=value)
+
+    def rows(self, y: slice) -> slice:
+        """The input rows that the output rows y see."""
+        return slice(y.start * self.stride[0], (y.stop - 1) * self.stride[0] + self.span(0))
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """The windows [B, H', W', kh, kw, ...] of a padded x [B, H, W, ...], a view."""
+        for d in (0, 1):
+            x = x.unfold(1 + d, self.span(d), self.stride[d])[..., :: self.dilation[d]]
+        return x.movedim((-2, -1), (3, 4))
+
+
+def route_windows(
+    x: Tensor,  # [B, H, W, C, D]
+    mask: Tensor | None,  # [B or 1, H, W, C]
+    weight: Tensor,  # [kh, kw, C, D, J, O]
+    bias: Tensor | None,  # [J, O]
+    windows: Windows,
+    chunk_bytes: int,
+    options: dict,
+) -> Tensor:
+    """v [B, H', W', J, O]: the kh kw C capsules of each window, routed by the weight that all positions share."""
+    if mask is None and options["coupling"] == "in" and max(windows.padding) > 0:
+        mask = x.new_ones((1, *x.shape[1:4]), dtype=torch.bool)  # padding has no part in a softmax over i
+    mask = None if mask is None else windows.pad(mask, False)
+    x = windows.pad(x)
+    chunks = _chunks(x, windows, chunk_bytes)
+    if len(chunks) == 1:
+        return _route(x, mask, weight, bias, windows, options)
+    return _InChunks.apply(x, mask, weight, bias, windows, chunks, options)
+
+
+def _chunks(x: Tensor, windows: Windows, chunk_bytes: int) -> list[Chunk]:
+    """Cut so that the windows of a chunk take about chunk_bytes; by the shape alone, so that the bits hang on it alone."""
+    batch, height, width, types, features = x.shape
+    height, width = windows.positions(height, width)
+    row = width * windows.kernel[0] * windows.kernel[1] * types * features * x.element_size()
+    rows = max(chunk_bytes // row, 1)
+    return list(itertools.product(_cut(batch, max(rows // height, 1)), _cut(height, min(rows, height))))
+
+
+def _cut(length: int, step: int) -> list[slice]:
+    return [slice(k, min(k + step, length)) for k in range(0, length, step)] or [slice(0, 0)]
+
+
+def _route(x, mask, weight, bias, windows, options) -> Tensor:
+    u = windows.unfold(x).flatten(3, 5)  # [B, H', W', I, D]
+    if mask is not None:
+        mask = windows.unfold(mask).flatten(3)  # [B or 1, H', W', I]
+    return capsule_linear(u, weight.flatten(0, 2).permute(0, 2, 3, 1), bias=bias, mask=mask, **options)
+
+
+class _InChunks(torch.autograd.Function):
+    """_route, chunk by chunk. The backward makes and routes the windows of a chunk once more."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, mask, weight, bias, windows, chunks, options):
+        parts = [_route(*_chunk_of(x, mask, windows, chunk), weight, bias, windows, options) for chunk in chunks]
+        rows = sum(images == chunks[0][0] for images, _ in chunks)  # chunks of one image
+        return torch.cat([torch.cat(parts[k : k + rows], 1) for k in range(0, len(parts), rows)])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.windows, ctx.chunks, ctx.options = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, grad_v):
+        x, mask, weight, bias = ctx.saved_tensors
+        windows, options = ctx.windows, ctx.options
+        shared = [p for p in (weight, bias) if p is not None]
+        dx, dshared = grad_v.new_zeros(x.shape, dtype=x.dtype), None
+        for images, y in ctx.chunks:
+            x_part, mask_part = _chunk_of(x, mask, windows, (images, y))
+
+            def route(x, weight, bias=None, mask=mask_part):
+                return _route(x, mask, weight, bias, windows, options)
+
+            dx_part, *parts = torch.func.vjp(route, x_part, *shared)[1](grad_v[images, y])
+            dx[images, windows.rows(y)] += dx_part  # windows of neighbouring chunks overlap
+            dshared = parts if dshared is None else [d + part for d, part in zip(dshared, parts, strict=True)]
+        return dx, None, *dshared, *[None] * (bias is None), None, None, None
+
+
+def _chunk_of(x: Tensor, mask: Tensor | None, windows: Windows, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
+    """The part of a padded input, and of its mask, that the windows of a chunk see."""
+    images, rows = chunk[0], windows.rows(chunk[1])
+    if mask is not None:
+        mask = mask[images if mask.shape[0] > 1 else slice(None), rows]
+    return x[images, rows], mask

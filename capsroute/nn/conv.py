@@ -1,0 +1,288 @@
+"""Convolutional capsules: routing within a receptive field, by a weight that all positions share."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks
+from ._checks import check_sizes, pair
+from ._windows import Windows, route_windows
+from .linear import first_pass_gain
+
+
+class _CapsuleConv(nn.Module):
+    """What both directions share: the weight, the options of routing and their checks."""
+
+    def __init__(
+        self,
+        in_types: int,
+        in_features: int,
+        out_types: int,
+        out_features: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int],
+        padding: int | tuple[int, int],
+        iterations: int,
+        *,
+        bias: bool = False,
+        coupling: str = "out",
+        leaky: bool = False,
+        detach_coupling: bool = False,
+        eps: float = 1e-9,
+        backend: str = "auto",
+        chunk_bytes: int = 2**25,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        _checks.check_options(iterations, coupling, leaky, detach_coupling, eps)
+        check_sizes(
+            in_types=in_types,
+            in_features=in_features,
+            out_types=out_types,
+            out_features=out_features,
+            chunk_bytes=chunk_bytes,
+        )
+        self.in_types, self.in_features = in_types, in_features
+        self.out_types, self.out_features = out_types, out_features
+        self.kernel_size, self.stride = pair("kernel_size", kernel_size), pair("stride", stride)
+        self.padding, self.chunk_bytes = pair("padding", padding, least=0), chunk_bytes
+        self.options = {
+            "iterations": iterations,
+            "coupling": coupling,
+            "leaky": leaky,
+            "detach_coupling": detach_coupling,
+            "eps": eps,
+            "backend": backend,
+        }
+        factory = {"device": device, "dtype": dtype}
+        shape = (*self.kernel_size, in_types, in_features, out_types, out_features)
+        self.weight = nn.Parameter(torch.empty(shape, **factory))
+        self.bias = nn.Parameter(torch.empty(out_types, out_features, **factory)) if bias else None
+        self.reset_parameters()
+
+    def _window_capsules(self) -> int:
+        """I, the capsules that an output position sees."""
+        return math.prod(self.kernel_size) * self.in_types
+
+    def reset_parameters(self) -> None:
+        """Draw the weight anew and set the bias to 0."""
+        inputs = self._window_capsules()
+        if self.options["iterations"] > 1:
+            gain = first_pass_gain(inputs, self.out_types, self.options["coupling"])
+        else:
+            # Nothing is routed, so votes may be long, and such layers are stacked: |s| = 3 |u| makes 0.87 the length
+            # that squash maps to itself. At |s| = |u| a few layers would squash everything to 0.
+            c = 1 / (self.out_types if self.options["coupling"] == "out" else inputs)
+            gain = 3 / (c * math.sqrt(inputs))
+        nn.init.normal_(self.weight, std=gain / math.sqrt(self.out_features))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def _checked(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The mask as [B or 1, H, W, C], once x is known to be a map of this layer's capsules."""
+        _checks.check_tensor("x", x, "[B, H, W, C, D]")
+        if x.dim() != 5 or x.shape[3:] != (self.in_types, self.in_features):
+            raise ValueError(
+                f"x must be [B, H, W, C, D] with C = {self.in_types} and D = {self.in_features}, got {list(x.shape)}"
+            )
+        if mask is None:
+            return None
+        _checks.check_mask(mask, x.shape[:4], x)
+        mask = mask.reshape(*(1,) * (4 - mask.dim()), *mask.shape)
+        return mask.expand(-1, *x.shape[1:4])
+
+    def extra_repr(self) -> str:
+        own = {"kernel_size": self.kernel_size, "stride": self.stride, "padding": self.padding}
+        options = own | self._more() | self.options | {"bias": self.bias is not None, "chunk_bytes": self.chunk_bytes}
+        sizes = f"{self.in_types}, {self.in_features}, {self.out_types}, {self.out_features}, "
+        return sizes + ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+    def _more(self) -> dict:
+        return {}
+
+
+class CapsuleConv2d(_CapsuleConv):
+    """Convolutional capsules: every position routes the capsules in its receptive field.
+
+    ::
+
+        v[y, x] = capsule_linear(u, weight),   u = the kh kw C capsules of map[y sy - py + a dy, x sx - px + b dx],
+                                               a = 0..kh-1, b = 0..kw-1
+
+    Dynamic routing as in Sabour, Frosst and Hinton 2017 (Procedure 1) over the windows of Hinton, Sabour and Frosst,
+    "Matrix capsules with EM routing", 2018 (section 4), where the weight is shared by all positions. With
+    ``iterations=1`` nothing is routed and it is the ``Conv2DCaps`` of Rajasegaran et al., "DeepCaps", 2019.
+
+    The capsules of a window beyond the border count as 0, and take no part where ``coupling="in"``. Neither the votes
+    of a position nor more than ``chunk_bytes`` of unfolded input are ever stored, forward or backward.
+
+    Args:
+        in_types: C, the capsules at an input position.
+        in_features: D, the features of an input capsule.
+        out_types: J, the capsules at an output position.
+        out_features: O, the features of an output capsule.
+        kernel_size, stride, padding, dilation: as in :class:`torch.nn.Conv2d`, one int or (height, width).
+        iterations: R, the number of routing passes.
+        bias: learn a bias ``[J, O]``, added to s in every pass.
+        coupling, leaky, detach_coupling, eps, backend: as in :func:`capsroute.capsule_linear`.
+        chunk_bytes: the size of the unfolded input that is made at once. Where it takes more than one chunk, the
+            backward routes each chunk a second time. The result does not hang on it, the weight's gradient only by
+            rounding.
+        device, dtype: of the parameters.
+
+    Attributes:
+        weight: ``[kh, kw, C, D, J, O]``.
+        bias: ``[J, O]`` or None.
+
+    Raises:
+        TypeError, ValueError: for a wrong argument, by its name.
+    """
+
+    def __init__(
+        self,
+        in_types: int,
+        in_features: int,
+        out_types: int,
+        out_features: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        iterations: int = 3,
+        **options,
+    ):
+        self.dilation = pair("dilation", dilation)
+        super().__init__(
+            in_types, in_features, out_types, out_features, kernel_size, stride, padding, iterations, **options
+        )
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Output capsules ``[B, H', W', J, O]`` of a map ``[B, H, W, C, D]``.
+
+        Args:
+            x: the map, in the dtype of the weight; :class:`PrimaryCapsules` with ``flatten=False`` makes one.
+            mask: bool, broadcast to ``[B, H, W, C]``; False takes an input capsule out.
+
+        Raises:
+            TypeError, ValueError: for an input of the wrong shape or dtype, or smaller than the kernel.
+        """
+        mask = self._checked(x, mask)
+        py, px = self.padding
+        windows = Windows(self.kernel_size, self.stride, self.dilation, (py, py, px, px))
+        if any(n + 2 * p < windows.span(d) for d, (n, p) in enumerate(zip(x.shape[1:3], self.padding, strict=True))):
+            raise ValueError(
+                f"x must be [B, H, W, C, D] with H and W, padded by {self.padding}, at least "
+                f"{(windows.span(0), windows.span(1))}, got {list(x.shape)}"
+            )
+        return route_windows(x, mask, self.weight, self.bias, windows, self.chunk_bytes, self.options)
+
+    def _more(self) -> dict:
+        return {"dilation": self.dilation}
+
+
+class _Phase(NamedTuple):
+    """Along one dimension: the taps of the kernel that the outputs of a phase see, and the padding of their windows."""
+
+    taps: slice
+    padding: tuple[int, int]
+
+
+class CapsuleConvTranspose2d(_CapsuleConv):
+    """The transposed convolution of capsules, which makes maps larger: "deconvolutional capsules".
+
+    Every output position routes the capsules of those input positions whose kernel reaches it::
+
+        v[y, x] = capsule_linear(u, weight),   u = map[i, k] where y = i sy - py + a, x = k sx - px + b,
+                                               0 <= a < kh, 0 <= b < kw
+
+    LaLonde and Bagci, "Capsules for Object Segmentation", 2018, with routing over the whole receptive field.
+    The output positions of one phase, (y + py) mod sy and (x + px) mod sx, see the same part of the kernel: each phase
+    is a :class:`CapsuleConv2d` of that part, so no zero between inputs is ever multiplied.
+
+    Args:
+        in_types, in_features, out_types, out_features, iterations, bias, coupling, leaky, detach_coupling, eps,
+        backend, chunk_bytes, device, dtype: as in :class:`CapsuleConv2d`.
+        kernel_size, stride, padding, output_padding: as in :class:`torch.nn.ConvTranspose2d`, one int or
+            (height, width). The kernel must not be smaller than the stride, or some outputs would see nothing.
+
+    Attributes:
+        weight: ``[kh, kw, C, D, J, O]``.
+        bias: ``[J, O]`` or None.
+
+    Raises:
+        TypeError, ValueError: for a wrong argument, by its name.
+    """
+
+    def __init__(
+        self,
+        in_types: int,
+        in_features: int,
+        out_types: int,
+        out_features: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        output_padding: int | tuple[int, int] = 0,
+        iterations: int = 3,
+        **options,
+    ):
+        self.output_padding = pair("output_padding", output_padding, least=0)
+        kernel, steps = pair("kernel_size", kernel_size), pair("stride", stride)
+        if any(k < s for k, s in zip(kernel, steps, strict=True)):
+            raise ValueError(f"kernel_size must be at least stride = {steps}, got {kernel}")
+        if any(p >= s for p, s in zip(self.output_padding, steps, strict=True)):
+            raise ValueError(f"output_padding must be less than stride = {steps}, got {self.output_padding}")
+        super().__init__(
+            in_types, in_features, out_types, out_features, kernel_size, stride, padding, iterations, **options
+        )
+
+    def _window_capsules(self) -> int:
+        return round(math.prod(self.kernel_size) / math.prod(self.stride)) * self.in_types  # on average
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Output capsules ``[B, H', W', J, O]``, H' = (H - 1) sy - 2 py + kh + output_padding, of ``[B, H, W, C, D]``.
+
+        Args:
+            x: the map, in the dtype of the weight.
+            mask: bool, broadcast to ``[B, H, W, C]``; False takes an input capsule out.
+
+        Raises:
+            TypeError, ValueError: for an input of the wrong shape or dtype, or that leaves no output.
+        """
+        mask = self._checked(x, mask)
+        height, width = (
+            (n - 1) * s - 2 * p + k + more
+            for n, s, p, k, more in zip(
+                x.shape[1:3], self.stride, self.padding, self.kernel_size, self.output_padding, strict=True
+            )
+        )
+        if height < 1 or width < 1:
+            raise ValueError(f"x must leave an output, got {list(x.shape)}, which gives {height} x {width}")
+        columns = []
+        for rx in range(self.stride[1]):
+            across = self._phase(1, rx, x.shape[2], width)
+            rows = []
+            for ry in range(self.stride[0]):
+                down = self._phase(0, ry, x.shape[1], height)
+                weight = self.weight[down.taps][:, across.taps].flip(0, 1)
+                windows = Windows(weight.shape[:2], padding=(*down.padding, *across.padding))
+                rows.append(route_windows(x, mask, weight, self.bias, windows, self.chunk_bytes, self.options))
+            columns.append(torch.stack(rows, 2).flatten(1, 2))  # [B, H' or a little more, W' / sx, J, O]
+        return torch.stack(columns, 3).flatten(2, 3)[:, :height, :width]
+
+    def _phase(self, d: int, r: int, size: int, outputs: int) -> _Phase:
+        """The outputs y = r, r + s, ... along dimension d: with y + p = s q + phase, tap phase + s t sees input q - t."""
+        s = self.stride[d]
+        first, phase = divmod(r + self.padding[d], s)  # q of the first
+        count = -(-outputs // s)
+        taps = slice(phase, None, s)
+        reach = len(range(phase, self.kernel_size[d], s))
+        return _Phase(taps, (reach - 1 - first, first + count - size))
+
+    def _more(self) -> dict:
+        return {"output_padding": self.output_padding}

@@ -1,0 +1,83 @@
+"""Weights of other implementations: from their layouts to ours and back."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+LOGICAL = ("[I, J, O, D]", "[J, O, D]", "[O, D]")
+
+
+def from_layout(weight: Tensor, layout: str, **sizes: int) -> Tensor:
+    """A weight that is stored in another layout, as ``[I, J, O, D]``, ``[J, O, D]`` or ``[O, D]``.
+
+    A view wherever torch can make one, so that a gradient reaches ``weight`` itself::
+
+        from_layout(w, "[J, I, D, O]")               # gram-ai/capsule-networks and most copies of it
+        from_layout(w, "[1, I, J, O, D]")            # higgsfield/Capsule-Network-Tutorial
+        from_layout(w, "[I, D, J*O]", J=10)          # the authors' TensorFlow code
+
+    Args:
+        weight: the tensor.
+        layout: its dimensions by the letters I, J, O and D, each at most once; ``1`` for a dimension of
+            size 1, ``J*O`` for two in one, the last of them fastest.
+        **sizes: of letters, where a product such as ``J*O`` leaves two unknown.
+
+    Raises:
+        ValueError: for a layout that means nothing, or that the tensor does not have.
+    """
+    axes = _parse(layout)
+    letters = [letter for axis in axes for letter in axis]
+    if weight.dim() != len(axes):
+        raise ValueError(f"weight must be {layout}, got {list(weight.shape)}")
+    shape = []
+    for axis, size in zip(axes, weight.shape, strict=True):
+        unknown = [letter for letter in axis if letter not in sizes]
+        if len(unknown) > 1:
+            raise ValueError(f"the size of {' or '.join(unknown)} must be given: {'*'.join(axis)} is {size} in weight")
+        known = math.prod(sizes[letter] for letter in axis if letter in sizes)
+        rest = size // known if unknown else 1
+        if known * rest != size:
+            raise ValueError(f"weight must be {layout} with {_show(sizes)}, got {list(weight.shape)}")
+        shape += [sizes.get(letter, rest) for letter in axis]
+    order = [letters.index(letter) for letter in "IJOD" if letter in letters]
+    return weight.reshape(shape).permute(order)
+
+
+def to_layout(weight: Tensor, layout: str) -> Tensor:
+    """The inverse of :func:`from_layout`: a weight ``[I, J, O, D]``, ``[J, O, D]`` or ``[O, D]`` in that layout.
+
+    Raises:
+        ValueError: for a layout that means nothing, or that has other letters than the weight.
+    """
+    axes = _parse(layout)
+    letters = [letter for axis in axes for letter in axis]
+    if weight.dim() != len(letters):
+        raise ValueError(f"weight must be {_logical(letters)} for the layout {layout}, got {list(weight.shape)}")
+    own = _logical(letters).strip("[]").split(", ")
+    sizes = dict(zip(own, weight.shape, strict=True))
+    shape = [math.prod(sizes[letter] for letter in axis) for axis in axes]
+    return weight.permute([own.index(letter) for letter in letters]).reshape(shape)
+
+
+def _parse(layout: str) -> list[list[str]]:
+    """The letters of each dimension; none for a 1."""
+    axes = [[letter.strip() for letter in axis.split("*")] for axis in layout.strip("[] ").split(",")]
+    axes = [[] if axis == ["1"] else axis for axis in axes]
+    letters = [letter for axis in axes for letter in axis]
+    known = _logical(letters) in LOGICAL and set(letters) <= set("IJOD")
+    if not known or len(set(letters)) != len(letters):
+        raise ValueError(
+            f"layout must have the letters of {', '.join(LOGICAL)} in any order, "
+            f'such as "[1, I, D, J*O]", got {layout!r}'
+        )
+    return axes
+
+
+def _logical(letters: list[str]) -> str:
+    return "[" + ", ".join(letter for letter in "IJOD" if letter in letters) + "]"
+
+
+def _show(sizes: dict[str, int]) -> str:
+    return " and ".join(f"{letter} = {size}" for letter, size in sizes.items()) or "whole sizes"
