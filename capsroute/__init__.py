@@ -1,12 +1,15 @@
 """Fused capsule routing for PyTorch: routing by agreement without ever storing the votes."""
 
-from . import nn
+from . import acceleration, nn
 from ._backends import backends
 from ._version import __version__
+from .acceleration import accelerate
 from .functional import capsule_linear, dynamic_routing, routing_pass, squash, votes_pass
 
 __all__ = [
     "__version__",
+    "accelerate",
+    "acceleration",
     "backends",
     "capsule_linear",
     "dynamic_routing",

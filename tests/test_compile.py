@@ -128,7 +128,7 @@ def test_compile_by_inductor(fused):
 
 @pytest.mark.parametrize(("form", "options"), [("ijod", "all"), ("votes", "all"), ("jod", "pass, all, in")])
 def test_func_grad_inside_compile(fused, form, options):
-    """Of tensors that torch.func differentiates dynamo says that they need no gradient; they get theirs all the same."""
+    """dynamo says of what torch.func differentiates that it needs no gradient; it gets one all the same."""
     function, leaves = random_problem(form=form, **EVERY[options]).as_function(fused)
     tensors = tuple(x.detach() for x in leaves)
     gradients = torch.func.grad(lambda *x: function(*x).square().sum(), tuple(range(len(tensors))))

@@ -1,9 +1,30 @@
-"""Capsule layers, losses and a capsule network as torch modules."""
+"""Capsule layers, losses and capsule networks as torch modules."""
 
+from . import classic
 from .capsnet import CapsNet, CapsNetOutput
+from .conv import CapsuleConv2d, CapsuleConvTranspose2d
 from .decoder import Decoder
-from .linear import CapsuleLinear
-from .loss import CapsNetLoss, MarginLoss
+from .deepcaps import CapsuleCell, DeepCapsNet
+from .layout import from_layout, to_layout
+from .linear import CapsuleLinear, LazyCapsuleLinear
+from .loss import CapsNetLoss, MarginLoss, SpreadLoss
 from .primary import PrimaryCapsules
 
-__all__ = ["CapsNet", "CapsNetLoss", "CapsNetOutput", "CapsuleLinear", "Decoder", "MarginLoss", "PrimaryCapsules"]
+__all__ = [
+    "CapsNet",
+    "CapsNetLoss",
+    "CapsNetOutput",
+    "CapsuleCell",
+    "CapsuleConv2d",
+    "CapsuleConvTranspose2d",
+    "CapsuleLinear",
+    "Decoder",
+    "DeepCapsNet",
+    "LazyCapsuleLinear",
+    "MarginLoss",
+    "PrimaryCapsules",
+    "SpreadLoss",
+    "classic",
+    "from_layout",
+    "to_layout",
+]

@@ -71,7 +71,7 @@ def route_windows(
 
 
 def _chunks(x: Tensor, windows: Windows, chunk_bytes: int) -> list[Chunk]:
-    """Cut so that the windows of a chunk take about chunk_bytes; by the shape alone, so that the bits hang on it alone."""
+    """Chunks whose windows take about chunk_bytes. They follow from shapes alone, as the bits of dW then do."""
     batch, height, width, types, features = x.shape
     height, width = windows.positions(height, width)
     row = width * windows.kernel[0] * windows.kernel[1] * types * features * x.element_size()

@@ -276,7 +276,7 @@ class CapsuleConvTranspose2d(_CapsuleConv):
         return torch.stack(columns, 3).flatten(2, 3)[:, :height, :width]
 
     def _phase(self, d: int, r: int, size: int, outputs: int) -> _Phase:
-        """The outputs y = r, r + s, ... along dimension d: with y + p = s q + phase, tap phase + s t sees input q - t."""
+        """The outputs y = r, r + s, ...: with y + p = s q + phase, the tap phase + s t sees the input q - t."""
         s = self.stride[d]
         first, phase = divmod(r + self.padding[d], s)  # q of the first
         count = -(-outputs // s)

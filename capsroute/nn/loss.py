@@ -44,6 +44,43 @@ class MarginLoss(nn.Module):
         return f"m_plus={self.m_plus}, m_minus={self.m_minus}, down_weight={self.down_weight}"
 
 
+class SpreadLoss(nn.Module):
+    """The spread loss (Hinton, Sabour and Frosst, "Matrix capsules with EM routing", 2018, eq. 3).
+
+    L = sum over classes i other than the labelled t of max(0, m - (a_t - a_i))^2, averaged over the batch: the
+    labelled class should lead each other by a margin.
+
+    Args:
+        margin: m. The paper raises it from 0.2 to 0.9 while training: set the attribute ``margin`` between epochs.
+
+    Raises:
+        ValueError: for a margin that is not positive.
+    """
+
+    def __init__(self, margin: float = 0.9):
+        super().__init__()
+        if not margin > 0:
+            raise ValueError(f"margin must be positive, got {margin}")
+        self.margin = margin
+
+    def forward(self, activations: Tensor, labels: Tensor) -> Tensor:
+        """The loss, a scalar, of activations ``[B, J]``, capsule lengths for instance, under labels ``[B]``.
+
+        Raises:
+            TypeError, ValueError: for labels or activations of the wrong dtype or shape.
+        """
+        if activations.dim() != 2:
+            raise ValueError(f"activations must be [B, J], got {list(activations.shape)}")
+        check_labels(labels, activations.shape[0])
+        labelled = activations.gather(1, labels.unsqueeze(1))  # [B, 1]
+        missing = F.relu(self.margin - (labelled - activations)).square()  # [B, J]; margin^2 for the labelled one
+        target = F.one_hot(labels, activations.shape[1]).bool()
+        return missing.masked_fill(target, 0).sum(1).mean()
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}"
+
+
 class CapsNetLoss(nn.Module):
     """The loss of a :class:`CapsNet`: the margin loss and, scaled down, the error of the reconstruction.
 

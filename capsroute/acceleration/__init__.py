@@ -1,0 +1,10 @@
+"""Fused routing inside models that were written for other capsule layers."""
+
+from . import known
+from .recipes import Recipe, register
+from .swap import Entry, Report, accelerate
+
+__all__ = ["Entry", "Recipe", "Report", "accelerate", "register"]
+
+for recipe in known.RECIPES:
+    register(recipe)

@@ -1,0 +1,133 @@
+"""The layers that accelerate knows: equations and parameter names of their repositories, written with our operators."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import capsule_linear, routing_pass, squash
+from ..nn.layout import from_layout
+from .recipes import Recipe
+
+PROBE_BATCH = 3
+
+
+def _probe_like(parameter: Tensor, *shape: int) -> Tensor:
+    return torch.randn(shape, device=parameter.device, dtype=parameter.dtype)
+
+
+# torch-rechub 0.9.0, for MIND and ComiRec-DR.
+#
+#     b_ij = N(0, 1) (bilinear_type 0) or 0, for every position i of the sequence
+#     repeat 3 times
+#         c_ij = mask_i softmax over i of b_ij        # the mask comes after the softmax: padding keeps its share
+#         v_j  = squash(sum over i of c_ij h_ij)
+#         b_ij = b_ij + h_ij . v_j                    # h is a constant here, and c with it
+#
+# so that s_j = (sum over i of mask_i c_ij) * (one pass over unmasked i alone, with logits log c).
+
+
+def _rechub_weight(self: nn.Module) -> Tensor:
+    if self.bilinear_type == 0:
+        return self.linear.weight  # [O, D]
+    if self.bilinear_type == 1:
+        return from_layout(self.linear.weight, "[J*O, D]", J=self.interest_num)
+    return from_layout(self.w, "[1, I, J*O, D]", J=self.interest_num)
+
+
+def _rechub_forward(self: nn.Module, item_eb: Tensor, mask: Tensor) -> Tensor:
+    weight = _rechub_weight(self)
+    batch, inputs, _ = item_eb.shape
+    shape = (batch, self.interest_num, inputs)
+    logits = (torch.randn if self.bilinear_type == 0 else torch.zeros)(shape, device=item_eb.device).transpose(1, 2)
+    logits, mask = logits.to(item_eb.dtype), mask.bool()
+    if self.routing_times < 3:  # then no pass is differentiated at all
+        item_eb, weight = item_eb.detach(), weight.detach()
+    passes = min(self.routing_times, 3)  # more passes would repeat the third
+    query = None
+    for k in range(1, passes + 1):
+        with torch.no_grad():
+            if query is None:
+                c = logits.softmax(1)  # [B, I, J]
+            else:
+                c = routing_pass(item_eb, weight, query, logits=logits, coupling="in", return_coupling=True)[1]
+            share = (c * mask.unsqueeze(-1)).sum(1).unsqueeze(-1)  # [B, J, 1]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and k == passes):
+            s = share * routing_pass(item_eb, weight, None, logits=c.log(), mask=mask, coupling="in")
+            v = squash(s)
+        query = v if query is None else query + v
+    return self.relu(v) if self.relu_layer else v
+
+
+def _rechub_probe(self: nn.Module) -> tuple[Tensor, Tensor]:
+    parameter = next(self.parameters())
+    mask = torch.rand(PROBE_BATCH, self.seq_len, device=parameter.device) < 0.7
+    return _probe_like(parameter, PROBE_BATCH, self.seq_len, self.embedding_dim), mask.long()
+
+
+def _rechub_refuses(self: nn.Module) -> str | None:
+    if not self.stop_grad:
+        return "stop_grad is False, and the share that padding keeps has no gradient here"
+    return None if self.routing_times >= 1 else f"routing_times is {self.routing_times}"
+
+
+RECHUB = Recipe("torch_rechub.basic.layers.CapsuleNetwork", _rechub_forward, _rechub_probe, _rechub_refuses)
+
+
+# gram-ai/capsule-networks and its many copies: route_weights [J, I, D, O], the softmax over i, outputs [J, B, 1, 1, O].
+
+
+def _gram_forward(self: nn.Module, x: Tensor) -> Tensor:
+    prior = getattr(self, "route_logits", None)  # [J, 1, I, 1, 1] in later versions
+    v = capsule_linear(
+        x,
+        from_layout(self.route_weights, "[J, I, D, O]"),
+        self.num_iterations,
+        logits=None if prior is None else prior.flatten(1).T,
+        coupling="in",
+    )
+    return v.transpose(0, 1)[:, :, None, None]
+
+
+def _gram_refuses(self: nn.Module) -> str | None:
+    return None if hasattr(self, "route_weights") else "it has no route_weights (primary capsules are a convolution)"
+
+
+def _gram_probe(self: nn.Module) -> tuple[Tensor]:
+    _, inputs, features, _ = self.route_weights.shape
+    return (_probe_like(self.route_weights, PROBE_BATCH, inputs, features),)
+
+
+GRAM = Recipe("CapsuleLayer", _gram_forward, _gram_probe, _gram_refuses)
+
+
+# XifengGuo/CapsNet-Pytorch: weight [J, I, O, D], the softmax over j, votes detached in all passes but the last.
+
+
+def _guo_forward(self: nn.Module, x: Tensor) -> Tensor:
+    return capsule_linear(x, from_layout(self.weight, "[J, I, O, D]"), self.routings, detach_coupling=True)
+
+
+def _guo_probe(self: nn.Module) -> tuple[Tensor]:
+    _, inputs, _, features = self.weight.shape
+    return (_probe_like(self.weight, PROBE_BATCH, inputs, features),)
+
+
+GUO = Recipe("DenseCapsule", _guo_forward, _guo_probe)
+
+
+# danielhavir/capsule-network: W [1, J, I, O, D], else as the one above.
+
+
+def _havir_forward(self: nn.Module, x: Tensor) -> Tensor:
+    return capsule_linear(x, from_layout(self.W, "[1, J, I, O, D]"), self.num_routing, detach_coupling=True)
+
+
+def _havir_probe(self: nn.Module) -> tuple[Tensor]:
+    _, _, inputs, _, features = self.W.shape
+    return (_probe_like(self.W, PROBE_BATCH, inputs, features),)
+
+
+HAVIR = Recipe("RoutingCapsules", _havir_forward, _havir_probe)
+
+RECIPES = (RECHUB, GRAM, GUO, HAVIR)

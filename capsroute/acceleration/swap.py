@@ -1,0 +1,172 @@
+"""Find known layers in a model, prove that the fused forward is theirs, and put it in its place."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .recipes import Recipe, find
+
+PROBES = 3
+# A part of the largest expected value: what another order of summation may change, and much less than any
+# difference in the definition does.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+class Entry(NamedTuple):
+    """What became of one layer: its name in the model, its class, whether it was swapped, and why or why not."""
+
+    name: str
+    layer: str
+    swapped: bool
+    reason: str
+
+
+class Report(NamedTuple):
+    """What :func:`accelerate` did, layer by layer; printed as a list."""
+
+    entries: tuple[Entry, ...]
+
+    def __str__(self) -> str:
+        if not self.entries:
+            return "accelerate: the model has no capsule layer that is known; capsroute.acceleration.register adds one"
+        lines = (f"{e.name or '(the model)'} ({e.layer}): {e.reason}" for e in self.entries)
+        return "\n".join(f"accelerate: {line}" for line in lines)
+
+
+def accelerate(module: nn.Module, *, quiet: bool = False) -> Report:
+    """Swap the known capsule layers of a model, in place, for fused ones that share their parameters.
+
+    A layer is swapped only when, with random parameters and inputs, the fused forward gives the same outputs, the same
+    gradients of every parameter and input, and leaves the random generator in the same state. It stays the object that
+    it was, an instance of its class with its parameters, hooks, attributes and ``state_dict`` keys; only its forward is
+    another. Subclasses of known layers are left alone.
+
+    Args:
+        module: the model; itself a known layer, or with such layers anywhere inside.
+        quiet: do not print the report.
+
+    Returns:
+        What was swapped, what was not, and why.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    entries = []
+    for name, layer in module.named_modules():
+        original = type(layer)
+        if issubclass(original, _Accelerated):
+            entries.append(Entry(name, original.__bases__[1].__name__, True, "already swapped"))
+        elif recipe := find(original):
+            reason = recipe.refuses(layer) or _disagreement(layer, recipe)
+            if reason is None:
+                layer.__class__ = _accelerated(original, recipe)
+            shown = f"not swapped: {reason}" if reason else "swapped: the same outputs and gradients on a probe"
+            entries.append(Entry(name, original.__name__, reason is None, shown))
+        else:
+            parent = next((base for base in original.__mro__[1:] if issubclass(base, nn.Module) and find(base)), None)
+            if parent:
+                reason = f"not swapped: a subclass of {parent.__name__}, which may compute something else; register it"
+                entries.append(Entry(name, original.__name__, False, reason))
+    report = Report(tuple(entries))
+    if not quiet:
+        print(report)
+    return report
+
+
+class _Accelerated:
+    """Marks a class whose forward is a recipe's; pickled as the class that it was made from."""
+
+    def __reduce_ex__(self, protocol):
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _restore, (type(self).__bases__[1],), *state
+
+
+def _restore(original: type[nn.Module]) -> nn.Module:
+    recipe = find(original)
+    if recipe is None:
+        raise RuntimeError(
+            f"an accelerated {original.__name__} can only be loaded where capsroute.acceleration knows {original}: "
+            "register its recipe first"
+        )
+    made = _accelerated(original, recipe)
+    return made.__new__(made)
+
+
+@functools.cache
+def _accelerated(original: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
+    @functools.wraps(original.forward)
+    def forward(self, *args, **kwargs):
+        if reason := recipe.refuses(self):  # an option was changed since the swap
+            raise RuntimeError(f"accelerate swapped this {original.__name__}, but now {reason}")
+        return recipe.forward(self, *args, **kwargs)
+
+    body = {"forward": forward, "__doc__": original.__doc__, "__module__": original.__module__}
+    return type(f"Accelerated{original.__name__}", (_Accelerated, original), body)
+
+
+def _disagreement(layer: nn.Module, recipe: Recipe) -> str | None:
+    """Where recipe and layer differ on probes, or None."""
+    devices = {x.device for x in (*layer.parameters(), *layer.buffers())}
+    with torch.random.fork_rng([d for d in devices if d.type not in ("cpu", "meta")]), torch.enable_grad():
+        try:
+            for seed in range(PROBES):
+                torch.manual_seed(seed)
+                probed = copy.deepcopy(layer)  # a probe may change buffers, and parameters may be 0 or not yet set
+                for parameter in probed.parameters():
+                    nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+                arguments = recipe.probe(probed)
+                expected = _run(type(layer).forward, probed, arguments, seed)
+                found = _run(recipe.forward, probed, arguments, seed)
+                if reason := _difference(found, expected):
+                    return reason
+        except Exception as error:  # whatever a foreign layer does on its probe, the model must live on
+            return f"the probe failed with {type(error).__name__}: {error}"
+    return None
+
+
+def _run(forward, layer: nn.Module, arguments: tuple, seed: int) -> dict[str, Any]:
+    """Outputs, gradients by name, and the state of the generator after one run."""
+    torch.manual_seed(seed)
+    inputs = [x.detach().requires_grad_() if _is_float(x) else x for x in arguments]
+    outputs = [x for x in tree_leaves(forward(layer, *inputs)) if isinstance(x, Tensor)]
+    state = torch.get_rng_state()
+    wanted = {f"argument {k}": x for k, x in enumerate(inputs) if _is_float(x)}
+    wanted |= {name: x for name, x in layer.named_parameters() if x.requires_grad}
+    differentiable = [x for x in outputs if x.requires_grad]
+    grads = [None] * len(wanted)
+    if differentiable and wanted:
+        cotangents = [torch.randn_like(x) for x in differentiable]
+        grads = torch.autograd.grad(differentiable, list(wanted.values()), cotangents, allow_unused=True)
+    results = {f"output {k}": x.detach() for k, x in enumerate(outputs)}
+    results |= {f"gradient of {name}": grad for name, grad in zip(wanted, grads, strict=True)}
+    return {**results, "generator": state}
+
+
+def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
+    if found.keys() != expected.keys():
+        return f"it returns {len(expected)} results, the fused forward {len(found)}"
+    for name, want in expected.items():
+        have = found[name]
+        if want is None or have is None:
+            if want is not have:
+                return f"{name}: only {'the fused forward' if want is None else 'the layer'} gives one"
+        elif name == "generator":
+            if not torch.equal(have, want):
+                return "it draws other random numbers"
+        elif have.shape != want.shape or have.dtype != want.dtype:
+            return f"{name}: {want.dtype} {list(want.shape)}, the fused forward {have.dtype} {list(have.shape)}"
+        elif want.numel():
+            allowed = TOLERANCE.get(want.dtype, 0.0) * want.abs().max().item()
+            error = (have - want).abs().max().item()
+            if not error <= allowed:
+                return f"{name}: differs by {error:.2g}, allowed {allowed:.2g}"
+    return None
+
+
+def _is_float(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()

@@ -1,0 +1,134 @@
+"""A deep network of convolutional capsules with residual connections."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._checks import check_image_shape, check_labels, check_sizes
+from ._lengths import capsule_lengths
+from .capsnet import CapsNetOutput
+from .conv import CapsuleConv2d
+from .decoder import Decoder
+from .linear import CapsuleLinear
+
+
+class CapsuleCell(nn.Module):
+    """A residual cell of convolutional capsules: ``h = down(x);  v = second(first(h)) + skip(h)``.
+
+    Rajasegaran et al., "DeepCaps: Going Deeper with Capsule Networks", 2019, section 3.3. All four are 3 x 3
+    :class:`CapsuleConv2d`; ``down`` halves height and width. Only ``skip`` routes, and only with more than one
+    iteration: the paper's last cell. A sum of capsules is not squashed again, so lengths reach 2.
+
+    Args:
+        in_types: C, the capsules at an input position.
+        in_features: D, the features of an input capsule.
+        types: J, the capsules at an output position.
+        features: O, the features of an output capsule.
+        iterations: R, the routing passes of ``skip``.
+        bias, backend, device, dtype: as in :class:`CapsuleConv2d`.
+
+    Raises:
+        TypeError, ValueError: for a wrong argument, by its name.
+    """
+
+    def __init__(self, in_types: int, in_features: int, types: int, features: int, iterations: int = 1, **options):
+        super().__init__()
+
+        def conv(in_types: int, in_features: int, stride: int = 1, iterations: int = 1) -> CapsuleConv2d:
+            return CapsuleConv2d(
+                in_types, in_features, types, features, 3, stride, padding=1, iterations=iterations, **options
+            )
+
+        self.down = conv(in_types, in_features, stride=2)
+        self.first, self.second = conv(types, features), conv(types, features)
+        self.skip = conv(types, features, iterations=iterations)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Capsules ``[B, ceil(H / 2), ceil(W / 2), J, O]`` of a map ``[B, H, W, C, D]``."""
+        h = self.down(x)
+        return self.second(self.first(h)) + self.skip(h)
+
+
+class DeepCapsNet(nn.Module):
+    """A deep capsule network in the manner of DeepCaps (Rajasegaran et al. 2019, section 3.3 and figure 3).
+
+    A convolution whose channels are capsules of one feature; cells of convolutional capsules, of which the last routes;
+    the capsules of the last two cells routed to one capsule a class; a decoder that sees the chosen capsule alone, not
+    which it was ("class independent").
+
+    Args:
+        image_shape: (channels, height, width), at least 2 x 2 pixels.
+        classes: J, the number of classes.
+        channels: channels of the first convolution.
+        types: capsules at each position of each cell.
+        features: of the capsules, one number a cell.
+        class_features: O, the features of a class capsule.
+        iterations: R, the routing passes of the last cell and of the class capsules.
+        hidden: widths of the decoder's hidden layers.
+        backend: as in :func:`capsroute.capsule_linear`.
+        device, dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: for a wrong argument, by its name.
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        classes: int,
+        *,
+        channels: int = 128,
+        types: int = 32,
+        features: tuple[int, ...] = (4, 8, 8, 8),
+        class_features: int = 32,
+        iterations: int = 3,
+        hidden: tuple[int, ...] = (512, 1024),
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        check_image_shape(image_shape)
+        check_sizes(classes=classes, channels=channels, types=types, cells=len(features))
+        self.image_shape = tuple(image_shape)
+        factory = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(image_shape[0], channels, 3, padding=1, **factory)
+        self.norm = nn.BatchNorm2d(channels, **factory)
+        cells, inside, size = [], (channels, 1), image_shape[1:]
+        routed = []  # capsules of each cell, with their features
+        for depth, out in enumerate(features, 1):
+            passes = iterations if depth == len(features) else 1
+            cells.append(CapsuleCell(*inside, types, out, passes, backend=backend, **factory))
+            inside, size = (types, out), [-(-n // 2) for n in size]
+            routed.append((size[0] * size[1] * types, out))
+        self.cells = nn.ModuleList(cells)
+        # Capsules of one size can be routed together.
+        self.routed = [depth for depth, (_, out) in enumerate(routed) if depth >= len(routed) - 2 and out == inside[1]]
+        inputs = sum(routed[depth][0] for depth in self.routed)
+        self.routing = CapsuleLinear(inputs, inside[1], classes, class_features, iterations, backend=backend, **factory)
+        self.decoder = Decoder(1, class_features, self.image_shape, hidden, **factory)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> CapsNetOutput:
+        """Class capsules, their lengths and the reconstruction of images ``[B, C, H, W]``.
+
+        Args:
+            images: ``[B, C, H, W]`` in the dtype of the parameters, values in [0, 1].
+            labels: int64 ``[B]``: reconstruct from these capsules (training). None: from the longest
+                (prediction). They reach nothing but the reconstruction.
+        """
+        x = F.relu(self.norm(self.conv(images)))
+        x = x.permute(0, 2, 3, 1).unsqueeze(-1)  # [B, H, W, channels, 1]
+        maps = []
+        for cell in self.cells:
+            x = cell(x)
+            maps.append(x)
+        u = torch.cat([maps[depth].flatten(1, 3) for depth in self.routed], 1)  # [B, I, D]
+        capsules = self.routing(u)  # [B, J, O]
+        lengths = capsule_lengths(capsules)
+        if labels is None:
+            labels = lengths.argmax(-1)
+        check_labels(labels, capsules.shape[0])
+        chosen = capsules.take_along_dim(labels.view(-1, 1, 1), 1)  # [B, 1, O]
+        return CapsNetOutput(capsules, lengths, self.decoder(chosen, torch.zeros_like(labels)))
