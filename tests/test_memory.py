@@ -2,10 +2,10 @@
 
 import itertools
 
+import peak
 import pytest
 import torch
 from problems import FORMS, Problem, random_problem
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -71,12 +71,8 @@ MIB = 2**20
 
 
 def extra_memory(problem: Problem, backend: str) -> int:
-    """Peak of forward + backward in bytes, by torch's allocator, less what is kept: v and the gradients."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        kept = problem.gradients(backend)
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(sizes)) - sum(x.nbytes for x in kept.values())
+    """Of forward + backward; v and the gradients are kept."""
+    return peak.extra_memory(lambda: problem.gradients(backend).values())
 
 
 @pytest.fixture

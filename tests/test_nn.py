@@ -7,7 +7,16 @@ import pytest
 import torch
 
 import capsroute
-from capsroute.nn import CapsNet, CapsNetLoss, CapsuleLinear, Decoder, MarginLoss, PrimaryCapsules
+from capsroute.nn import (
+    CapsNet,
+    CapsNetLoss,
+    CapsuleLinear,
+    Decoder,
+    LazyCapsuleLinear,
+    MarginLoss,
+    PrimaryCapsules,
+    SpreadLoss,
+)
 from capsroute.nn._lengths import capsule_lengths
 
 DIGITS = (1, 8, 8)
@@ -74,7 +83,7 @@ def test_capsule_linear_shows_its_sizes_and_options():
     shown = repr(CapsuleLinear(7, 3, 4, 5, 2, bias=True, leaky=True))
     assert shown == (
         "CapsuleLinear(in_capsules=7, in_features=3, out_capsules=4, out_features=5, iterations=2, bias=True, "
-        "coupling='out', leaky=True, detach_coupling=False, eps=1e-09, backend='auto')"
+        "shared=None, coupling='out', leaky=True, detach_coupling=False, eps=1e-09, backend='auto')"
     )
 
 
@@ -87,11 +96,40 @@ def test_capsule_linear_shows_its_sizes_and_options():
         ((7, 3, 4, 5), {"coupling": "both"}, ValueError, 'coupling must be "out"'),
         ((7, 3, 4, 5), {"coupling": "in", "leaky": True}, ValueError, "leaky must be False"),
         ((7, 3, 4, 5), {"eps": 0.0}, ValueError, "eps must be a positive finite number"),
+        ((None, 3, 4, 5), {}, TypeError, "in_capsules must be an int, got NoneType"),
+        ((7, 3, 4, 5), {"shared": "all"}, ValueError, 'shared must be None, "inputs" or "pairs", got \'all\''),
     ],
 )
 def test_capsule_linear_refuses_wrong_arguments(arguments, options, error, message):
     with pytest.raises(error, match=message):
         CapsuleLinear(*arguments, **options)
+
+
+@pytest.mark.parametrize(("shared", "shape"), [("inputs", (4, 5, 3)), ("pairs", (5, 3))])
+def test_capsule_linear_shares_its_weight(backend, shared, shape):
+    layer = CapsuleLinear(None, 3, 4, 5, shared=shared, backend=backend)
+    assert layer.weight.shape == shape
+    for inputs in (7, 2):  # any number
+        u, logits = torch.randn(6, inputs, 3), torch.randn(6, inputs, 4)
+        expected = capsroute.capsule_linear(u, layer.weight, logits=logits, backend=backend)
+        torch.testing.assert_close(layer(u, logits=logits), expected, rtol=0, atol=0)
+    assert layer(u, logits=torch.zeros(1, 1)).shape == (6, 4, 5)  # J is the layer's, also where logits broadcast
+
+
+def test_lazy_capsule_linear_becomes_what_its_input_needs():
+    layer = LazyCapsuleLinear(4, 5, 2, bias=True, coupling="in", dtype=torch.float64)
+    lazy = copy.deepcopy(layer)
+    parameter = layer.weight
+    v = layer(torch.randn(2, 7, 3, dtype=torch.float64))
+    assert type(layer) is CapsuleLinear
+    assert layer.weight is parameter
+    assert v.shape == (2, 4, 5)
+    assert (layer.in_capsules, layer.in_features, layer.weight.shape) == (7, 3, (7, 3, 4, 5))
+    assert 0.5 < layer.weight.std() * math.sqrt(5) < 1.5
+    lazy.load_state_dict(layer.state_dict())
+    u = torch.randn(2, 7, 3, dtype=torch.float64)
+    assert torch.equal(lazy(u), layer(u))
+    assert repr(lazy) == repr(layer)
 
 
 # PrimaryCapsules
@@ -118,6 +156,15 @@ def test_primary_capsules_hold_the_channels_of_one_type_at_one_position():
 def test_primary_capsules_are_as_many_as_the_convolution_has_positions():
     primary = PrimaryCapsules(3, types=5, features=4, kernel_size=(3, 2), stride=(2, 1))
     assert primary(torch.randn(2, 3, 9, 6)).shape == (2, 4 * 5 * 5, 4)
+
+
+def test_primary_capsules_as_a_map():
+    flat = PrimaryCapsules(3, types=2, features=4, kernel_size=3, stride=2, padding=1)
+    maps = PrimaryCapsules(3, types=2, features=4, kernel_size=3, stride=2, padding=1, flatten=False)
+    maps.load_state_dict(flat.state_dict())
+    x = torch.randn(2, 3, 9, 6)
+    assert maps(x).shape == (2, 5, 3, 2, 4)
+    assert torch.equal(maps(x).flatten(1, 3), flat(x))
 
 
 def test_primary_capsules_gradients():
@@ -176,6 +223,22 @@ def test_margin_loss_takes_its_constants():
     loss = MarginLoss(m_plus=0.8, m_minus=0.2, down_weight=0.25)
     assert loss(torch.tensor([[0.5, 0.6]]), torch.tensor([0])).item() == pytest.approx(0.3**2 + 0.25 * 0.4**2)
     assert repr(loss) == "MarginLoss(m_plus=0.8, m_minus=0.2, down_weight=0.25)"
+
+
+def test_spread_loss_is_equation_3():
+    activations = torch.tensor([[0.95, 0.3, 0.05], [0.2, 0.5, 0.6]], dtype=torch.float64)
+    total = 0.0
+    for row, t in zip(activations.tolist(), [0, 1], strict=True):
+        total += sum(max(0, 0.7 - (row[t] - row[i])) ** 2 for i in range(3) if i != t)
+    loss = SpreadLoss(0.7)
+    assert loss(activations, torch.tensor([0, 1])).item() == pytest.approx(total / 2, rel=1e-12)
+    loss.margin = 0.05  # as a schedule sets it
+    assert loss(activations[:1], torch.tensor([0])).item() == 0
+    assert repr(loss) == "SpreadLoss(margin=0.05)"
+    with pytest.raises(ValueError, match="margin must be positive, got 0"):
+        SpreadLoss(0)
+    with pytest.raises(ValueError, match=r"activations must be \[B, J\], got \[3\]"):
+        loss(activations[0], torch.tensor([0, 1]))
 
 
 def test_capsnet_loss_adds_the_mean_squared_error():

@@ -1,0 +1,78 @@
+"""The residual stack of convolutional capsules."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from capsroute.nn import CapsNetLoss, CapsuleCell, DeepCapsNet
+
+
+def test_a_cell_is_its_four_convolutions():
+    cell = CapsuleCell(2, 3, 4, 5, iterations=3, bias=True)
+    assert [part.options["iterations"] for part in (cell.down, cell.first, cell.second, cell.skip)] == [1, 1, 1, 3]
+    x = torch.randn(2, 5, 6, 2, 3)
+    h = cell.down(x)
+    assert h.shape == (2, 3, 3, 4, 5)
+    assert torch.equal(cell(x), cell.second(cell.first(h)) + cell.skip(h))
+
+
+def test_the_network_is_the_papers_by_default():
+    with torch.device("meta"):
+        net = DeepCapsNet((3, 64, 64), 10)
+    assert [cell.down.weight.shape[2:] for cell in net.cells] == [
+        (128, 1, 32, 4),
+        (32, 4, 32, 8),
+        (32, 8, 32, 8),
+        (32, 8, 32, 8),
+    ]
+    assert [cell.skip.options["iterations"] for cell in net.cells] == [1, 1, 1, 3]
+    assert net.routing.weight.shape == ((8 * 8 + 4 * 4) * 32, 8, 10, 32)
+    assert net.decoder.layers[0].in_features == 32  # it sees the chosen capsule, not which it was
+
+
+def small(**options) -> DeepCapsNet:
+    return DeepCapsNet((1, 8, 8), 3, **{"channels": 6, "types": 4, "features": (4, 6, 6), "hidden": (16,), **options})
+
+
+def test_cells_of_unlike_capsules_are_not_mixed():
+    assert small(features=(4, 6)).routing.in_capsules == 2 * 2 * 4
+    assert small(features=(6,)).routing.in_capsules == 4 * 4 * 4
+    assert small().routing.in_capsules == (2 * 2 + 1) * 4
+
+
+def test_the_decoder_draws_the_chosen_capsule():
+    net, images = small().eval(), torch.rand(3, 1, 8, 8)
+    free = net(images)
+    told = net(images, (free.lengths.argmax(1) + 1) % 3)
+    assert torch.equal(free.capsules, told.capsules)
+    assert not torch.equal(free.reconstruction, told.reconstruction)
+    assert torch.equal(net(images, free.lengths.argmax(1)).reconstruction, free.reconstruction)
+    assert_close(free.lengths, free.capsules.norm(dim=-1))
+
+
+def test_it_learns_its_batch(backend):
+    net, images = small(backend=backend), torch.rand(6, 1, 8, 8)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    losses = []
+    for _ in range(40):
+        loss = CapsNetLoss(0.1)(net(images, labels), images, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.4 * losses[0]
+    assert torch.equal(net(images).lengths.argmax(1), labels)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"features": ()}, ValueError, "cells must be at least 1, got 0"),
+        ({"types": 0}, ValueError, "types must be at least 1, got 0"),
+        ({"features": (4, 0)}, ValueError, "out_features must be at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        small(**options)
