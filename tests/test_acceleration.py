@@ -1,0 +1,411 @@
+"""accelerate: the same outputs and gradients, the same object, and never by a class's name alone."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torch_rechub.basic.features import SequenceFeature, SparseFeature
+from torch_rechub.basic.layers import CapsuleNetwork
+from torch_rechub.models.matching import MIND, ComirecDR
+from torch_rechub.trainers import MatchTrainer
+
+import capsroute
+from capsroute.acceleration import Recipe, recipes, register
+
+
+@pytest.fixture(autouse=True)
+def no_recipe_is_left_behind(monkeypatch):
+    monkeypatch.setattr(recipes, "_recipes", list(recipes._recipes))
+
+
+# torch-rechub
+
+
+def rechub(kind: int, **options) -> CapsuleNetwork:
+    layer = CapsuleNetwork(8, 9, bilinear_type=kind, interest_num=3, **options)
+    for parameter in layer.parameters():  # torch-rechub leaves w uninitialised
+        nn.init.normal_(parameter, std=0.5)
+    return layer
+
+
+def results(layer: nn.Module, *inputs: torch.Tensor) -> dict:
+    """Output, gradients and the generator's state after it, for the generator's state 5."""
+    torch.manual_seed(5)
+    leaf = inputs[0].clone().requires_grad_()
+    out = layer(leaf, *inputs[1:])
+    state = torch.get_rng_state()
+    wanted = {"input": leaf, **dict(layer.named_parameters())}
+    grads = [None] * len(wanted)
+    if out.requires_grad:
+        grads = torch.autograd.grad(out, list(wanted.values()), torch.randn(out.shape), allow_unused=True)
+    return {"out": out.detach(), "generator": state, **dict(zip(wanted, grads, strict=True))}
+
+
+MASKS = {
+    "some": torch.tensor([[1] * 4 + [0] * 5, [1] * 9, [0, 1, 0, 1, 1, 0, 0, 1, 0]]),
+    "none left": torch.tensor([[0] * 9, [1] + [0] * 8, [0] * 9]),
+    "all": torch.ones(3, 9, dtype=torch.long),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("options", [{}, {"routing_times": 1}, {"routing_times": 5}, {"relu_layer": True}], ids=str)
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_rechub_gives_the_same_for_the_same_parameters_and_generator(kind, options, mask):
+    layer = rechub(kind, **options)
+    item_eb = torch.randn(3, 9, 8)  # padding is not zero: it keeps a share of the coupling
+    expected = results(layer, item_eb, MASKS[mask])
+    assert capsroute.accelerate(layer, quiet=True).entries[0].swapped
+    found = results(layer, item_eb, MASKS[mask])
+    assert found.keys() == expected.keys()
+    for name, want in expected.items():
+        assert_close(found[name], want, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_rechub_padding_does_keep_its_share():
+    """The option is needed: with the mask before the softmax the interests would be others."""
+    layer, item_eb = rechub(2), torch.randn(3, 9, 8)
+    weight = capsroute.nn.from_layout(layer.w, "[1, I, J*O, D]", J=3)
+    plain = capsroute.capsule_linear(item_eb, weight, mask=MASKS["some"].bool(), coupling="in", detach_coupling=True)
+    assert not torch.allclose(plain, layer(item_eb, MASKS["some"]), rtol=0.1)
+
+
+def features():
+    sequence = SequenceFeature("hist_item_id", vocab_size=50, embed_dim=8, pooling="concat", shared_with="item_id")
+    negatives = SequenceFeature("neg_items", vocab_size=50, embed_dim=8, pooling="concat", shared_with="item_id")
+    user = [SparseFeature("user_id", vocab_size=20, embed_dim=8)]
+    return user, [sequence], [SparseFeature("item_id", vocab_size=50, embed_dim=8)], [negatives]
+
+
+def batches(count: int = 4) -> list:
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(top: int, *shape: int):
+        return torch.randint(1, top, shape, generator=generator)
+
+    def batch():
+        history = ids(50, 8, 9)
+        lengths = torch.randint(1, 10, (8, 1), generator=generator)
+        history[torch.arange(9) >= lengths] = 0
+        columns = {"user_id": ids(20, 8), "item_id": ids(50, 8), "hist_item_id": history, "neg_items": ids(50, 8, 3)}
+        return columns, torch.zeros(8, dtype=torch.long)
+
+    return [batch() for _ in range(count)]
+
+
+@pytest.mark.parametrize(("model", "options"), [(MIND, {}), (MIND, {"dynamic_interest": True}), (ComirecDR, {})])
+def test_rechub_models_train_an_epoch_to_the_same_parameters(model, options, tmp_path, capsys):
+    trained = []
+    for accelerated in (False, True):
+        torch.manual_seed(0)
+        net = model(*features(), max_length=9, interest_num=3, **options)
+        if model is ComirecDR:
+            nn.init.normal_(net.capsule.w, std=0.3)
+        if accelerated:
+            report = capsroute.accelerate(net)
+            assert [(entry.name, entry.swapped) for entry in report.entries] == [("capsule", True)]
+        before = copy.deepcopy(net.state_dict())
+        torch.manual_seed(1)
+        trainer = MatchTrainer(
+            net,
+            mode=2,
+            optimizer_fn=torch.optim.SGD,  # Adam would turn the rounding of a gradient near 0 into a step
+            optimizer_params={"lr": 0.1},
+            n_epoch=1,
+            model_path=str(tmp_path),
+        )
+        trainer.fit(batches())
+        trained.append(net.state_dict())
+        assert any(not torch.equal(before[name], x) for name, x in trained[-1].items() if "capsule" in name)
+    assert trained[0].keys() == trained[1].keys()
+    for name, expected in trained[0].items():
+        assert_close(trained[1][name], expected, rtol=1e-4, atol=1e-6)
+
+
+# The swap
+
+
+def test_the_layer_stays_the_object_that_it_was():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = rechub(1)
+            self.same = self.layer
+
+    model = Model()
+    layer, parameters, keys = model.layer, list(model.parameters()), list(model.state_dict())
+    calls = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    report = capsroute.accelerate(model, quiet=True)
+    assert len(report.entries) == 1  # once, though it has two names
+    assert model.layer is model.same is layer
+    assert isinstance(layer, CapsuleNetwork)
+    assert layer.interest_num == 3
+    assert all(x is y for x, y in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == keys
+    layer(torch.randn(3, 9, 8), MASKS["some"])
+    assert calls == [1]
+    assert "AcceleratedCapsuleNetwork" in repr(model)
+    assert capsroute.accelerate(model, quiet=True).entries[0].reason == "already swapped"
+
+
+def test_copies_and_files_stay_accelerated():
+    layer, item_eb = rechub(1), torch.randn(3, 9, 8)
+    capsroute.accelerate(layer, quiet=True)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for other in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
+        assert type(other) is type(layer)
+        assert torch.equal(other(item_eb, MASKS["some"]), layer(item_eb, MASKS["some"]))
+        with torch.no_grad():
+            other.linear.weight.zero_()
+    assert layer.linear.weight.any()
+
+
+def test_probing_touches_nothing():
+    layer = rechub(0)
+    layer.linear.weight.grad = torch.ones_like(layer.linear.weight)
+    before, state = copy.deepcopy(layer.state_dict()), torch.get_rng_state()
+    capsroute.accelerate(layer, quiet=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_close(layer.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(layer.linear.weight.grad, torch.ones_like(layer.linear.weight))
+    assert layer.relu[0].weight.grad is None
+
+
+def test_an_option_that_is_changed_later_is_not_ignored():
+    layer = rechub(1)
+    capsroute.accelerate(layer, quiet=True)
+    layer.stop_grad = False
+    with pytest.raises(RuntimeError, match="accelerate swapped this CapsuleNetwork, but now stop_grad is False"):
+        layer(torch.randn(3, 9, 8), MASKS["some"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_any_dtype_that_the_layer_itself_can_run(dtype):
+    layer = DenseCapsule().to(dtype)
+    assert capsroute.accelerate(layer, quiet=True).entries[0].swapped
+
+
+# Layers as they circulate, in everybody's own file under these names: equations written out anew
+
+
+def unit(s: torch.Tensor) -> torch.Tensor:
+    n2 = s.square().sum(-1, keepdim=True)
+    return n2 / (1 + n2) * s / n2.sqrt()
+
+
+class CapsuleLayer(nn.Module):
+    def __init__(self, prior: bool = False):
+        super().__init__()
+        self.num_iterations = 3
+        self.route_weights = nn.Parameter(torch.randn(4, 6, 3, 5))
+        if prior:
+            self.route_logits = nn.Parameter(torch.zeros(4, 1, 6, 1, 1))
+
+    def forward(self, x):
+        votes = torch.einsum("bid,jido->jbio", x, self.route_weights).unsqueeze(3)
+        logits = getattr(self, "route_logits", torch.zeros(1, dtype=x.dtype)).expand(4, len(x), 6, 1, 1)
+        for _ in range(self.num_iterations):
+            v = unit((logits.softmax(2) * votes).sum(2, keepdim=True))
+            logits = logits + (votes * v).sum(-1, keepdim=True)
+        return v
+
+
+def detached_routing(votes: torch.Tensor, passes: int) -> torch.Tensor:
+    """Of votes [B, J, I, O]: the softmax over j, constants in all passes but the last."""
+    logits = torch.zeros(votes.shape[:3], dtype=votes.dtype)
+    for k in range(passes):
+        own = votes if k == passes - 1 else votes.detach()
+        v = unit((logits.softmax(1).unsqueeze(-1) * own).sum(2))
+        logits = logits + (own * v.unsqueeze(2)).sum(-1).detach()
+    return v
+
+
+class DenseCapsule(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.routings = 3
+        self.weight = nn.Parameter(torch.randn(4, 6, 5, 3))
+
+    def forward(self, x):
+        return detached_routing(torch.einsum("bid,jiod->bjio", x, self.weight), self.routings)
+
+
+class RoutingCapsules(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.num_routing = 2
+        self.W = nn.Parameter(torch.randn(1, 4, 6, 5, 3))
+
+    def forward(self, x):
+        return detached_routing((self.W @ x[:, None, :, :, None]).squeeze(-1), self.num_routing)
+
+
+@pytest.mark.parametrize("make", [CapsuleLayer, lambda: CapsuleLayer(prior=True), DenseCapsule, RoutingCapsules])
+def test_snippets_are_swapped(make):
+    layer, x = make(), torch.randn(3, 6, 3)
+    expected = results(layer, x)
+    assert capsroute.accelerate(layer, quiet=True).entries[0].swapped
+    assert_close(results(layer, x), expected, rtol=1e-4, atol=1e-5)
+
+
+# Never by the class's name alone
+
+
+class OtherAxis(CapsuleLayer):
+    def forward(self, x):
+        votes = torch.einsum("bid,jido->jbio", x, self.route_weights).unsqueeze(3)
+        return unit((torch.zeros_like(votes).softmax(0) * votes).sum(2, keepdim=True))
+
+
+class OtherGradient(CapsuleLayer):
+    def forward(self, x):
+        v = super().forward(x)
+        return v.detach() + 0 * v if v.requires_grad else v
+
+
+class OtherDraws(CapsuleLayer):
+    def forward(self, x):
+        torch.rand(1)
+        return super().forward(x)
+
+
+class OtherShape(CapsuleLayer):
+    def forward(self, x):
+        return super().forward(x).squeeze()
+
+
+class TwoOutputs(CapsuleLayer):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class NoGradient(CapsuleLayer):
+    def forward(self, x):
+        return super().forward(x).detach()
+
+
+class Broken(CapsuleLayer):
+    def forward(self, x):
+        return x.cuda_was_here
+
+
+class OverTheBatch(CapsuleLayer):
+    """Logits averaged over the batch, as in higgsfield/Capsule-Network-Tutorial."""
+
+    def forward(self, x):
+        votes = torch.einsum("bid,jido->jbio", x, self.route_weights).unsqueeze(3)
+        logits = torch.zeros(4, 1, 6, 1, 1)
+        for _ in range(self.num_iterations):
+            v = unit((logits.softmax(2) * votes).sum(2, keepdim=True))
+            logits = logits + (votes * v).sum(-1, keepdim=True).mean(1, keepdim=True)
+        return v
+
+
+REFUSED = {
+    OtherAxis: "output 0: differs by",
+    OtherGradient: "gradient of argument 0: differs by",
+    OtherDraws: "it draws other random numbers",
+    OtherShape: r"output 0: torch.float32 \[4, 3, 5\], the fused forward torch.float32 \[4, 3, 1, 1, 5\]",
+    TwoOutputs: "it returns another number of tensors than the fused forward",
+    NoGradient: "gradient of argument 0: only the fused forward gives one",
+    Broken: "the probe failed with AttributeError: 'Tensor' object has no attribute 'cuda_was_here'",
+    OverTheBatch: "output 0: differs by",
+}
+
+
+@pytest.mark.parametrize("impostor", REFUSED, ids=lambda kind: kind.__qualname__)
+def test_a_name_alone_is_not_enough(impostor, capsys):
+    impostor.__name__ = "CapsuleLayer"
+    model = nn.Sequential(nn.Linear(3, 3), impostor())
+    report = capsroute.accelerate(model)
+    (entry,) = report.entries
+    assert (entry.name, entry.layer, entry.swapped) == ("1", "CapsuleLayer", False)
+    with pytest.raises(AssertionError, match=f"not swapped: {REFUSED[impostor]}"):
+        raise AssertionError(entry.reason)
+    assert type(model[1]) is impostor
+    assert f"accelerate: 1 (CapsuleLayer): {entry.reason}" in capsys.readouterr().out
+
+
+def test_subclasses_are_left_alone():
+    class Mine(CapsuleNetwork):
+        pass
+
+    (entry,) = capsroute.accelerate(Mine(8, 9), quiet=True).entries
+    assert not entry.swapped
+    assert "a subclass of CapsuleNetwork" in entry.reason
+
+
+def test_primary_capsules_of_the_snippet_are_left_alone():
+    layer = CapsuleLayer()
+    del layer.route_weights
+    (entry,) = capsroute.accelerate(layer, quiet=True).entries
+    assert entry.reason == "not swapped: it has no route_weights (primary capsules are a convolution)"
+
+
+def test_what_cannot_be_served_says_why():
+    layer = rechub(1)
+    layer.stop_grad = False
+    (entry,) = capsroute.accelerate(layer, quiet=True).entries
+    assert "not swapped: stop_grad is False" in entry.reason
+
+
+# Recipes of one's own
+
+
+class Mean(nn.Module):
+    """Uniform coupling, as a user may have written it."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(6, 5, 3))  # [J, O, D]
+
+    def forward(self, u, scale=1.0):
+        return scale * torch.einsum("bid,jod->bjo", u, self.matrix) / 6
+
+
+def fused_mean(self, u, scale=1.0):
+    return scale * capsroute.routing_pass(u, self.matrix, None)
+
+
+def probe(self):
+    return (torch.randn(2, 7, 3),)
+
+
+@pytest.mark.parametrize("layer", [Mean, f"{Mean.__module__}.Mean", "Mean"])
+def test_a_user_registers_a_layer(layer):
+    assert capsroute.accelerate(Mean(), quiet=True).entries == ()
+    register(Recipe(layer, fused_mean, probe))
+    mean, u = Mean(), torch.randn(4, 7, 3)
+    expected = mean(u, scale=2.0)
+    report = capsroute.accelerate(nn.Sequential(mean), quiet=True)
+    assert str(report) == "accelerate: 0 (Mean): swapped: the same outputs and gradients on a probe"
+    assert_close(mean(u, scale=2.0), expected)
+    register(Recipe(layer, lambda self, u: 2 * fused_mean(self, u), probe))  # the last one counts
+    assert not capsroute.accelerate(Mean(), quiet=True).entries[0].swapped
+
+
+def test_a_file_needs_its_recipe():
+    register(Recipe(Mean, fused_mean, probe))
+    mean = Mean()
+    capsroute.accelerate(mean, quiet=True)
+    recipes._recipes.pop()
+    with pytest.raises(RuntimeError, match=r"can only be loaded where capsroute.acceleration knows .*Mean"):
+        copy.deepcopy(mean)
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(TypeError, match=r"module must be a torch.nn.Module, got list"):
+        capsroute.accelerate([])
+    with pytest.raises(TypeError, match="recipe must be a Recipe for a subclass of"):
+        register(Recipe(int, fused_mean, probe))
+
+
+def test_a_model_without_capsules_says_so(capsys):
+    capsroute.accelerate(nn.Linear(2, 2))
+    assert "the model has no capsule layer that is known" in capsys.readouterr().out
