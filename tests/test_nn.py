@@ -265,6 +265,21 @@ def test_labels_are_checked(labels, error, message):
         Decoder(3, 4, DIGITS)(torch.rand(2, 3, 4), labels)
 
 
+@pytest.mark.parametrize("label", [-1, 3])
+def test_labels_outside_the_classes_are_refused(label):
+    labels = torch.tensor([0, label])
+    for call in (MarginLoss(), SpreadLoss(), lambda x, y: Decoder(3, 4, DIGITS)(torch.rand(2, 3, 4), y)):
+        with pytest.raises(RuntimeError, match="index"):
+            call(torch.rand(2, 3), labels)
+
+
+@pytest.mark.parametrize("loss", [MarginLoss(), SpreadLoss()])
+def test_losses_under_vmap(loss):
+    lengths, labels = torch.rand(5, 2, 3), torch.randint(0, 3, (5, 2))
+    expected = torch.stack([loss(x, y) for x, y in zip(lengths, labels, strict=True)])
+    torch.testing.assert_close(torch.vmap(loss)(lengths, labels), expected)
+
+
 def test_margin_loss_wants_one_length_for_each_class():
     with pytest.raises(ValueError, match=r"lengths must be \[B, J\], got \[2, 3, 4\]"):
         MarginLoss()(torch.rand(2, 3, 4), torch.tensor([0, 1]))

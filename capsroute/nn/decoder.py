@@ -6,10 +6,9 @@ import itertools
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_image_shape, check_labels, check_sizes
+from ._checks import check_image_shape, check_sizes, is_labelled
 from ._lengths import capsule_lengths
 
 
@@ -58,8 +57,7 @@ class Decoder(nn.Module):
         """
         if labels is None:
             labels = capsule_lengths(capsules).argmax(-1)
-        check_labels(labels, capsules.shape[0])
-        chosen = F.one_hot(labels, capsules.shape[1]).bool()  # [B, J]
+        chosen = is_labelled(labels, *capsules.shape[:2])  # [B, J]
         # Select, do not multiply: a NaN in another capsule must not reach the image.
         masked = torch.where(chosen.unsqueeze(-1), capsules, 0)  # [B, J, O]
         return self.layers(masked.flatten(1)).unflatten(1, self.image_shape)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_labels
+from ._checks import is_labelled
 from .capsnet import CapsNetOutput
 
 
@@ -34,11 +34,10 @@ class MarginLoss(nn.Module):
         """
         if lengths.dim() != 2:
             raise ValueError(f"lengths must be [B, J], got {list(lengths.shape)}")
-        check_labels(labels, lengths.shape[0])
+        labelled = is_labelled(labels, *lengths.shape)
         present = F.relu(self.m_plus - lengths).square()  # [B, J]
         absent = F.relu(lengths - self.m_minus).square()  # [B, J]
-        target = F.one_hot(labels, lengths.shape[1]).bool()  # [B, J]
-        return torch.where(target, present, self.down_weight * absent).sum(1).mean()
+        return torch.where(labelled, present, self.down_weight * absent).sum(1).mean()
 
     def extra_repr(self) -> str:
         return f"m_plus={self.m_plus}, m_minus={self.m_minus}, down_weight={self.down_weight}"
@@ -71,11 +70,9 @@ class SpreadLoss(nn.Module):
         """
         if activations.dim() != 2:
             raise ValueError(f"activations must be [B, J], got {list(activations.shape)}")
-        check_labels(labels, activations.shape[0])
-        labelled = activations.gather(1, labels.unsqueeze(1))  # [B, 1]
-        missing = F.relu(self.margin - (labelled - activations)).square()  # [B, J]; margin^2 for the labelled one
-        target = F.one_hot(labels, activations.shape[1]).bool()
-        return missing.masked_fill(target, 0).sum(1).mean()
+        labelled = is_labelled(labels, *activations.shape)
+        lead = activations.gather(1, labels.unsqueeze(1)) - activations  # a_t - a_i [B, J], 0 for the labelled class
+        return F.relu(self.margin - lead).square().masked_fill(labelled, 0).sum(1).mean()
 
     def extra_repr(self) -> str:
         return f"margin={self.margin}"
