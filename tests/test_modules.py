@@ -39,7 +39,7 @@ def module_and_input(request):
 
 
 def loss(output) -> torch.Tensor:
-    tensors = output if isinstance(output, tuple) else (output,)
+    tensors = output if isinstance(output, (tuple, list)) else (output,)
     return sum((x - 0.1).square().sum() for x in tensors)
 
 
@@ -76,6 +76,20 @@ def test_to_dtype(module_and_input, dtype):
     expected = loss(module(x))
     found = loss(copy.deepcopy(module).to(dtype)(x.to(dtype)))
     assert_close(found.float(), expected, rtol=0.1, atol=0.1)
+
+
+def test_autocast(module_and_input):
+    module, x = module_and_input
+    module.eval()
+    exact = torch.autograd.grad(loss(module(x)), list(module.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = module(x)
+    tensors = output if isinstance(output, tuple) else (output,)
+    assert any(x.dtype == torch.bfloat16 for x in tensors)
+    grads = torch.autograd.grad(loss([x.float() for x in tensors]), list(module.parameters()))
+    for grad, want in zip(grads, exact, strict=True):
+        assert grad.dtype == torch.float32
+        assert_close(grad, want, rtol=0.2, atol=0.1 * float(want.abs().max()) + 1e-5)
 
 
 @pytest.mark.parametrize("name", ["CapsuleLinear, pairs", "CapsuleConv2d", "CapsuleConvTranspose2d", "DeepCapsNet"])

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _autocast
 from ..functional import capsule_linear
 
 Chunk = tuple[slice, slice]  # images, rows of the output
@@ -63,7 +64,7 @@ def route_windows(
     if mask is None and options["coupling"] == "in" and max(windows.padding) > 0:
         mask = x.new_ones((1, *x.shape[1:4]), dtype=torch.bool)  # padding has no part in a softmax over i
     mask = None if mask is None else windows.pad(mask, False)
-    x = windows.pad(x)
+    x, weight = windows.pad(_autocast.cast(x)), _autocast.cast(weight)  # here, since a backward is not under autocast
     chunks = _chunks(x, windows, chunk_bytes)
     if len(chunks) == 1:
         return _route(x, mask, weight, bias, windows, options)
@@ -118,7 +119,8 @@ class _InChunks(torch.autograd.Function):
             def route(x, weight, bias=None, mask=mask_part):
                 return _route(x, mask, weight, bias, windows, options)
 
-            dx_part, *parts = torch.func.vjp(route, x_part, *shared)[1](grad_v[images, y])
+            with _autocast.off(x):
+                dx_part, *parts = torch.func.vjp(route, x_part, *shared)[1](grad_v[images, y])
             dx[images, windows.rows(y)] += dx_part  # windows of neighbouring chunks overlap
             dshared = parts if dshared is None else [d + part for d, part in zip(dshared, parts, strict=True)]
         return dx, None, *dshared, *[None] * (bias is None), None, None, None
