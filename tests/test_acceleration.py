@@ -65,6 +65,17 @@ def test_rechub_gives_the_same_for_the_same_parameters_and_generator(kind, optio
         assert_close(found[name], want, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("kind", [0, 2])
+def test_rechub_compiles_in_one_graph(kind):
+    torch._dynamo.reset()
+    layer, item_eb = rechub(kind), torch.randn(3, 9, 8)
+    capsroute.accelerate(layer, quiet=True)
+    expected = results(layer, item_eb, MASKS["some"])
+    found = results(torch.compile(layer, backend="aot_eager", fullgraph=True), item_eb, MASKS["some"])
+    assert_close(found["out"], expected["out"])
+    assert_close(found["input"], expected["input"])
+
+
 def test_rechub_padding_does_keep_its_share():
     """The option is needed: with the mask before the softmax the interests would be others."""
     layer, item_eb = rechub(2), torch.randn(3, 9, 8)

@@ -36,7 +36,7 @@ def from_layout(weight: Tensor, layout: str, **sizes: int) -> Tensor:
         unknown = [letter for letter in axis if letter not in sizes]
         if len(unknown) > 1:
             raise ValueError(f"the size of {' or '.join(unknown)} must be given: {'*'.join(axis)} is {size} in weight")
-        known = math.prod(sizes[letter] for letter in axis if letter in sizes)
+        known = math.prod([sizes[letter] for letter in axis if letter in sizes])
         rest = size // known if unknown else 1
         if known * rest != size:
             raise ValueError(f"weight must be {layout} with {_show(sizes)}, got {list(weight.shape)}")
@@ -57,7 +57,7 @@ def to_layout(weight: Tensor, layout: str) -> Tensor:
         raise ValueError(f"weight must be {_logical(letters)} for the layout {layout}, got {list(weight.shape)}")
     own = _logical(letters).strip("[]").split(", ")
     sizes = dict(zip(own, weight.shape, strict=True))
-    shape = [math.prod(sizes[letter] for letter in axis) for axis in axes]
+    shape = [math.prod([sizes[letter] for letter in axis]) for axis in axes]
     return weight.permute([own.index(letter) for letter in letters]).reshape(shape)
 
 
