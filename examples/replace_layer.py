@@ -1,6 +1,6 @@
 """Replace the capsule layer of an existing model, keeping what it has learned.
 
-Two ways: `capsroute.accelerate` swaps layers that it knows in place, after proving that nothing changes; and
+Two ways: `capsroute.accelerate` swaps layers that it knows in place, once a probe shows that nothing changes; and
 `CapsuleLinear.set_weight` takes over the weight of any other.
 """
 

@@ -27,7 +27,7 @@ def by_hand(layer, x, mask=None):
                 u.append(x[:, seen[0], seen[1]])
                 weight.append(layer.weight[a, b])
                 keep.append((torch.ones(x.shape[:4]).bool() if mask is None else mask)[:, seen[0], seen[1]])
-        options = {**layer.options, "backend": "reference", "bias": layer.bias}
+        options = {**layer.routing_options(), "backend": "reference", "bias": layer.bias}
         weights = torch.cat(weight).permute(0, 2, 3, 1)
         v[:, y, z] = capsroute.capsule_linear(torch.cat(u, 1), weights, mask=torch.cat(keep, 1), **options)
     return v

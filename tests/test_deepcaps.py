@@ -9,7 +9,7 @@ from capsroute.nn import CapsNetLoss, CapsuleCell, DeepCapsNet
 
 def test_a_cell_is_its_four_convolutions():
     cell = CapsuleCell(2, 3, 4, 5, iterations=3, bias=True)
-    assert [part.options["iterations"] for part in (cell.down, cell.first, cell.second, cell.skip)] == [1, 1, 1, 3]
+    assert [part.iterations for part in (cell.down, cell.first, cell.second, cell.skip)] == [1, 1, 1, 3]
     x = torch.randn(2, 5, 6, 2, 3)
     h = cell.down(x)
     assert h.shape == (2, 3, 3, 4, 5)
@@ -25,7 +25,7 @@ def test_the_network_is_the_papers_by_default():
         (32, 8, 32, 8),
         (32, 8, 32, 8),
     ]
-    assert [cell.skip.options["iterations"] for cell in net.cells] == [1, 1, 1, 3]
+    assert [cell.skip.iterations for cell in net.cells] == [1, 1, 1, 3]
     assert net.routing.weight.shape == ((8 * 8 + 4 * 4) * 32, 8, 10, 32)
     assert net.decoder.layers[0].in_features == 32  # it sees the chosen capsule, not which it was
 

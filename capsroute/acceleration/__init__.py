@@ -6,5 +6,5 @@ from .swap import Entry, Report, accelerate
 
 __all__ = ["Entry", "Recipe", "Report", "accelerate", "register"]
 
-for recipe in known.RECIPES:
-    register(recipe)
+for _recipe in known.RECIPES:
+    register(_recipe)

@@ -1,4 +1,4 @@
-"""Find known layers in a model, prove that the fused forward is theirs, and put it in its place."""
+"""Find known layers in a model, see by probes that the fused forward is theirs, and put it in its place."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ def _accelerated(original: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
 
 def _disagreement(layer: nn.Module, recipe: Recipe) -> str | None:
     """Where recipe and layer differ on probes, or None."""
-    devices = {x.device for x in (*layer.parameters(), *layer.buffers())}
-    with torch.random.fork_rng([d for d in devices if d.type not in ("cpu", "meta")]), torch.enable_grad():
+    devices = sorted({x.device.index for x in (*layer.parameters(), *layer.buffers()) if x.is_cuda})
+    with torch.random.fork_rng(devices), torch.enable_grad():
         try:
             for seed in range(PROBES):
                 torch.manual_seed(seed)
@@ -120,8 +120,9 @@ def _disagreement(layer: nn.Module, recipe: Recipe) -> str | None:
                 for parameter in probed.parameters():
                     nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
                 arguments = recipe.probe(probed)
-                expected = _run(type(layer).forward, probed, arguments, seed)
-                found = _run(recipe.forward, probed, arguments, seed)
+                expected, found = (
+                    _run(forward, probed, arguments, seed, devices) for forward in (type(layer).forward, recipe.forward)
+                )
                 if reason := _difference(found, expected):
                     return reason
         except Exception as error:  # whatever a foreign layer does on its probe, the model must live on
@@ -129,12 +130,12 @@ def _disagreement(layer: nn.Module, recipe: Recipe) -> str | None:
     return None
 
 
-def _run(forward, layer: nn.Module, arguments: tuple, seed: int) -> dict[str, Any]:
-    """Outputs, gradients by name, and the state of the generator after one run."""
+def _run(forward, layer: nn.Module, arguments: tuple, seed: int, devices: list[int]) -> dict[str, Any]:
+    """The state of the generators after one run, outputs, and gradients by name."""
     torch.manual_seed(seed)
     inputs = [x.detach().requires_grad_() if _is_float(x) else x for x in arguments]
     outputs = [x for x in tree_leaves(forward(layer, *inputs)) if isinstance(x, Tensor)]
-    state = torch.get_rng_state()
+    states = torch.cat([torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)])
     wanted = {f"argument {k}": x for k, x in enumerate(inputs) if _is_float(x)}
     wanted |= {name: x for name, x in layer.named_parameters() if x.requires_grad}
     differentiable = [x for x in outputs if x.requires_grad]
@@ -143,7 +144,7 @@ def _run(forward, layer: nn.Module, arguments: tuple, seed: int) -> dict[str, An
         # not randn_like, which would give the same numbers to other places of an output with other strides
         cotangents = [torch.randn(x.shape, dtype=x.dtype, device=x.device) for x in differentiable]
         grads = torch.autograd.grad(differentiable, list(wanted.values()), cotangents, allow_unused=True)
-    results = {"generator": state}
+    results = {"generators": states}
     results |= {f"output {k}": x.detach() for k, x in enumerate(outputs)}
     return results | {f"gradient of {name}": grad for name, grad in zip(wanted, grads, strict=True)}
 
@@ -156,7 +157,7 @@ def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
         if want is None or have is None:
             if want is not have:
                 return f"{name}: only {'the fused forward' if want is None else 'the layer'} gives one"
-        elif name == "generator":
+        elif name == "generators":
             if not torch.equal(have, want):
                 return "it draws other random numbers"
         elif have.shape != want.shape or have.dtype != want.dtype:

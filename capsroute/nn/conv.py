@@ -17,6 +17,8 @@ from .linear import first_pass_gain
 class _CapsuleConv(nn.Module):
     """What both directions share: the weight, the options of routing and their checks."""
 
+    _also: str  # the part of the geometry that only one direction has
+
     def __init__(
         self,
         in_types: int,
@@ -51,19 +53,24 @@ class _CapsuleConv(nn.Module):
         self.out_types, self.out_features = out_types, out_features
         self.kernel_size, self.stride = pair("kernel_size", kernel_size), pair("stride", stride)
         self.padding, self.chunk_bytes = pair("padding", padding, least=0), chunk_bytes
-        self.options = {
-            "iterations": iterations,
-            "coupling": coupling,
-            "leaky": leaky,
-            "detach_coupling": detach_coupling,
-            "eps": eps,
-            "backend": backend,
-        }
+        self.iterations, self.coupling, self.leaky = iterations, coupling, leaky
+        self.detach_coupling, self.eps, self.backend = detach_coupling, eps, backend
         factory = {"device": device, "dtype": dtype}
         shape = (*self.kernel_size, in_types, in_features, out_types, out_features)
         self.weight = nn.Parameter(torch.empty(shape, **factory))
         self.bias = nn.Parameter(torch.empty(out_types, out_features, **factory)) if bias else None
         self.reset_parameters()
+
+    def routing_options(self) -> dict:
+        """The keyword arguments of :func:`capsroute.capsule_linear` that are this layer's."""
+        return {
+            "iterations": self.iterations,
+            "coupling": self.coupling,
+            "leaky": self.leaky,
+            "detach_coupling": self.detach_coupling,
+            "eps": self.eps,
+            "backend": self.backend,
+        }
 
     def _window_capsules(self) -> int:
         """I, the capsules that an output position sees."""
@@ -72,12 +79,12 @@ class _CapsuleConv(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the weight anew and set the bias to 0."""
         inputs = self._window_capsules()
-        if self.options["iterations"] > 1:
-            gain = first_pass_gain(inputs, self.out_types, self.options["coupling"])
+        if self.iterations > 1:
+            gain = first_pass_gain(inputs, self.out_types, self.coupling)
         else:
             # Nothing is routed, so votes may be long, and such layers are stacked: |s| = 3 |u| makes 0.87 the length
             # that squash maps to itself. At |s| = |u| a few layers would squash everything to 0.
-            c = 1 / (self.out_types if self.options["coupling"] == "out" else inputs)
+            c = 1 / (self.out_types if self.coupling == "out" else inputs)
             gain = 3 / (c * math.sqrt(inputs))
         nn.init.normal_(self.weight, std=gain / math.sqrt(self.out_features))
         if self.bias is not None:
@@ -97,13 +104,11 @@ class _CapsuleConv(nn.Module):
         return mask.expand(-1, *x.shape[1:4])
 
     def extra_repr(self) -> str:
-        own = {"kernel_size": self.kernel_size, "stride": self.stride, "padding": self.padding}
-        options = own | self._more() | self.options | {"bias": self.bias is not None, "chunk_bytes": self.chunk_bytes}
+        geometry = {name: getattr(self, name) for name in ("kernel_size", "stride", "padding", self._also)}
+        more = {"bias": self.bias is not None, "chunk_bytes": self.chunk_bytes}
+        options = geometry | self.routing_options() | more
         sizes = f"{self.in_types}, {self.in_features}, {self.out_types}, {self.out_features}, "
         return sizes + ", ".join(f"{name}={value!r}" for name, value in options.items())
-
-    def _more(self) -> dict:
-        return {}
 
 
 class CapsuleConv2d(_CapsuleConv):
@@ -143,6 +148,8 @@ class CapsuleConv2d(_CapsuleConv):
         TypeError, ValueError: for a wrong argument, by its name.
     """
 
+    _also = "dilation"
+
     def __init__(
         self,
         in_types: int,
@@ -179,10 +186,7 @@ class CapsuleConv2d(_CapsuleConv):
                 f"x must be [B, H, W, C, D] with H and W, padded by {self.padding}, at least "
                 f"{(windows.span(0), windows.span(1))}, got {list(x.shape)}"
             )
-        return route_windows(x, mask, self.weight, self.bias, windows, self.chunk_bytes, self.options)
-
-    def _more(self) -> dict:
-        return {"dilation": self.dilation}
+        return route_windows(x, mask, self.weight, self.bias, windows, self.chunk_bytes, self.routing_options())
 
 
 class _Phase(NamedTuple):
@@ -217,6 +221,8 @@ class CapsuleConvTranspose2d(_CapsuleConv):
     Raises:
         TypeError, ValueError: for a wrong argument, by its name.
     """
+
+    _also = "output_padding"
 
     def __init__(
         self,
@@ -271,7 +277,9 @@ class CapsuleConvTranspose2d(_CapsuleConv):
                 down = self._phase(0, ry, x.shape[1], height)
                 weight = self.weight[down.taps][:, across.taps].flip(0, 1)
                 windows = Windows(weight.shape[:2], padding=(*down.padding, *across.padding))
-                rows.append(route_windows(x, mask, weight, self.bias, windows, self.chunk_bytes, self.options))
+                rows.append(
+                    route_windows(x, mask, weight, self.bias, windows, self.chunk_bytes, self.routing_options())
+                )
             columns.append(torch.stack(rows, 2).flatten(1, 2))  # [B, H' or a little more, W' / sx, J, O]
         return torch.stack(columns, 3).flatten(2, 3)[:, :height, :width]
 
@@ -283,6 +291,3 @@ class CapsuleConvTranspose2d(_CapsuleConv):
         taps = slice(phase, None, s)
         reach = len(range(phase, self.kernel_size[d], s))
         return _Phase(taps, (reach - 1 - first, first + count - size))
-
-    def _more(self) -> dict:
-        return {"output_padding": self.output_padding}
