@@ -8,7 +8,7 @@ from peak import extra_memory
 from torch.testing import assert_close
 
 import capsroute
-from capsroute.nn import CapsuleConv2d, CapsuleConvTranspose2d, PrimaryCapsules
+from capsroute.nn import CapsuleConv2d, CapsuleConvTranspose2d, PrimaryCapsules, _windows
 
 IN, OUT = (2, 3), (3, 4)  # types and features
 ALL_AT_ONCE, ROW_BY_ROW, SOME = 2**25, 1, 6000  # chunk_bytes
@@ -109,7 +109,8 @@ def test_a_masked_capsule_reaches_nothing(kind, coupling, chunk_bytes):
 @pytest.mark.parametrize("kind", [CapsuleConv2d, CapsuleConvTranspose2d])
 def test_gradients(kind, chunk_bytes):
     layer = make(kind, {"stride": 2, "padding": 1, "bias": True}, chunk_bytes=chunk_bytes)
-    function, tensors = as_function(layer, torch.randn(2, 2, 3, *IN, dtype=torch.float64))
+    x = torch.randn(2, 3, 2, *IN, dtype=torch.float64)  # two rows of windows, which overlap
+    function, tensors = as_function(layer, x)
     assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
 
@@ -121,6 +122,19 @@ def as_function(layer, x):
         return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
 
     return function, (x.requires_grad_(), *parameters)
+
+
+def test_the_backward_routes_in_the_dtype_of_autocast(monkeypatch):
+    layer, seen = make(CapsuleConv2d, {"bias": True}, chunk_bytes=ROW_BY_ROW, dtype=torch.float32), []
+    route = _windows.capsule_linear
+    monkeypatch.setattr(
+        _windows, "capsule_linear", lambda u, *args, **options: seen.append(u.dtype) or route(u, *args, **options)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        v = layer(torch.randn(2, 4, 5, *IN))
+    v.float().sum().backward()  # outside
+    assert seen == [torch.bfloat16] * 8  # two images of two rows, forward and backward
+    assert layer.weight.grad.dtype == layer.bias.grad.dtype == torch.float32
 
 
 def test_only_wanted_gradients():

@@ -22,6 +22,7 @@ MODULES = {
     "CapsuleConvTranspose2d": (lambda: nn.CapsuleConvTranspose2d(2, 3, 3, 4, 2, 2, chunk_bytes=400), (3, 3, 2, 3)),
     "CapsuleCell": (lambda: nn.CapsuleCell(2, 3, 3, 4, 2), (6, 6, 2, 3)),
     "Decoder": (lambda: nn.Decoder(3, 4, (1, 5, 5), (6,)), (3, 4)),
+    "CapsNet": (lambda: nn.CapsNet((1, 8, 8), 3, channels=4, types=2, primary_features=3, hidden=(5,)), (1, 8, 8)),
     "DeepCapsNet": (lambda: nn.DeepCapsNet((1, 8, 8), 3, channels=4, types=2, features=(2, 3), hidden=(5,)), (1, 8, 8)),
     "classic.CapsuleLayer": (lambda: nn.classic.CapsuleLayer(3, 7, 4, 5), (7, 4)),
     "classic, primary": (lambda: nn.classic.CapsuleLayer(3, -1, 2, 4, 3, 2), (2, 7, 7)),
