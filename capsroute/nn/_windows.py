@@ -64,7 +64,8 @@ def route_windows(
     if mask is None and options["coupling"] == "in" and max(windows.padding) > 0:
         mask = x.new_ones((1, *x.shape[1:4]), dtype=torch.bool)  # padding has no part in a softmax over i
     mask = None if mask is None else windows.pad(mask, False)
-    x, weight = windows.pad(_autocast.cast(x)), _autocast.cast(weight)  # here, since a backward is not under autocast
+    x, weight = _autocast.cast(x, weight)  # here, since a backward is not under autocast
+    x = windows.pad(x)
     chunks = _chunks(x, windows, chunk_bytes)
     if len(chunks) == 1:
         return _route(x, mask, weight, bias, windows, options)
