@@ -352,6 +352,11 @@ def test_subclasses_are_left_alone():
     assert "a subclass of CapsuleNetwork" in entry.reason
 
 
+def test_our_own_layers_need_no_swap():
+    model = nn.Sequential(capsroute.nn.classic.CapsuleLayer(4, 6, 3, 5), capsroute.nn.CapsuleLinear(6, 3, 4, 5))
+    assert capsroute.accelerate(model, quiet=True).entries == ()
+
+
 def test_primary_capsules_of_the_snippet_are_left_alone():
     layer = CapsuleLayer()
     del layer.route_weights

@@ -120,11 +120,12 @@ class CapsuleConv2d(_CapsuleConv):
                                                a = 0..kh-1, b = 0..kw-1
 
     Dynamic routing as in Sabour, Frosst and Hinton 2017 (Procedure 1) over the windows of Hinton, Sabour and Frosst,
-    "Matrix capsules with EM routing", 2018 (section 4), where the weight is shared by all positions. With
-    ``iterations=1`` nothing is routed and it is the ``Conv2DCaps`` of Rajasegaran et al., "DeepCaps", 2019.
+    "Matrix capsules with EM routing", 2018, where the weight is shared by all positions. With ``iterations=1`` nothing is
+    routed: a convolution by the weight / J and squash, as in Rajasegaran et al., "DeepCaps", 2019.
 
     The capsules of a window beyond the border count as 0, and take no part where ``coupling="in"``. Neither the votes
-    of a position nor more than ``chunk_bytes`` of unfolded input are ever stored, forward or backward.
+    of a position nor more than ``chunk_bytes`` of unfolded input, or one row of windows, are ever stored, forward or
+    backward.
 
     Args:
         in_types: C, the capsules at an input position.
@@ -163,10 +164,10 @@ class CapsuleConv2d(_CapsuleConv):
         iterations: int = 3,
         **options,
     ):
-        self.dilation = pair("dilation", dilation)
         super().__init__(
             in_types, in_features, out_types, out_features, kernel_size, stride, padding, iterations, **options
         )
+        self.dilation = pair("dilation", dilation)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Output capsules ``[B, H', W', J, O]`` of a map ``[B, H, W, C, D]``.
@@ -237,15 +238,14 @@ class CapsuleConvTranspose2d(_CapsuleConv):
         iterations: int = 3,
         **options,
     ):
-        self.output_padding = pair("output_padding", output_padding, least=0)
-        kernel, steps = pair("kernel_size", kernel_size), pair("stride", stride)
-        if any(k < s for k, s in zip(kernel, steps, strict=True)):
-            raise ValueError(f"kernel_size must be at least stride = {steps}, got {kernel}")
-        if any(p >= s for p, s in zip(self.output_padding, steps, strict=True)):
-            raise ValueError(f"output_padding must be less than stride = {steps}, got {self.output_padding}")
         super().__init__(
             in_types, in_features, out_types, out_features, kernel_size, stride, padding, iterations, **options
         )
+        self.output_padding = pair("output_padding", output_padding, least=0)
+        if any(k < s for k, s in zip(self.kernel_size, self.stride, strict=True)):
+            raise ValueError(f"kernel_size must be at least stride = {self.stride}, got {self.kernel_size}")
+        if any(p >= s for p, s in zip(self.output_padding, self.stride, strict=True)):
+            raise ValueError(f"output_padding must be less than stride = {self.stride}, got {self.output_padding}")
 
     def _window_capsules(self) -> int:
         return round(math.prod(self.kernel_size) / math.prod(self.stride)) * self.in_types  # on average

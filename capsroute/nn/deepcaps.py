@@ -17,7 +17,7 @@ from .linear import CapsuleLinear
 class CapsuleCell(nn.Module):
     """A residual cell of convolutional capsules: ``h = down(x);  v = second(first(h)) + skip(h)``.
 
-    Rajasegaran et al., "DeepCaps: Going Deeper with Capsule Networks", 2019, section 3.3. All four are 3 x 3
+    Rajasegaran et al., "DeepCaps: Going Deeper with Capsule Networks", 2019. All four are 3 x 3
     :class:`CapsuleConv2d`; ``down`` halves height and width. Only ``skip`` routes, and only with more than one
     iteration: the paper's last cell. A sum of capsules is not squashed again, so lengths reach 2.
 
@@ -52,7 +52,7 @@ class CapsuleCell(nn.Module):
 
 
 class DeepCapsNet(nn.Module):
-    """A deep capsule network in the manner of DeepCaps (Rajasegaran et al. 2019, section 3.3 and figure 3).
+    """A deep capsule network in the manner of DeepCaps (Rajasegaran et al. 2019).
 
     A convolution whose channels are capsules of one feature; cells of convolutional capsules, of which the last routes;
     the capsules of the last two cells routed to one capsule a class; a decoder that sees the chosen capsule alone, not
