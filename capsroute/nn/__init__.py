@@ -2,7 +2,8 @@
 
 from . import classic
 from .capsnet import CapsNet, CapsNetOutput
-from .conv import CapsuleConv2d, CapsuleConvTranspose2d
+from .conv import CapsuleConv2d
+from .conv_transpose import CapsuleConvTranspose2d
 from .decoder import Decoder
 from .deepcaps import CapsuleCell, DeepCapsNet
 from .layout import from_layout, to_layout
