@@ -119,8 +119,8 @@ class CapsuleConv2d(CapsuleConv):
                                                a = 0..kh-1, b = 0..kw-1
 
     Dynamic routing as in Sabour, Frosst and Hinton 2017 (Procedure 1) over the windows of Hinton, Sabour and Frosst,
-    "Matrix capsules with EM routing", 2018, where all positions share the weight. With ``iterations=1`` nothing is routed:
-    a convolution by the weight / J and squash, as in Rajasegaran et al., "DeepCaps", 2019.
+    "Matrix capsules with EM routing", 2018, where all positions share the weight. With ``iterations=1`` nothing
+    is routed: a convolution by the weight / J and squash, as in Rajasegaran et al., "DeepCaps", 2019.
 
     The capsules of a window beyond the border count as 0, and take no part where ``coupling="in"``. Neither the votes
     of a position nor more than ``chunk_bytes`` of unfolded input, or one row of windows, are ever stored, forward or
