@@ -44,18 +44,23 @@ def _rechub_forward(self: nn.Module, item_eb: Tensor, mask: Tensor) -> Tensor:
     if self.routing_times < 3:  # then no pass is differentiated at all
         item_eb, weight = item_eb.detach(), weight.detach()
     passes = min(self.routing_times, 3)  # more passes would repeat the third
+
+    def coupling(query: Tensor | None) -> Tensor:  # [B, I, J], padding included
+        if query is None:
+            return logits.softmax(1)
+        return routing_pass(item_eb, weight, query, logits=logits, coupling="in", return_coupling=True)[1]
+
+    def outputs(c: Tensor) -> Tensor:
+        share = (c * mask.unsqueeze(-1)).sum(1).unsqueeze(-1)  # [B, J, 1]
+        return squash(share * routing_pass(item_eb, weight, None, logits=c.log(), mask=mask, coupling="in"))
+
     query = None
-    for k in range(1, passes + 1):
-        with torch.no_grad():
-            if query is None:
-                c = logits.softmax(1)  # [B, I, J]
-            else:
-                c = routing_pass(item_eb, weight, query, logits=logits, coupling="in", return_coupling=True)[1]
-            share = (c * mask.unsqueeze(-1)).sum(1).unsqueeze(-1)  # [B, J, 1]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and k == passes):
-            s = share * routing_pass(item_eb, weight, None, logits=c.log(), mask=mask, coupling="in")
-            v = squash(s)
-        query = v if query is None else query + v
+    with torch.no_grad():
+        for _ in range(passes - 1):
+            v = outputs(coupling(query))
+            query = v if query is None else query + v
+        c = coupling(query)
+    v = outputs(c)
     return self.relu(v) if self.relu_layer else v
 
 
