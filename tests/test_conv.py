@@ -137,6 +137,19 @@ def test_the_backward_routes_in_the_dtype_of_autocast(monkeypatch):
     assert layer.weight.grad.dtype == layer.bias.grad.dtype == torch.float32
 
 
+def test_many_chunks_are_not_summed_in_low_precision():
+    layer, x = make(CapsuleConv2d, {"bias": True}), torch.randn(60, 7, 4, *IN, dtype=torch.float64)
+    exact = torch.autograd.grad(layer(x).sum(), layer.parameters())
+    layer, x = layer.bfloat16(), x.bfloat16()
+    errors = []
+    for chunk_bytes in (ALL_AT_ONCE, ROW_BY_ROW):  # 1 and 300 chunks
+        layer.chunk_bytes = chunk_bytes
+        grads = torch.autograd.grad(layer(x).float().sum(), layer.parameters())
+        errors.append([(grad - want).abs().max() for grad, want in zip(grads, exact, strict=True)])
+    for whole, chunked in zip(*errors, strict=True):
+        assert chunked <= 2 * whole
+
+
 def test_only_wanted_gradients():
     layer = make(CapsuleConv2d, {"bias": True}, chunk_bytes=ROW_BY_ROW)
     layer.weight.requires_grad_(False)

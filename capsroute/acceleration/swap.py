@@ -117,8 +117,8 @@ def _disagreement(layer: nn.Module, recipe: Recipe) -> str | None:
             for seed in range(PROBES):
                 torch.manual_seed(seed)
                 probed = copy.deepcopy(layer)  # a probe may change buffers, and parameters may be 0 or not yet set
-                for parameter in probed.parameters():
-                    nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+                for parameter in filter(_is_float, probed.parameters()):
+                    nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5 if parameter.dim() else 1.0)
                 arguments = recipe.probe(probed)
                 expected, found = (
                     _run(forward, probed, arguments, seed, devices) for forward in (type(layer).forward, recipe.forward)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import _autocast
 from ..functional import capsule_linear
+from ..reference import accumulation_dtype
 
 Chunk = tuple[slice, slice]  # images, rows of the output
 
@@ -113,7 +114,7 @@ class _InChunks(torch.autograd.Function):
         x, mask, weight, bias = ctx.saved_tensors
         windows, options = ctx.windows, ctx.options
         shared = [p for p in (weight, bias) if p is not None]
-        dx, dshared = grad_v.new_zeros(x.shape, dtype=x.dtype), None
+        dx, dshared = grad_v.new_zeros(x.shape, dtype=x.dtype), [0] * len(shared)
         for images, y in ctx.chunks:
             x_part, mask_part = _chunk_of(x, mask, windows, (images, y))
 
@@ -123,7 +124,9 @@ class _InChunks(torch.autograd.Function):
             with _autocast.off(x):
                 dx_part, *parts = torch.func.vjp(route, x_part, *shared)[1](grad_v[images, y])
             dx[images, windows.rows(y)] += dx_part  # windows of neighbouring chunks overlap
-            dshared = parts if dshared is None else [d + part for d, part in zip(dshared, parts, strict=True)]
+            # Many chunks may be summed: not in low precision.
+            dshared = [d + part.to(accumulation_dtype(x.dtype)) for d, part in zip(dshared, parts, strict=True)]
+        dshared = [d.to(p.dtype) for d, p in zip(dshared, shared, strict=True)]
         return dx, None, *dshared, *[None] * (bias is None), None, None, None
 
 

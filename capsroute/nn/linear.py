@@ -81,15 +81,10 @@ class CapsuleLinear(nn.Module):
         return nn.Parameter(torch.empty(self._weight_shape(), **factory))
 
     def _weight_shape(self) -> tuple[int, ...]:
-        inputs, features, outputs, out_features = (
-            self.in_capsules,
-            self.in_features,
-            self.out_capsules,
-            self.out_features,
-        )
         if self.shared is None:
-            return inputs, features, outputs, out_features
-        return (outputs, out_features, features) if self.shared == "inputs" else (out_features, features)
+            return self.in_capsules, self.in_features, self.out_capsules, self.out_features
+        matrix = self.out_features, self.in_features
+        return (self.out_capsules, *matrix) if self.shared == "inputs" else matrix
 
     def reset_parameters(self) -> None:
         """Draw the weight anew and set the bias to 0."""
