@@ -141,8 +141,6 @@ def check_mask(mask: Tensor, target: tuple[int, ...], u: Tensor, letters: str = 
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a bool tensor that broadcasts to {letters}, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
-        raise TypeError(
-            f"mask must be bool, True where the capsule takes part, got {mask.dtype}: pass mask.bool()"
-        )
+        raise TypeError(f"mask must be bool, True where the capsule takes part, got {mask.dtype}: pass mask.bool()")
     check_device("mask", mask, u)
     check_broadcast("mask", mask, target, letters)

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks
-from .. import functional
-from ..functional import capsule_linear, squash
+from ..functional import capsule_linear, routing_pass, squash
 from ._checks import check_sizes
 
 WEIGHTS = ("OD", "JOD", "IJOD")
@@ -180,7 +179,7 @@ class MultiInterest(nn.Module):
         if self.cosine_scale is None and self.squash_power == 1:
             options |= {"detach_coupling": self.detach_coupling, "eps": self.eps, "return_coupling": return_coupling}
             return capsule_linear(u, weight, self.iterations, logits=logits, **options)
-        one_pass = partial(functional.routing_pass, u, weight, **options)
+        one_pass = partial(routing_pass, u, weight, **options)
         query = None  # [*, J, O]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_coupling):
             for _ in range(self.iterations - 1):
