@@ -40,11 +40,11 @@ class Sizes(NamedTuple):
     clicks: int = 32  # in the longest history
     features: int = 16
     interests: int = 4
-    batch: int = 1024
+    batch: int = 512
     epochs: int = 12
 
 
-SMALL = Sizes(items=2_000, topics=20, users=2_000, test_users=200, features=8, batch=256, epochs=4)
+SMALL = Sizes(items=4_000, topics=40, users=4_000, test_users=500, features=8, batch=128, epochs=4)
 
 
 class World:
@@ -121,7 +121,7 @@ class Recommender(nn.Module):
 
     def __init__(self, sizes: Sizes, encoder: nn.Module, frequency: Tensor):
         super().__init__()
-        self.items = nn.Embedding(sizes.items, sizes.features, sparse=True)
+        self.items = nn.Embedding(sizes.items, sizes.features)
         nn.init.normal_(self.items.weight, std=1 / math.sqrt(sizes.features))
         self.encoder = encoder
         self.attention = LabelAwareAttention(math.inf)
@@ -143,18 +143,17 @@ class Recommender(nn.Module):
 
 def train(model: Recommender, users: Clicks, sizes: Sizes, generator: torch.Generator) -> None:
     """Every click of a user is the next one in some epoch: order means nothing in these histories."""
-    rest = [x for name, x in model.named_parameters() if name != "items.weight"]
-    optimizers = torch.optim.SparseAdam([model.items.weight], lr=0.02), torch.optim.Adam(rest, lr=0.005)
+    items = {"params": [model.items.weight], "lr": 0.03}
+    rest = {"params": [x for name, x in model.named_parameters() if name != "items.weight"], "lr": 0.02}
+    optimizer = torch.optim.Adam([items, rest], fused=True)
     for epoch in range(sizes.epochs):
         for index in torch.randperm(len(users.items), generator=generator).split(sizes.batch):
             batch = users[index]
-            items = batch.items.roll(epoch, 1)
-            loss = model.loss(items[:, :-1], batch.lengths, items[:, -1], generator)
-            for optimizer in optimizers:
-                optimizer.zero_grad()
+            clicks = batch.items.roll(epoch, 1)
+            loss = model.loss(clicks[:, :-1], batch.lengths, clicks[:, -1], generator)
+            optimizer.zero_grad()
             loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
+            optimizer.step()
 
 
 @torch.inference_mode()

@@ -69,11 +69,11 @@ def test_torch_rechub_with_padding_of_zeros(form):
     assert_same(module, padded, module(u), recommenders.torch_rechub(votes(u, module), REAL, b))
 
 
-@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
-def test_easyrec(power):
-    module = layer(cosine_scale=20.0, squash_power=power, adaptive=True, detach_coupling=True, eps=1e-16)
+@pytest.mark.parametrize(("scale", "power"), [(20.0, 1.0), (3.0, 0.5), (3.0, 2.0)])
+def test_easyrec(scale, power):
+    module = layer(cosine_scale=scale, squash_power=power, adaptive=True, detach_coupling=True, eps=1e-16)
     u, logits = histories(), torch.randn(BATCH, CLICKS, INTERESTS, dtype=torch.float64)
-    expected = recommenders.easyrec(votes(u, module), REAL, logits, active_interests(LENGTHS, INTERESTS), power=power)
+    expected = recommenders.easyrec(votes(u, module), REAL, logits, active_interests(LENGTHS, INTERESTS), scale, power)
     assert_same(module, u, module(u, lengths=LENGTHS, logits=logits), expected)
 
 

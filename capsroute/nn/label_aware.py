@@ -63,8 +63,6 @@ class LabelAwareAttention(nn.Module):
         if mask is not None:
             agreement = agreement.masked_fill(~mask, torch.finfo(dtype).min)
         share = _share(agreement, self.power)  # [*, J]
-        if mask is not None:
-            share = share.masked_fill(~mask, 0)
         return (share.unsqueeze(-1) * interests.to(dtype)).sum(-2).to(interests.dtype)
 
     def extra_repr(self) -> str:
