@@ -200,7 +200,7 @@ def run(sizes: Sizes, seed: int = 0) -> dict[str, tuple[float, float]]:
     encoders = {
         "mean pooling": MeanPooling(sizes.features),
         "MIND": Interests(MultiInterest(*shape)),
-        "ComiRec-DR": Interests(MultiInterest(*shape, weight="IJOD", prior="zero")),
+        "ComiRec-DR": Interests(MultiInterest(*shape, shared=None, prior="zero")),
     }
     results = {"knowing the topics": (world.best_recall(test_users), 1.0)}
     print(f"{'':20}  recall@20  recovery   seconds", flush=True)

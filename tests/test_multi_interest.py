@@ -14,7 +14,7 @@ from capsroute.nn import LabelAwareAttention, MultiInterest, active_interests
 BATCH, CLICKS, FEATURES, INTERESTS, OUT = 5, 9, 4, 3, 6
 LENGTHS = torch.tensor([9, 1, 0, 4, 8])
 REAL = torch.arange(CLICKS) < LENGTHS.unsqueeze(-1)  # [B, I]
-FORMS = ("OD", "JOD", "IJOD")
+SHARED = ("pairs", "inputs", None)
 
 
 def layer(**options) -> MultiInterest:
@@ -27,7 +27,7 @@ def histories() -> torch.Tensor:
 
 def votes(u, module):
     """h [B, I, J, O], from the weight in the order in which the module keeps it."""
-    equation = {"OD": "bid,od->bio", "JOD": "bid,jod->bijo", "IJOD": "bid,idjo->bijo"}[module.form]
+    equation = {"pairs": "bid,od->bio", "inputs": "bid,jod->bijo", None: "bid,idjo->bijo"}[module.shared]
     h = torch.einsum(equation, u, module.weight)
     return h if h.dim() == 4 else h.unsqueeze(2).expand(-1, -1, INTERESTS, -1)
 
@@ -44,9 +44,9 @@ def assert_same(module, u, v, expected):
 # The libraries
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_comirec(form):
-    module = layer(weight=form, prior="random" if form == "OD" else "zero", detach_coupling=True)
+@pytest.mark.parametrize("shared", SHARED)
+def test_comirec(shared):
+    module = layer(shared=shared, prior="random" if shared == "pairs" else "zero", detach_coupling=True)
     u = histories()
     b = (
         torch.zeros(BATCH, CLICKS, INTERESTS, dtype=torch.float64)
@@ -56,9 +56,9 @@ def test_comirec(form):
     assert_same(module, u, module(u, lengths=LENGTHS), recommenders.comirec(votes(u, module), REAL, b))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_torch_rechub_with_padding_of_zeros(form):
-    module = layer(weight=form, prior="random" if form == "OD" else "zero", coupling="in", detach_coupling=True)
+@pytest.mark.parametrize("shared", SHARED)
+def test_torch_rechub_with_padding_of_zeros(shared):
+    module = layer(shared=shared, prior="random" if shared == "pairs" else "zero", coupling="in", detach_coupling=True)
     padded = histories()
     u = torch.where(REAL.unsqueeze(-1), padded, 0)
     b = (
@@ -91,7 +91,7 @@ def test_the_paper_with_a_power(backend):
 
 
 def test_a_power_and_detached_coupling():
-    module = layer(weight="JOD", prior="zero", squash_power=1.5, detach_coupling=True)
+    module = layer(shared="inputs", prior="zero", squash_power=1.5, detach_coupling=True)
     u = histories()
     h, b = votes(u, module), torch.zeros(BATCH, CLICKS, INTERESTS, dtype=torch.float64)
     for _ in range(3):
@@ -186,9 +186,9 @@ def test_what_padding_holds_reaches_nothing(options, detach):
     assert not grads[0][~REAL].any()
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_short_batch_is_a_padded_one(form):
-    module, u = layer(weight=form), histories()
+@pytest.mark.parametrize("shared", SHARED)
+def test_a_short_batch_is_a_padded_one(shared):
+    module, u = layer(shared=shared), histories()
     short = module(u[:, :4], lengths=LENGTHS.clamp_max(4))
     assert_close(short, module(u, lengths=LENGTHS.clamp_max(4)))
 
@@ -218,7 +218,9 @@ def test_interests_by_length(most):
     assert torch.equal(active, active.sort(-1, descending=True).values)  # the first ones
 
 
-@pytest.mark.parametrize("options", [{}, {"weight": "JOD", "prior": "zero"}, {"prior": "learned"}, {"coupling": "in"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"shared": "inputs", "prior": "zero"}, {"prior": "learned"}, {"coupling": "in"}]
+)
 @pytest.mark.parametrize("given", ["lengths", "mask", "logits"])
 def test_short_histories_have_fewer_interests(options, given):
     module, u = layer(adaptive=True, **options), histories()
@@ -230,8 +232,8 @@ def test_short_histories_have_fewer_interests(options, given):
     expected = active_interests(LENGTHS, INTERESTS) & LENGTHS.ne(0).unsqueeze(-1)
     assert torch.equal(used, expected)
     if options.get("coupling") != "in":  # a user with one interest: all clicks go there
-        one = capsroute.capsule_linear(u[1:2], module.weight.expand(1, 1, OUT, FEATURES)[0] if module.form == "OD" else
-                                       module.weight[:1], mask=REAL[1:2])  # fmt: skip
+        weight = module.weight.unsqueeze(0) if module.shared == "pairs" else module.weight[:1]  # [1, O, D]
+        one = capsroute.capsule_linear(u[1:2], weight, mask=REAL[1:2])
         assert_close(v[1:2, :1], one)
 
 
@@ -242,7 +244,7 @@ def test_short_histories_have_fewer_interests(options, given):
     "options",
     [
         {"prior": "learned"},
-        {"weight": "IJOD", "prior": "zero"},
+        {"shared": None, "prior": "zero"},
         {"prior": "learned", "cosine_scale": 3.0, "squash_power": 0.5},
         {"prior": "learned", "coupling": "in"},
     ],
@@ -282,7 +284,7 @@ def test_low_precision(dtype):
 
 def test_repr():
     assert repr(MultiInterest(50, 64, 4, 32, adaptive=True)) == (
-        "MultiInterest(length=50, in_features=64, interests=4, out_features=32, iterations=3, weight='OD', "
+        "MultiInterest(length=50, in_features=64, interests=4, out_features=32, iterations=3, shared='pairs', "
         "prior='random', prior_std=1.0, adaptive=True, coupling='out', cosine_scale=None, squash_power=1.0, "
         "detach_coupling=False, eps=1e-09, backend='auto')"
     )
@@ -293,10 +295,10 @@ def test_repr():
     ("options", "error", "message"),
     [
         ({"prior": "learned", "detach_coupling": True}, ValueError, "so they would never train"),
-        ({"prior": "zero"}, ValueError, "with zero all interests are the same"),
+        ({"prior": "zero"}, ValueError, "else all interests are the same"),
         ({"prior": "none"}, ValueError, 'prior must be "random", "learned" or "zero", got \'none\''),
-        ({"weight": "IOD"}, ValueError, 'weight must be "OD", "JOD" or "IJOD", got \'IOD\''),
-        ({"cosine_scale": 20.0, "weight": "JOD"}, ValueError, 'weight must be "OD" with cosine_scale'),
+        ({"shared": "outputs"}, ValueError, 'shared must be None, "inputs" or "pairs", got \'outputs\''),
+        ({"cosine_scale": 20.0, "shared": "inputs"}, ValueError, 'shared must be "pairs" with cosine_scale'),
         ({"cosine_scale": 0.0}, ValueError, "cosine_scale must be a positive finite number, got 0.0"),
         ({"squash_power": "2"}, TypeError, "squash_power must be a float, got str"),
         ({"prior_std": -1.0}, ValueError, "prior_std must be a positive finite number, got -1.0"),

@@ -13,7 +13,7 @@ from .. import _checks
 from ..functional import capsule_linear, routing_pass, squash
 from ._checks import check_sizes
 
-WEIGHTS = ("OD", "JOD", "IJOD")
+SHARED = (None, "inputs", "pairs")
 PRIORS = ("random", "learned", "zero")
 
 
@@ -23,7 +23,7 @@ class MultiInterest(nn.Module):
     The letters are those of :func:`capsroute.capsule_linear`: I clicks with D features each, J interests with
     O features. The defaults are MIND (Li et al., "Multi-Interest Network with Dynamic Routing for
     Recommendation at Tmall", 2019, section 3.3): one bilinear map for all pairs, and random prior logits,
-    without which all interests would be the same vector. ``weight="IJOD", prior="zero",
+    without which all interests would be the same vector. ``shared=None, prior="zero",
     detach_coupling=True`` is ComiRec-DR (Cen et al., "Controllable Multi-Interest Framework for
     Recommendation", 2020, section 3.2). Several libraries route otherwise: ``docs/multi_interest.md`` says
     which options give their results.
@@ -34,8 +34,8 @@ class MultiInterest(nn.Module):
         interests: J, the number of interests (K in the papers).
         out_features: O, the features of an interest.
         iterations: R, the number of routing passes, at least 1.
-        weight: what the map from items to votes depends on: ``"OD"`` one map for all, ``"JOD"`` one for each
-            interest, ``"IJOD"`` one for each position and interest.
+        shared: who shares a map from items to votes: ``"pairs"``, all; ``"inputs"``, all positions, each interest
+            having its own; None, each position and interest has its own.
         prior: the prior logits where :meth:`forward` is given none. ``"random"``: drawn once, with the weight,
             and kept in ``state_dict``; in training also anew for each history where :meth:`forward` is given a
             generator. ``"learned"``: a parameter, random at first, with its full gradient. ``"zero"``.
@@ -43,15 +43,16 @@ class MultiInterest(nn.Module):
         adaptive: give short histories fewer interests, :func:`active_interests`; the others are 0.
         coupling: ``"out"`` shares each click among the interests, as the papers do; ``"in"`` makes each interest
             an average of the clicks, as some libraries do.
-        cosine_scale: None adds h . v to the logits after each pass, as the papers do. A number replaces the
-            logits by that many times the cosine between vote and interest, as EasyRec does; for weight "OD".
+        cosine_scale: None adds h . v to the logits after each pass, as the papers do. A number replaces the logits
+            by that many times the cosine between vote and interest, as EasyRec does; with ``shared="pairs"`` alone.
         squash_power: p of :func:`capsroute.squash`.
         detach_coupling: treat the coupling of the last pass as a constant in the backward, as most libraries do.
         eps, backend: as in :func:`capsroute.capsule_linear`.
         device, dtype: of the parameters.
 
     Attributes:
-        weight: ``[O, D]``, ``[J, O, D]``, or ``[I, D, J, O]``, the memory order that the kernels read in place.
+        weight: as in :class:`CapsuleLinear`: ``[O, D]`` shared by all pairs, ``[J, O, D]`` by the inputs, else
+            ``[I, D, J, O]``.
         logits: the prior, ``[I, J]``: a parameter if learned, a buffer if random, None if zero.
 
     Raises:
@@ -66,7 +67,7 @@ class MultiInterest(nn.Module):
         out_features: int,
         iterations: int = 3,
         *,
-        weight: str = "OD",
+        shared: str | None = "pairs",
         prior: str = "random",
         prior_std: float = 1.0,
         adaptive: bool = False,
@@ -85,15 +86,18 @@ class MultiInterest(nn.Module):
         _checks.check_flag("adaptive", adaptive)
         _checks.check_positive("prior_std", prior_std)
         _checks.check_positive("squash_power", squash_power)
-        _check_routing(weight, prior, cosine_scale, detach_coupling)
+        _check_routing(shared, prior, cosine_scale, detach_coupling)
         self.length, self.in_features, self.interests, self.out_features = length, in_features, interests, out_features
-        self.iterations, self.form, self.prior, self.prior_std = iterations, weight, prior, prior_std
+        self.iterations, self.shared, self.prior, self.prior_std = iterations, shared, prior, prior_std
         self.adaptive, self.coupling, self.cosine_scale = adaptive, coupling, cosine_scale
         self.squash_power, self.detach_coupling, self.eps, self.backend = squash_power, detach_coupling, eps, backend
-        sizes = {"I": length, "J": interests, "O": out_features, "D": in_features}
-        memory = "IDJO" if weight == "IJOD" else weight
         factory = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty([sizes[letter] for letter in memory], **factory))
+        shapes = {
+            None: (length, in_features, interests, out_features),
+            "inputs": (interests, out_features, in_features),
+            "pairs": (out_features, in_features),
+        }
+        self.weight = nn.Parameter(torch.empty(shapes[shared], **factory))
         logits = None if prior == "zero" else torch.empty(length, interests, **factory)
         if prior == "learned":
             self.logits = nn.Parameter(logits)
@@ -174,7 +178,7 @@ class MultiInterest(nn.Module):
     def _route(
         self, u: Tensor, logits: Tensor | None, mask: Tensor | None, return_coupling: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
-        weight = self.weight[: u.shape[-2]].permute(0, 2, 3, 1) if self.form == "IJOD" else self.weight
+        weight = self.weight if self.shared else self.weight[: u.shape[-2]].permute(0, 2, 3, 1)  # [I, J, O, D]
         options = {"mask": mask, "coupling": self.coupling, "backend": self.backend}
         if self.cosine_scale is None and self.squash_power == 1:
             options |= {"detach_coupling": self.detach_coupling, "eps": self.eps, "return_coupling": return_coupling}
@@ -209,7 +213,7 @@ class MultiInterest(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"length={self.length}, in_features={self.in_features}, interests={self.interests}, "
-            f"out_features={self.out_features}, iterations={self.iterations}, weight={self.form!r}, "
+            f"out_features={self.out_features}, iterations={self.iterations}, shared={self.shared!r}, "
             f"prior={self.prior!r}, prior_std={self.prior_std}, adaptive={self.adaptive}, "
             f"coupling={self.coupling!r}, cosine_scale={self.cosine_scale}, squash_power={self.squash_power}, "
             f"detach_coupling={self.detach_coupling}, eps={self.eps}, backend={self.backend!r}"
@@ -244,13 +248,13 @@ def _check_lengths(lengths: object, lead: torch.Size) -> None:
         raise ValueError(f"lengths must be [*] = {list(lead)}, got {list(lengths.shape)}")
 
 
-def _check_routing(weight: str, prior: str, cosine_scale: float | None, detach_coupling: bool) -> None:
-    if weight not in WEIGHTS:
-        raise ValueError(f'weight must be "OD", "JOD" or "IJOD", got {weight!r}')
+def _check_routing(shared: str | None, prior: str, cosine_scale: float | None, detach_coupling: bool) -> None:
+    if shared not in SHARED:
+        raise ValueError(f'shared must be None, "inputs" or "pairs", got {shared!r}')
     if prior not in PRIORS:
         raise ValueError(f'prior must be "random", "learned" or "zero", got {prior!r}')
-    if prior == "zero" and weight == "OD":
-        raise ValueError('prior must be "random" or "learned" with weight="OD": with zero all interests are the same')
+    if prior == "zero" and shared == "pairs":
+        raise ValueError('prior must be "random" or "learned" with shared="pairs": else all interests are the same')
     if prior == "learned" and detach_coupling:
         raise ValueError(
             'detach_coupling must be False with prior="learned": the prior logits reach the output only through the '
@@ -258,7 +262,7 @@ def _check_routing(weight: str, prior: str, cosine_scale: float | None, detach_c
         )
     if cosine_scale is not None:
         _checks.check_positive("cosine_scale", cosine_scale)
-        if weight != "OD":
+        if shared != "pairs":
             raise ValueError(
-                f'weight must be "OD" with cosine_scale, got {weight!r}: the lengths of all votes would have to be made'
+                f'shared must be "pairs" with cosine_scale, got {shared!r}: it needs the length of each vote'
             )
