@@ -44,7 +44,7 @@ class Sizes(NamedTuple):
     epochs: int = 12
 
 
-SMALL = Sizes(items=4_000, topics=40, users=4_000, test_users=500, clicks=16, features=8, batch=64, epochs=8)
+SMALL = Sizes(items=4_000, topics=40, users=8_000, test_users=500, clicks=16, features=8, batch=128, epochs=8)
 
 
 class World:
