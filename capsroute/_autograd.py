@@ -64,12 +64,13 @@ class _Arguments(inspect.Signature):
 
 def _positional(forward):
     forward.__signature__ = _Arguments(inspect.signature(forward).parameters.values())
-    return staticmethod(forward)
+    return forward
 
 
 class _Route(torch.autograd.Function):
     generate_vmap_rule = True
 
+    @staticmethod
     @_positional
     def forward(u, weight, bias, logits, mask, namespace, options, return_coupling):
         route = getattr(torch.ops, namespace).route
@@ -95,6 +96,7 @@ class _Route(torch.autograd.Function):
 class _RoutingPass(torch.autograd.Function):
     generate_vmap_rule = True
 
+    @staticmethod
     @_positional
     def forward(u, weight, query, logits, mask, namespace, options, return_coupling):
         routing_pass = getattr(torch.ops, namespace).routing_pass
@@ -130,6 +132,7 @@ class _Backward(torch.autograd.Function):
 
 
 class _RouteBackward(_Backward):
+    @staticmethod
     @_positional
     def forward(grad_v, s, norm, u, weight, bias, logits, mask, namespace, options, needs):
         route_backward = getattr(torch.ops, namespace).route_backward
@@ -145,6 +148,7 @@ class _RouteBackward(_Backward):
 
 
 class _RoutingPassBackward(_Backward):
+    @staticmethod
     @_positional
     def forward(grad_s, s, norm, u, weight, query, logits, mask, namespace, options, needs):
         routing_pass_backward = getattr(torch.ops, namespace).routing_pass_backward
