@@ -77,9 +77,9 @@ def test_torch_rechubs_own_layer_agrees(form):
     for backward in (False, True):
         prepared = compare.prepare(case, backward, ["torch-rechub"])
         assert list(prepared.forwards) == ["torch-rechub"]
+    other = prepared.problem._replace(coupling="out")
     with pytest.raises(compare.DisagreementError, match="torch-rechub"):
-        distorted = prepared.problem._replace(coupling="out")
-        compare.check(prepared.forwards, distorted, False)
+        compare.check(prepared.forwards, other, False)
 
 
 def test_another_routing_is_not_compared():

@@ -198,6 +198,12 @@ def test_more_clicks_than_there_are_count_as_all():
     assert torch.equal(module(u, lengths=LENGTHS + CLICKS), module(u))
 
 
+def test_a_history_without_a_length_is_as_long_as_it_is():
+    module, u = layer(adaptive=True), histories()
+    assert torch.equal(module(u[:, :2]), module(u[:, :2], lengths=torch.full((BATCH,), 2)))
+    assert module(u[:, :2]).ne(0).any(-1).sum(-1).tolist() == [1] * BATCH
+
+
 @pytest.mark.parametrize("lead", [(), (2, 3)])
 def test_any_leading_dimensions(lead):
     module = layer(adaptive=True)

@@ -42,5 +42,6 @@ def rechub(u: Tensor, weight: Tensor, logits: Tensor | None) -> Tensor:
     else:
         parameters = {"linear.weight": weight.flatten(0, -2)}
     mask = torch.ones(batch, inputs, dtype=torch.int64, device=u.device)
-    with mock.patch.object(torch, "randn", lambda *_, **__: logits.t().expand(batch, -1, -1)):
+    drawn = None if logits is None else logits.t().expand(batch, -1, -1)
+    with mock.patch.object(torch, "randn", return_value=drawn):
         return torch.func.functional_call(layer, parameters, (u, mask))

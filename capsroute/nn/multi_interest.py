@@ -160,7 +160,7 @@ class MultiInterest(nn.Module):
             _checks.check_broadcast("logits", logits, (*u.shape[:-1], self.interests), "[*, I, J]")
         if self.adaptive:
             if mask is None:
-                lengths = torch.tensor(inputs, device=u.device)
+                lengths = torch.full((), inputs, device=u.device)
             else:
                 _checks.check_mask(mask, u.shape[:-1], u)
                 lengths = mask.expand(u.shape[:-1]).sum(-1)
