@@ -26,11 +26,15 @@ def check_tensor(name: str, value: object, letters: str) -> None:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
 
 
+def check_positive(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive finite number, got {value}")
+
+
 def check_eps(eps: float) -> None:
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"eps must be a float, got {type(eps).__name__}")
-    if not 0 < eps < math.inf:
-        raise ValueError(f"eps must be a positive finite number, got {eps}")
+    check_positive("eps", eps)
 
 
 def check_flag(name: str, value: object) -> None:
@@ -136,12 +140,10 @@ def check_broadcast(name: str, value: Tensor, target: tuple[int, ...], letters: 
         raise ValueError(f"{name} must broadcast to {letters} = {_show(target)}, got {_show(value.shape)}")
 
 
-def check_mask(mask: Tensor, target: tuple[int, ...], u: Tensor) -> None:
+def check_mask(mask: Tensor, target: tuple[int, ...], u: Tensor, letters: str = "[*, I]") -> None:
     if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a bool tensor that broadcasts to [*, I], got {type(mask).__name__}")
+        raise TypeError(f"mask must be a bool tensor that broadcasts to {letters}, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
-        raise TypeError(
-            f"mask must be bool, True where the input capsule takes part, got {mask.dtype}: pass mask.bool()"
-        )
+        raise TypeError(f"mask must be bool, True where the capsule takes part, got {mask.dtype}: pass mask.bool()")
     check_device("mask", mask, u)
-    check_broadcast("mask", mask, target, "[*, I]")
+    check_broadcast("mask", mask, target, letters)

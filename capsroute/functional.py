@@ -181,25 +181,27 @@ def votes_pass(
     return _pass(votes, None, sizes, (query, scale, logits, mask), (coupling, leaky), return_coupling, backend)
 
 
-def squash(s: Tensor, dim: int = -1, eps: float = 1e-9) -> Tensor:
+def squash(s: Tensor, dim: int = -1, eps: float = 1e-9, power: float = 1.0) -> Tensor:
     """Shrink vectors to a length below 1, keeping their direction (Sabour et al. 2017, eq. 1).
 
-    v = n2 / (1 + n2) * s / sqrt(n2 + eps), n2 = |s|^2. Low precision is computed in float32. Value and
+    v = (n2 / (1 + n2))^power * s / sqrt(n2 + eps), n2 = |s|^2. Low precision is computed in float32. Value and
     gradient are right, not merely finite, at s = 0 and for |s| from 1e-30 to 1e18 (1e4 in float16).
 
     Args:
         s: vectors along ``dim``; float32, float64, bfloat16 or float16.
         dim: the dimension that holds a vector's features.
         eps: added to the squared length inside the square root.
+        power: 1 in the paper; a smaller one makes short vectors longer, as some recommenders do. Positive.
 
     Returns:
         A tensor of the shape and dtype of ``s``.
     """
     _checks.check_tensor("s", s, "with vectors along dim")
     _checks.check_eps(eps)
+    _checks.check_positive("power", power)
     if not -s.dim() <= dim < s.dim():
         raise ValueError(f"dim must be a dimension of s {list(s.shape)}, got {dim}")
-    return reference.squash(s.to(reference.accumulation_dtype(s.dtype)), dim, eps).to(s.dtype)
+    return reference.squash(s.to(reference.accumulation_dtype(s.dtype)), dim, eps, power).to(s.dtype)
 
 
 def _with_weight(u, weight, logits, outputs, name):

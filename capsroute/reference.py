@@ -29,10 +29,13 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def squash(s: Tensor, dim: int = -1, eps: float = 1e-9) -> Tensor:
-    """v = n2 / (1 + n2) * s / sqrt(n2 + eps), n2 = |s|^2 over `dim` (Sabour et al. 2017, eq. 1)."""
+def squash(s: Tensor, dim: int = -1, eps: float = 1e-9, power: float = 1) -> Tensor:
+    """v = (n2 / (1 + n2))^power * s / sqrt(n2 + eps), n2 = |s|^2 over `dim` (Sabour et al. 2017, eq. 1: power 1)."""
     n2 = (s * s).sum(dim, keepdim=True)
-    return n2 / (1 + n2) * s / (n2 + eps).sqrt()
+    length = n2 / (1 + n2)
+    if power != 1:  # its gradient at 0 may be infinite, that of v is not
+        length = length.clamp_min(torch.finfo(s.dtype).tiny) ** power
+    return length * s / (n2 + eps).sqrt()
 
 
 def out_capsules(u: Tensor, weight: Tensor | None, outputs: Tensor | None, logits: Tensor | None) -> int:

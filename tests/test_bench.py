@@ -70,6 +70,25 @@ def test_compiled_reference_agrees():
     compare.prepare(TINY, True, ["compiled"])
 
 
+@pytest.mark.parametrize("form", ["IJOD", "JOD", "OD"])
+def test_torch_rechubs_own_layer_agrees(form):
+    pytest.importorskip("torch_rechub")
+    case = CASES["comirec-rechub"]._replace(batch=5, inputs=7, in_features=6, out_features=6, outputs=3, weight=form)
+    for backward in (False, True):
+        prepared = compare.prepare(case, backward, ["torch-rechub"])
+        assert list(prepared.forwards) == ["torch-rechub"]
+    other = prepared.problem._replace(coupling="out")
+    with pytest.raises(compare.DisagreementError, match="torch-rechub"):
+        compare.check(prepared.forwards, other, False)
+
+
+def test_another_routing_is_not_compared():
+    prepared = compare.prepare(TINY, False, ["fused", "torch-rechub"])
+    assert prepared.left_out == {"torch-rechub": "another routing"}
+    assert registry.names_for([TINY]) == ["fused", "reference", "compiled", "matmul"]
+    assert registry.names_for([TINY, CASES["mind-rechub"]])[-1] == "torch-rechub"
+
+
 def test_compiling_needs_a_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     prepared = compare.prepare(TINY, False, ["fused", "compiled"])

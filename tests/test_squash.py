@@ -83,6 +83,31 @@ def test_finite_differences():
     assert torch.autograd.gradgradcheck(capsroute.squash, s)
 
 
+@pytest.mark.parametrize("power", [0.5, 1.0, 3.0])
+def test_power(power):
+    s = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    length = s.norm(dim=-1, keepdim=True)
+    expected = (length**2 / (1 + length**2)) ** power * s / (length**2 + 1e-9).sqrt()
+    assert_close(capsroute.squash(s, power=power), expected)
+    assert torch.autograd.gradcheck(lambda s: capsroute.squash(s, power=power), s)
+
+
+@pytest.mark.parametrize("power", [0.1, 0.5, 3.0])
+def test_power_has_a_gradient_at_every_length(power):
+    s = vectors(LENGTHS + LONG, 3, torch.float32).requires_grad_()
+    v = capsroute.squash(s, power=power)
+    (grad,) = torch.autograd.grad(v.sum(), s)
+    assert v.isfinite().all()
+    assert grad.isfinite().all()
+    assert (v.norm(dim=-1) <= 1 + 1e-6).all()
+
+
+@pytest.mark.parametrize("power", [0.0, -1.0, math.inf, math.nan])
+def test_power_is_positive(power):
+    with pytest.raises(ValueError, match="power must be a positive finite number"):
+        capsroute.squash(torch.randn(3), power=power)
+
+
 def test_no_vectors():
     assert capsroute.squash(torch.ones(0, 4)).shape == (0, 4)
     assert capsroute.squash(torch.ones(4, 0)).shape == (4, 0)

@@ -16,7 +16,7 @@ import torch
 from .. import __version__, _ops
 from . import table
 from .compare import DisagreementError, compare
-from .registry import CASES, IMPLEMENTATIONS, fused_backend
+from .registry import CASES, IMPLEMENTATIONS, fused_backend, names_for
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -46,9 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--implementations",
         nargs="+",
         choices=IMPLEMENTATIONS,
-        default=list(IMPLEMENTATIONS),
         metavar="NAME",
-        help=f"{', '.join(IMPLEMENTATIONS)} (default: all); ratios are to the first",
+        help=f"{', '.join(IMPLEMENTATIONS)} (default: all that compute one of the cases); ratios are to the first",
     )
     parser.add_argument(
         "--seconds", type=float, default=10.0, help="to time each case and pass, once warm (default: %(default)g)"
@@ -71,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         print(text, file=sys.stderr if args.json else sys.stdout, flush=True)
 
     say("\n".join(f"- {name}: {value}" for name, value in (*about.items(), *((c.name, c.describe()) for c in cases))))
-    names = args.implementations
+    names = args.implementations or names_for(cases)
     say("\n" + table.head(f"{args.dtype}, ± half the quartile distance", names))
     measured = []
     for case in cases:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..reference import accumulation_dtype
 from .measure import Result, alternate, available_memory, in_fresh_process, peak_growth
-from .registry import IMPLEMENTATIONS, Case, Forward, Problem, make_problem, no_compiler, run
+from .registry import IMPLEMENTATIONS, Case, Forward, Problem, make_problem, run
 
 # |x - reference| / |reference| that rounding may explain, over a whole tensor
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -65,8 +65,8 @@ def prepare(case: Case, backward: bool, names: Sequence[str], dtype: torch.dtype
     room = available_memory()
     needs = {name: bytes_held(name, case, backward, dtype) for name in IMPLEMENTATIONS}
     left_out = {name: f"needs ~{needs[name] / 2**30:.0f} GiB" for name in names if needs[name] > room}
-    if reason := no_compiler():
-        left_out |= {name: reason for name in names if IMPLEMENTATIONS[name].compiles}
+    left_out |= {name: reason for name in names if (reason := IMPLEMENTATIONS[name].missing())}
+    left_out |= {name: "another routing" for name in names if not IMPLEMENTATIONS[name].computes(case)}
     forwards = {name: IMPLEMENTATIONS[name].make() for name in names if name not in left_out}
     check(forwards, checked_part(problem, needs["reference"], room), backward)
     return Prepared(problem, forwards, left_out)

@@ -28,7 +28,14 @@ class _Form(NamedTuple):
     weighted_sum: Callable[[Tensor], Tensor]  # c [J, B, I], [J, 1, I] or [1, 1, 1] -> s [J, B, O]
 
 
-def matmul(u: Tensor, weight: Tensor | None, logits: Tensor | None, iterations: int) -> Tensor:
+def matmul(
+    u: Tensor,
+    weight: Tensor | None,
+    logits: Tensor | None,
+    iterations: int,
+    coupling: str = "out",
+    detach_coupling: bool = False,
+) -> Tensor:
     """v [B, J, O] from u [B, I, D], or from the votes [B, I, J, O] without a weight; logits [I, J].
 
     Computes in the reference's accumulation type, as the reference does.
@@ -42,11 +49,12 @@ def matmul(u: Tensor, weight: Tensor | None, logits: Tensor | None, iterations: 
     else:
         outputs = logits.shape[1]
         weight = weight.expand(outputs, -1, -1)
-    uniform = u.new_full((1, 1, 1), 1 / outputs)
+    uniform = u.new_full((1, 1, 1), 1 / (outputs if coupling == "out" else u.shape[1]))
     logits = None if logits is None else logits.t().unsqueeze(1)  # [J, 1, I]
     form, weight, numbers = _choose(u, weight)
     part = max(MIN_PART, PART_BYTES // (numbers * u.element_size()))
-    v = [_route(form(x, weight), logits, uniform, iterations) for x in u.split(part)]
+    rule = logits, uniform, iterations, 0 if coupling == "out" else 2, detach_coupling
+    v = [_route(form(x, weight), *rule) for x in u.split(part)]
     return torch.cat(v, 1).transpose(0, 1).to(dtype)
 
 
@@ -62,16 +70,18 @@ def _choose(u: Tensor, weight: Tensor | None) -> tuple[Callable[..., _Form], Ten
     return _no_votes, weight.permute(1, 3, 0, 2).flatten(1, 2), inputs * outputs * in_features
 
 
-def _route(form: _Form, logits: Tensor | None, uniform: Tensor, iterations: int) -> Tensor:
+def _route(
+    form: _Form, logits: Tensor | None, uniform: Tensor, iterations: int, dim: int, detach_coupling: bool
+) -> Tensor:
     """v [J, B, O]; logits [J, 1, I]; without logits the coupling of the first pass is `uniform` [1, 1, 1]."""
-    c = uniform if logits is None else torch.softmax(logits, 0)
-    v = total = squash(form.weighted_sum(c))
-    for _ in range(iterations - 1):
-        b = form.agreement(total)  # [J, B, I]
-        c = torch.softmax(b if logits is None else b + logits, 0)
-        v = squash(form.weighted_sum(c))
-        total = total + v
-    return v
+    c = uniform if logits is None else torch.softmax(logits, dim)
+    total = 0
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_coupling):
+        for _ in range(iterations - 1):
+            total = total + squash(form.weighted_sum(c))
+            b = form.agreement(total)  # [J, B, I]
+            c = torch.softmax(b if logits is None else b + logits, dim)
+    return squash(form.weighted_sum(c))
 
 
 def _kept_votes(votes: Tensor, weight: None = None) -> _Form:

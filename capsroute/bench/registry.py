@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import _backends, reference
 from ..functional import capsule_linear, dynamic_routing
 from .plain import matmul
+from .rechub import no_rechub, rechub
 
 T = TypeVar("T")
 
@@ -34,6 +35,8 @@ class Case(NamedTuple):
     out_features: int
     iterations: int = 3
     weight: str = "IJOD"
+    coupling: str = "out"
+    detach_coupling: bool = False
 
     @property
     def votes(self) -> int:
@@ -44,7 +47,9 @@ class Case(NamedTuple):
         """The shape in words, for a table."""
         sizes = zip("BIDJOR", self[1:7], strict=True)
         shape = " ".join(f"{letter}={size}" for letter, size in sizes if size)
-        return f"{shape}, {f'weight [{self.weight}]' if self.weight else 'votes given'}"
+        given = f"weight [{self.weight}]" if self.weight else "votes given"
+        detached = ", detached coupling" if self.detach_coupling else ""
+        return f"{shape}, {given}{', softmax over i' if self.coupling == 'in' else ''}{detached}"
 
 
 CASES = {
@@ -62,6 +67,9 @@ CASES = {
         Case("comirec", 256, 50, 64, 4, 64),  # ComiRec-DR, Cen et al. 2020
         Case("comirec-shared", 256, 50, 64, 4, 64, weight="JOD"),
         Case("mind", 8192, 50, 64, 8, 64, weight="OD"),  # Li et al. 2019; J comes from fixed random logits
+        # The same two shapes as torch-rechub routes them.
+        Case("comirec-rechub", 256, 50, 64, 4, 64, coupling="in", detach_coupling=True),
+        Case("mind-rechub", 8192, 50, 64, 8, 64, weight="OD", coupling="in", detach_coupling=True),
         Case("efficient", 16, 16, 8, 10, 16, iterations=1),  # Efficient-CapsNet, Mazzia et al. 2021
     )
 }
@@ -75,6 +83,8 @@ class Problem(NamedTuple):
     logits: Tensor | None  # [I, J]
     iterations: int
     grad_v: Tensor  # [B, J, O]
+    coupling: str = "out"
+    detach_coupling: bool = False
 
     def first(self, batch: int) -> Problem:
         """The first samples of it."""
@@ -102,7 +112,8 @@ def make_problem(case: Case, dtype: torch.dtype = torch.float32) -> Problem:
         u = normal(batch, inputs, outputs, out_features, std=std)
     if case.weight == "OD":
         logits = normal(inputs, outputs, std=1)
-    return Problem(u.requires_grad_(), weight, logits, case.iterations, normal(batch, outputs, out_features, std=1))
+    grad_v = normal(batch, outputs, out_features, std=1)
+    return Problem(u.requires_grad_(), weight, logits, case.iterations, grad_v, case.coupling, case.detach_coupling)
 
 
 Forward = Callable[[Problem], Tensor]
@@ -120,10 +131,11 @@ def run(forward: Forward, problem: Problem, backward: bool) -> list[Tensor]:
 
 def routed(problem: Problem, backend: str) -> Tensor:
     """v by the package's own operator."""
-    u, weight, logits, iterations, _ = problem
+    u, weight, logits, iterations, _, coupling, detach_coupling = problem
+    options = {"logits": logits, "coupling": coupling, "detach_coupling": detach_coupling, "backend": backend}
     if weight is None:
-        return dynamic_routing(u, iterations, logits=logits, backend=backend)
-    return capsule_linear(u, weight, iterations, logits=logits, backend=backend)
+        return dynamic_routing(u, iterations, **options)
+    return capsule_linear(u, weight, iterations, **options)
 
 
 def fused_backend(u: Tensor) -> str:
@@ -152,16 +164,37 @@ class Implementation(NamedTuple):
         held: the most memory that it holds (forward alone, forward and backward), less inputs and results,
             in votes of the accumulation type: measured, rounded, and only to tell what cannot fit.
         compiles: the first call with a new shape compiles.
+        computes: whether a case is what it computes.
+        missing: what it needs and is not here, or nothing.
     """
 
     make: Callable[[], Forward]
     held: tuple[float, float]
     compiles: bool = False
+    computes: Callable[[Case], bool] = lambda case: True
+    missing: Callable[[], str] = lambda: ""
+
+
+def is_rechub(case: Case) -> bool:
+    """Whether torch-rechub's layer computes the case."""
+    square = case.in_features == case.out_features
+    return case.coupling == "in" and case.detach_coupling and case.iterations == 3 and square
 
 
 IMPLEMENTATIONS = {
     "fused": Implementation(lambda: partial(routed, backend="auto"), (0, 0)),
     "reference": Implementation(lambda: partial(routed, backend="reference"), (2, 5.5)),
-    "compiled": Implementation(lambda: compiled(lambda problem: routed(problem, "reference")), (2, 3.5), compiles=True),
-    "matmul": Implementation(lambda: lambda problem: matmul(*problem[:4]), (0.7, 3.5)),
+    "compiled": Implementation(
+        lambda: compiled(lambda problem: routed(problem, "reference")), (2, 3.5), compiles=True, missing=no_compiler
+    ),
+    "matmul": Implementation(lambda: lambda problem: matmul(*problem[:4], *problem[5:]), (0.7, 3.5)),
+    # More where each pair has its own weight: it then makes D numbers for each of a vote.
+    "torch-rechub": Implementation(
+        lambda: lambda problem: rechub(*problem[:3]), (3, 6), computes=is_rechub, missing=no_rechub
+    ),
 }
+
+
+def names_for(cases: Sequence[Case]) -> list[str]:
+    """The implementations that compute at least one of the cases."""
+    return [name for name, implementation in IMPLEMENTATIONS.items() if any(map(implementation.computes, cases))]

@@ -6,9 +6,11 @@ from .conv import CapsuleConv2d
 from .conv_transpose import CapsuleConvTranspose2d
 from .decoder import Decoder
 from .deepcaps import CapsuleCell, DeepCapsNet
+from .label_aware import LabelAwareAttention
 from .layout import from_layout, to_layout
 from .linear import CapsuleLinear, LazyCapsuleLinear
 from .loss import CapsNetLoss, MarginLoss, SpreadLoss
+from .multi_interest import MultiInterest, active_interests
 from .primary import PrimaryCapsules
 
 __all__ = [
@@ -21,10 +23,13 @@ __all__ = [
     "CapsuleLinear",
     "Decoder",
     "DeepCapsNet",
+    "LabelAwareAttention",
     "LazyCapsuleLinear",
     "MarginLoss",
+    "MultiInterest",
     "PrimaryCapsules",
     "SpreadLoss",
+    "active_interests",
     "classic",
     "from_layout",
     "to_layout",

@@ -1,0 +1,407 @@
+"""MultiInterest against the equations of the libraries that it replaces, and what histories do to it."""
+
+import copy
+import math
+
+import pytest
+import recommenders
+import torch
+from torch.testing import assert_close
+
+import capsroute
+from capsroute.nn import LabelAwareAttention, MultiInterest, active_interests
+
+BATCH, CLICKS, FEATURES, INTERESTS, OUT = 5, 9, 4, 3, 6
+LENGTHS = torch.tensor([9, 1, 0, 4, 8])
+REAL = torch.arange(CLICKS) < LENGTHS.unsqueeze(-1)  # [B, I]
+SHARED = ("pairs", "inputs", None)
+
+
+def layer(**options) -> MultiInterest:
+    return MultiInterest(CLICKS, FEATURES, INTERESTS, OUT, dtype=torch.float64, **options)
+
+
+def histories() -> torch.Tensor:
+    return torch.randn(BATCH, CLICKS, FEATURES, dtype=torch.float64, requires_grad=True)
+
+
+def votes(u, module):
+    """h [B, I, J, O], from the weight in the order in which the module keeps it."""
+    equation = {"pairs": "bid,od->bio", "inputs": "bid,jod->bijo", None: "bid,idjo->bijo"}[module.shared]
+    h = torch.einsum(equation, u, module.weight)
+    return h if h.dim() == 4 else h.unsqueeze(2).expand(-1, -1, INTERESTS, -1)
+
+
+def assert_same(module, u, v, expected):
+    """The same interests, and the same gradients of u and of all parameters."""
+    assert_close(v, expected, rtol=1e-7, atol=1e-9)
+    g = torch.randn_like(v)
+    leaves = [u, *module.parameters()]
+    grads = torch.autograd.grad(v, leaves, g, retain_graph=True)
+    assert_close(grads, torch.autograd.grad(expected, leaves, g), rtol=1e-6, atol=1e-8)
+
+
+# The libraries
+
+
+@pytest.mark.parametrize("shared", SHARED)
+def test_comirec(shared):
+    module = layer(shared=shared, prior="random" if shared == "pairs" else "zero", detach_coupling=True)
+    u = histories()
+    b = (
+        torch.zeros(BATCH, CLICKS, INTERESTS, dtype=torch.float64)
+        if module.logits is None
+        else module.logits.expand(BATCH, -1, -1)
+    )
+    assert_same(module, u, module(u, lengths=LENGTHS), recommenders.comirec(votes(u, module), REAL, b))
+
+
+@pytest.mark.parametrize("shared", SHARED)
+def test_torch_rechub_with_padding_of_zeros(shared):
+    module = layer(shared=shared, prior="random" if shared == "pairs" else "zero", coupling="in", detach_coupling=True)
+    padded = histories()
+    u = torch.where(REAL.unsqueeze(-1), padded, 0)
+    b = (
+        torch.zeros(BATCH, CLICKS, INTERESTS, dtype=torch.float64)
+        if module.logits is None
+        else module.logits.expand(BATCH, -1, -1)
+    )
+    assert_same(module, padded, module(u), recommenders.torch_rechub(votes(u, module), REAL, b))
+
+
+@pytest.mark.parametrize(("scale", "power"), [(20.0, 1.0), (3.0, 0.5), (3.0, 2.0)])
+def test_easyrec(scale, power):
+    module = layer(cosine_scale=scale, squash_power=power, adaptive=True, detach_coupling=True, eps=1e-16)
+    u, logits = histories(), torch.randn(BATCH, CLICKS, INTERESTS, dtype=torch.float64)
+    expected = recommenders.easyrec(votes(u, module), REAL, logits, active_interests(LENGTHS, INTERESTS), scale, power)
+    assert_same(module, u, module(u, lengths=LENGTHS, logits=logits), expected)
+
+
+def test_the_paper_with_a_power(backend):
+    """Li et al. 2019, 3.3.2, all of it differentiated, with squash to the power of 0.5 in every pass."""
+    module = layer(prior="learned", squash_power=0.5, backend=backend)
+    u = histories()
+    h, b = votes(u, module), module.logits.expand(BATCH, -1, -1)
+    for _ in range(3):
+        s = recommenders.weighted_sum(torch.softmax(b, 2) * REAL.unsqueeze(-1), h)
+        n2 = s.square().sum(-1, keepdim=True) + 1e-300
+        v = (n2 / (1 + n2)).sqrt() / (n2 + 1e-9).sqrt() * s
+        b = b + recommenders.agreement(h, v)
+    assert_same(module, u, module(u, lengths=LENGTHS), v)
+
+
+def test_a_power_and_detached_coupling():
+    module = layer(shared="inputs", prior="zero", squash_power=1.5, detach_coupling=True)
+    u = histories()
+    h, b = votes(u, module), torch.zeros(BATCH, CLICKS, INTERESTS, dtype=torch.float64)
+    for _ in range(3):
+        s = recommenders.weighted_sum((torch.softmax(b, 2) * REAL.unsqueeze(-1)).detach(), h)
+        n2 = s.square().sum(-1, keepdim=True)
+        v = (n2 / (1 + n2)) ** 1.5 / (n2 + 1e-9).sqrt() * s
+        b = b + recommenders.agreement(h, v).detach()
+    assert_same(module, u, module(u, lengths=LENGTHS), v)
+
+
+# Prior logits
+
+
+def test_evaluation_gives_the_same_every_time():
+    module, u = layer(), histories()
+    generator = torch.Generator().manual_seed(3)
+    module.eval()
+    before = generator.get_state(), torch.random.get_rng_state()
+    first, second = module(u), module(u, generator=generator)
+    assert torch.equal(first, second)
+    assert torch.equal(generator.get_state(), before[0])
+    assert torch.equal(torch.random.get_rng_state(), before[1])
+
+
+def test_a_checkpoint_holds_the_random_prior():
+    module, other, u = layer(), layer(), histories()
+    assert not torch.equal(module(u), other(u))
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(module(u), other(u))
+    assert torch.equal(module(u), copy.deepcopy(module)(u))
+
+
+def test_training_draws_from_the_users_generator_alone():
+    module, u = layer(prior_std=0.5), histories()
+    state = torch.random.get_rng_state()
+    drawn = module(u, generator=torch.Generator().manual_seed(3))
+    again = module(u, generator=torch.Generator().manual_seed(3))
+    logits = 0.5 * torch.randn(
+        BATCH, CLICKS, INTERESTS, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+    )
+    assert torch.equal(drawn, again)
+    assert_close(drawn, module(u, logits=logits))
+    assert torch.equal(module(u), module(u))  # and none is drawn where there is no generator
+    assert not torch.equal(drawn, module(u))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("prior", ["random", "learned"])
+def test_parameters_come_from_a_generator(prior):
+    one, two = layer(prior=prior), layer(prior=prior)
+    for module in (one, two):
+        module.reset_parameters(torch.Generator().manual_seed(5))
+    assert torch.equal(one.weight, two.weight)
+    assert torch.equal(one.logits, two.logits)
+
+
+def test_learned_logits_learn():
+    module, u = layer(prior="learned"), histories()
+    module(u, lengths=LENGTHS)[0, 0, 0].backward()
+    assert module.logits.grad.abs().sum() > 0
+    assert set(dict(module.named_parameters())) == {"weight", "logits"}
+    assert set(dict(layer().named_parameters())) == {"weight"}
+
+
+# Histories
+
+
+def test_an_empty_history_has_no_interests_and_no_gradient(backend):
+    for options in ({}, {"coupling": "in"}, {"cosine_scale": 5.0}, {"adaptive": True}):
+        module, u = layer(backend=backend, **options), histories()
+        v = module(u, lengths=LENGTHS)
+        v.square().sum().backward()
+        assert torch.equal(v[2], torch.zeros(INTERESTS, OUT, dtype=torch.float64))
+        assert torch.equal(u.grad[2], torch.zeros(CLICKS, FEATURES, dtype=torch.float64))
+        assert v.isfinite().all()
+        assert u.grad.isfinite().all()
+        assert module.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"coupling": "in"}, {"cosine_scale": 5.0}, {"adaptive": True}])
+@pytest.mark.parametrize("detach", [False, True])
+def test_what_padding_holds_reaches_nothing(options, detach):
+    module, u = layer(detach_coupling=detach, **options), histories()
+    dirty = torch.where(REAL.unsqueeze(-1), u.detach(), torch.nan).requires_grad_()
+    clean = module(u, lengths=LENGTHS)
+    v = module(dirty, lengths=LENGTHS)
+    assert torch.equal(v, clean)
+    assert torch.equal(v, module(dirty, mask=REAL))
+    grads = torch.autograd.grad(v.square().sum(), [dirty, module.weight])
+    expected = torch.autograd.grad(clean.square().sum(), [u, module.weight])
+    assert_close(grads, expected)
+    assert not grads[0][~REAL].any()
+
+
+@pytest.mark.parametrize("shared", SHARED)
+def test_a_short_batch_is_a_padded_one(shared):
+    module, u = layer(shared=shared), histories()
+    short = module(u[:, :4], lengths=LENGTHS.clamp_max(4))
+    assert_close(short, module(u, lengths=LENGTHS.clamp_max(4)))
+
+
+def test_more_clicks_than_there_are_count_as_all():
+    module, u = layer(adaptive=True), histories()
+    assert torch.equal(module(u, lengths=LENGTHS + CLICKS), module(u))
+
+
+def test_a_history_without_a_length_is_as_long_as_it_is():
+    module, u = layer(adaptive=True), histories()
+    assert torch.equal(module(u[:, :2]), module(u[:, :2], lengths=torch.full((BATCH,), 2)))
+    assert module(u[:, :2]).ne(0).any(-1).sum(-1).tolist() == [1] * BATCH
+
+
+@pytest.mark.parametrize("lead", [(), (2, 3)])
+def test_any_leading_dimensions(lead):
+    module = layer(adaptive=True)
+    u = torch.randn(*lead, CLICKS, FEATURES, dtype=torch.float64)
+    lengths = torch.full(lead, 5)
+    v, c = module(u, lengths=lengths, return_coupling=True)
+    assert v.shape == (*lead, INTERESTS, OUT)
+    assert c.shape == (*lead, CLICKS, INTERESTS)
+    one = module(u.reshape(-1, CLICKS, FEATURES)[-1:], lengths=lengths.reshape(-1)[-1:])
+    assert_close(v.reshape(-1, INTERESTS, OUT)[-1:], one)
+
+
+@pytest.mark.parametrize("most", [1, 2, 4, 70])
+def test_interests_by_length(most):
+    lengths = [0, 1, 2, 3, 4, 7, 8, 15, 16, 17, 2**20, 2**40 - 1, 2**40]
+    active = active_interests(torch.tensor(lengths), most)
+    assert active.sum(-1).tolist() == [recommenders.interests(n, most) for n in lengths]
+    assert torch.equal(active, active.sort(-1, descending=True).values)  # the first ones
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"shared": "inputs", "prior": "zero"}, {"prior": "learned"}, {"coupling": "in"}]
+)
+@pytest.mark.parametrize("given", ["lengths", "mask", "logits"])
+def test_short_histories_have_fewer_interests(options, given):
+    module, u = layer(adaptive=True, **options), histories()
+    arguments = {"mask": REAL} if given == "mask" else {"lengths": LENGTHS}
+    if given == "logits":
+        arguments["logits"] = torch.randn(CLICKS, INTERESTS, dtype=torch.float64)
+    v = module(u, **arguments)
+    used = v.ne(0).any(-1)
+    expected = active_interests(LENGTHS, INTERESTS) & LENGTHS.ne(0).unsqueeze(-1)
+    assert torch.equal(used, expected)
+    if options.get("coupling") != "in":  # a user with one interest: all clicks go there
+        weight = module.weight.unsqueeze(0) if module.shared == "pairs" else module.weight[:1]  # [1, O, D]
+        one = capsroute.capsule_linear(u[1:2], weight, mask=REAL[1:2])
+        assert_close(v[1:2, :1], one)
+
+
+# As a module
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prior": "learned"},
+        {"shared": None, "prior": "zero"},
+        {"prior": "learned", "cosine_scale": 3.0, "squash_power": 0.5},
+        {"prior": "learned", "coupling": "in"},
+    ],
+)
+def test_gradients(options):
+    module = MultiInterest(4, 2, 2, 3, dtype=torch.float64, **options)
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    lengths = torch.tensor([4, 2, 0])
+
+    def run(u, *parameters):
+        return torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (u,), {"lengths": lengths})
+
+    u = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(run, (u, *parameters))
+
+
+@pytest.mark.parametrize(("options", "batches"), [({}, (5, 4)), ({"cosine_scale": 5.0}, (5,))])
+def test_compile_in_one_graph(options, batches):
+    module = layer(adaptive=True, **options)
+    compiled = torch.compile(module, fullgraph=True, dynamic=len(batches) > 1, backend="aot_eager")
+    for batch in batches:
+        u, lengths = histories()[:batch], LENGTHS[:batch]
+        assert_close(compiled(u, lengths=lengths), module(u, lengths=lengths))
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype):
+    module, u = MultiInterest(CLICKS, FEATURES, INTERESTS, OUT, adaptive=True), histories().float()
+    exact = module(u, lengths=LENGTHS)
+    v = copy.deepcopy(module).to(dtype)(u.to(dtype), lengths=LENGTHS)
+    assert v.dtype == dtype
+    assert_close(v.float(), exact, rtol=0.05, atol=0.05)
+    with torch.autocast("cpu", dtype):
+        assert module(u, lengths=LENGTHS).dtype == dtype
+
+
+def test_repr():
+    assert repr(MultiInterest(50, 64, 4, 32, adaptive=True)) == (
+        "MultiInterest(length=50, in_features=64, interests=4, out_features=32, iterations=3, shared='pairs', "
+        "prior='random', prior_std=1.0, adaptive=True, coupling='out', cosine_scale=None, squash_power=1.0, "
+        "detach_coupling=False, eps=1e-09, backend='auto')"
+    )
+    assert repr(LabelAwareAttention(math.inf)) == "LabelAwareAttention(power=inf)"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"prior": "learned", "detach_coupling": True}, ValueError, "so they would never train"),
+        ({"prior": "zero"}, ValueError, "else all interests are the same"),
+        ({"prior": "none"}, ValueError, 'prior must be "random", "learned" or "zero", got \'none\''),
+        ({"shared": "outputs"}, ValueError, 'shared must be None, "inputs" or "pairs", got \'outputs\''),
+        ({"cosine_scale": 20.0, "shared": "inputs"}, ValueError, 'shared must be "pairs" with cosine_scale'),
+        ({"cosine_scale": 0.0}, ValueError, "cosine_scale must be a positive finite number, got 0.0"),
+        ({"squash_power": "2"}, TypeError, "squash_power must be a float, got str"),
+        ({"prior_std": -1.0}, ValueError, "prior_std must be a positive finite number, got -1.0"),
+        ({"adaptive": 1}, TypeError, "adaptive must be True or False, got 1"),
+        ({"iterations": 0}, ValueError, "iterations must be at least 1, got 0"),
+    ],
+)
+def test_wrong_options_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        MultiInterest(CLICKS, FEATURES, INTERESTS, OUT, **options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments", "error", "message"),
+    [
+        (
+            (BATCH, CLICKS + 1, FEATURES),
+            {},
+            ValueError,
+            r"u must be \[\*, I, D\] with I <= length = 9 and D = 4, got \[5, 10, 4\]",
+        ),
+        ((BATCH, CLICKS, FEATURES + 1), {}, ValueError, r"and D = 4, got \[5, 9, 5\]"),
+        (
+            (BATCH, CLICKS, FEATURES),
+            {"lengths": LENGTHS, "mask": REAL},
+            ValueError,
+            "mask must be None where lengths is given",
+        ),
+        ((BATCH, CLICKS, FEATURES), {"lengths": LENGTHS[:2]}, ValueError, r"lengths must be \[\*\] = \[5\], got \[2\]"),
+        ((BATCH, CLICKS, FEATURES), {"lengths": LENGTHS.double()}, TypeError, "lengths must be integers"),
+        ((BATCH, CLICKS, FEATURES), {"lengths": [9] * 5}, TypeError, "lengths must be a tensor of integers"),
+        ((BATCH, CLICKS, FEATURES), {"mask": REAL.long()}, TypeError, r"pass mask.bool\(\)"),
+        ((BATCH, CLICKS, FEATURES), {"logits": torch.zeros(CLICKS, INTERESTS + 1)}, ValueError, "logits must"),
+    ],
+)
+def test_wrong_arguments_are_refused(shape, arguments, error, message):
+    with pytest.raises(error, match=message):
+        MultiInterest(CLICKS, FEATURES, INTERESTS, OUT, adaptive=True)(torch.randn(shape), **arguments)
+
+
+# Label-aware attention
+
+
+@pytest.mark.parametrize("power", [1, 2.5, 3, 10])
+def test_label_aware_attention_is_the_papers_where_that_is_defined(power):
+    interests = torch.rand(BATCH, INTERESTS, OUT, dtype=torch.float64, requires_grad=True)
+    label = torch.rand(BATCH, OUT, dtype=torch.float64, requires_grad=True)
+    agreement = torch.einsum("bjo,bo->bj", interests, label)
+    expected = torch.einsum("bj,bjo->bo", torch.softmax(agreement**power, 1), interests)
+    v = LabelAwareAttention(power)(interests, label)
+    assert_close(v, expected)
+    g = torch.randn_like(v)
+    leaves = [interests, label]
+    assert_close(torch.autograd.grad(v, leaves, g), torch.autograd.grad(expected, leaves, g))
+
+
+def test_a_great_power_takes_the_nearest_interest():
+    interests, label = (
+        torch.randn(50, INTERESTS, OUT) * 3,
+        torch.randn(50, OUT) * 3,
+    )  # far beyond what a^p can be raised to
+    nearest = (interests * label.unsqueeze(1)).sum(-1).argmax(-1)
+    expected = interests[torch.arange(50), nearest]
+    assert torch.equal(LabelAwareAttention(math.inf)(interests, label), expected)
+    clear = (interests * label.unsqueeze(1)).sum(-1).topk(2).values.diff().abs().squeeze(-1) > 1
+    assert_close(LabelAwareAttention(60)(interests, label)[clear], expected[clear])
+
+
+@pytest.mark.parametrize("power", [1, 1.5, 40, math.inf])
+def test_no_gradient_of_attention_is_nan(power):
+    interests = torch.randn(4, INTERESTS, OUT) * torch.tensor([0.0, 1e-20, 1.0, 1e3])[:, None, None]
+    leaves = interests.requires_grad_(), torch.ones(4, OUT, requires_grad=True)
+    v = LabelAwareAttention(power)(*leaves)
+    grads = torch.autograd.grad(v.sum(), leaves, materialize_grads=True)
+    assert all(x.isfinite().all() for x in (v, *grads))
+
+
+@pytest.mark.parametrize("power", [1, 2, math.inf])
+def test_attention_leaves_out_what_is_masked(power):
+    interests, label = torch.randn(3, INTERESTS, OUT), torch.randn(3, OUT)
+    mask = torch.tensor([[True, False, True], [False, True, False], [False, False, False]])
+    dirty = interests.masked_fill(~mask.unsqueeze(-1), torch.nan).requires_grad_()
+    v = LabelAwareAttention(power)(dirty, label, mask)
+    assert_close(v[:1], LabelAwareAttention(power)(interests[:1, [0, 2]], label[:1]))
+    assert_close(v[1], interests[1, 1])
+    assert torch.equal(v[2], torch.zeros(OUT))
+    v.sum().backward()
+    assert dirty.grad.isfinite().all()
+
+
+def test_attention_refuses_wrong_arguments():
+    attention = LabelAwareAttention()
+    with pytest.raises(ValueError, match=r"label must be \[\*, O\] where interests are \[\*, J, O\], got \[3, 6\]"):
+        attention(torch.randn(2, INTERESTS, OUT), torch.randn(3, OUT))
+    with pytest.raises(ValueError, match=r"mask must broadcast to \[\*, J\]"):
+        attention(torch.randn(2, INTERESTS, OUT), torch.randn(2, OUT), torch.ones(2, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"power must be at least 1, got 0.5"):
+        LabelAwareAttention(0.5)
+    with pytest.raises(TypeError, match="power must be a float, got str"):
+        LabelAwareAttention("inf")
