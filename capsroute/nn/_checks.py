@@ -23,8 +23,8 @@ def check_image_shape(image_shape: tuple[int, int, int]) -> None:
 
 
 def check_labels(labels: Tensor, batch: int) -> None:
-    """One class index for each image; that it is below J is left to F.one_hot, which reads the values."""
+    """One or K class indices for each image; that they are below J is left to the op that reads the values."""
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}")
-    if labels.shape != (batch,):
-        raise ValueError(f"labels must be [B] with B = {batch}, got {list(labels.shape)}")
+    if labels.dim() not in (1, 2) or labels.shape[0] != batch:
+        raise ValueError(f"labels must be [B] or [B, K] with B = {batch}, got {list(labels.shape)}")

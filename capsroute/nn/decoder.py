@@ -50,16 +50,18 @@ class Decoder(nn.Module):
         self.layers = nn.Sequential(*layers[:-1], nn.Sigmoid())
 
     def forward(self, capsules: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The image ``[B, C, H, W]``, values in [0, 1], from capsules ``[B, J, O]``.
+        """Images ``[B, C, H, W]``, values in [0, 1], from capsules ``[B, J, O]``.
 
         Args:
             capsules: ``[B, J, O]``.
             labels: the capsules to draw, int64 ``[B]`` (training); None draws the longest (prediction).
+                With ``[B, K]`` each of K capsules is drawn alone: ``[B, K, C, H, W]``.
         """
         if labels is None:
             labels = capsule_lengths(capsules).argmax(-1)
         check_labels(labels, capsules.shape[0])
-        chosen = F.one_hot(labels, capsules.shape[1]).bool()  # [B, J]
+        chosen = F.one_hot(labels, capsules.shape[1]).bool()  # [B, J] or [B, K, J]
+        capsules = capsules.unsqueeze(1) if labels.dim() == 2 else capsules
         # Select, do not multiply: a NaN in another capsule must not reach the image.
-        masked = torch.where(chosen.unsqueeze(-1), capsules, 0)  # [B, J, O]
-        return self.layers(masked.flatten(1)).unflatten(1, self.image_shape)
+        masked = torch.where(chosen.unsqueeze(-1), capsules, 0)  # [B, J, O] or [B, K, J, O]
+        return self.layers(masked.flatten(-2)).unflatten(-1, self.image_shape)

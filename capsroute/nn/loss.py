@@ -27,7 +27,9 @@ class MarginLoss(nn.Module):
         self.m_plus, self.m_minus, self.down_weight = m_plus, m_minus, down_weight
 
     def forward(self, lengths: Tensor, labels: Tensor) -> Tensor:
-        """The loss, a scalar, of lengths ``[B, J]`` under labels ``[B]`` (int64, 0 to J - 1).
+        """The loss, a scalar, of lengths ``[B, J]`` under labels ``[B]``, or ``[B, K]``: K classes in each image.
+
+        Labels are int64, 0 to J - 1.
 
         Raises:
             TypeError, ValueError: for labels or lengths of the wrong dtype or shape.
@@ -37,7 +39,8 @@ class MarginLoss(nn.Module):
         check_labels(labels, lengths.shape[0])
         present = F.relu(self.m_plus - lengths).square()  # [B, J]
         absent = F.relu(lengths - self.m_minus).square()  # [B, J]
-        target = F.one_hot(labels, lengths.shape[1]).bool()  # [B, J]
+        target = F.one_hot(labels, lengths.shape[1]).bool()  # [B, J] or [B, K, J]
+        target = target.any(1) if labels.dim() == 2 else target  # [B, J]
         return torch.where(target, present, self.down_weight * absent).sum(1).mean()
 
     def extra_repr(self) -> str:
@@ -59,7 +62,19 @@ class CapsNetLoss(nn.Module):
         self.margin = MarginLoss()
 
     def forward(self, output: CapsNetOutput, images: Tensor, labels: Tensor) -> Tensor:
-        """The loss, a scalar, of the network's output for images ``[B, C, H, W]`` and labels ``[B]``."""
+        """The loss, a scalar, of the network's output for images and labels.
+
+        Args:
+            output: of the network.
+            images: what the reconstruction should be: ``[B, C, H, W]``, or ``[B, K, C, H, W]`` under labels
+                ``[B, K]``.
+            labels: ``[B]`` or ``[B, K]``, as in :class:`MarginLoss`.
+        """
+        if output.reconstruction.shape != images.shape:  # mse_loss would broadcast
+            raise ValueError(
+                f"images must be of the reconstruction's shape {list(output.reconstruction.shape)}, "
+                f"got {list(images.shape)}"
+            )
         error = F.mse_loss(output.reconstruction, images)
         return self.margin(output.lengths, labels) + self.reconstruction_weight * error
 
