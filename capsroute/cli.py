@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     command("info", _info, "Print versions, threads, and which backends can run here.")
     demo = command("demo", _demo, "Train on scikit-learn's digits, compare with plain PyTorch, write the report.")
     demo.add_argument("--out", type=Path, default=Path("demo"), metavar="RUN_DIR", help="default: %(default)s")
+    demo.set_defaults(data_dir=None, image_size=None)
     training.add_training(demo)
     add_backend(demo)
     training.add_device(demo)
@@ -86,7 +87,7 @@ def _demo(args: argparse.Namespace) -> int:
 
     result = training.train_as_asked(args, data.digits(), {}, overwrite=True)
     try:
-        result |= write_report(args, args.out, data.digits(), speed=True)
+        result |= write_report(args, args.out, speed=True)
     except DisagreementError as error:
         complain(args, error)
         return 1

@@ -34,6 +34,7 @@ class Case(NamedTuple):
     out_features: int
     iterations: int = 3
     weight: str = "IJOD"
+    seed: int = 0  # of its random tensors
 
     @property
     def votes(self) -> int:
@@ -83,9 +84,9 @@ class Problem(NamedTuple):
 
 
 def make_problem(case: Case, dtype: torch.dtype = torch.float32) -> Problem:
-    """Random tensors for a case, always the same: |u| is about 1, votes as :class:`CapsuleLinear` makes them."""
+    """Random tensors for a case, the same for the same seed: |u| is about 1, votes as :class:`CapsuleLinear` makes them."""
     batch, inputs, in_features, outputs, out_features = case[1:6]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(case.seed)
 
     def normal(*shape: int, std: float) -> Tensor:
         return torch.empty(shape).normal_(0, std, generator=generator).to(dtype)

@@ -84,12 +84,16 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
-def load_data(args: argparse.Namespace, source: dict) -> tuple[data.Dataset, dict]:
-    """The images that the arguments, else a run's source, else the environment name, and that source."""
-    data_dir = args.data_dir or source.get("data_dir") or os.environ.get(DATA_VARIABLE) or None
-    size = args.image_size or source.get("image_size")
-    absolute = None if data_dir is None else str(Path(data_dir).resolve())
-    return data.load(data_dir, size), {"data_dir": absolute, "image_size": size}
+def load_data(args: argparse.Namespace, run: dict | None = None) -> tuple[data.Dataset, dict]:
+    """The images that the arguments name, else those that a run was trained on, else those of the environment.
+
+    Returns them and where they came from, to be given as `run` another time.
+    """
+    if run is None:
+        run = {"data_dir": os.environ.get(DATA_VARIABLE) or None, "image_size": None}
+    data_dir = args.data_dir or run.get("data_dir")
+    size = args.image_size or run.get("image_size")
+    return data.load(data_dir, size), {"data_dir": data_dir and str(Path(data_dir).resolve()), "image_size": size}
 
 
 def train(args: argparse.Namespace) -> int:
@@ -99,7 +103,7 @@ def train(args: argparse.Namespace) -> int:
             raise RunError("--resume needs --out, the run to go on with")
         args.out = Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     known = stored(args.out) if args.resume else None
-    dataset, source = load_data(args, known[1] if known else {})
+    dataset, source = load_data(args, known and known[1])
     result = train_as_asked(args, dataset, source, resume=args.resume, overwrite=args.overwrite)
     say(args, f"wrote {args.out}; look at it with: capsroute report {args.out}")
     emit(args, result)
@@ -115,8 +119,6 @@ def train_as_asked(
     if known:
         options, model = known[0].options, dict(known[0].model)
     given = {name: value for name, value in vars(args).items() if value is not None}
-    if "seed" not in given and known is None:
-        given["seed"] = 0
     options = options._replace(**{name: given[name] for name in options._fields if name in given}).check()
     model |= {name: given[name] for name in MODEL_DEFAULTS if name in given}
     model |= {"image_shape": image_shape(dataset, options), "classes": dataset.classes}
@@ -170,7 +172,7 @@ def load_run(args: argparse.Namespace, run_dir: Path) -> tuple[checkpoint.Checkp
     path = run_dir / MODEL if run_dir.is_dir() else run_dir
     loaded = checkpoint.load(path, backend=checked_backend(args.backend))
     known = stored(run_dir) if run_dir.is_dir() else None
-    dataset, _ = load_data(args, known[1] if known else {})
+    dataset, _ = load_data(args, known and known[1])
     try:
         options = TrainingOptions(**loaded.info["options"]).check()
     except (LookupError, TypeError, ValueError) as error:
