@@ -10,7 +10,6 @@ from .._console import add_backend, emit, number, say
 from ..bench.step import format_rows
 from ..training.checkpoint import CheckpointError, history_from_json
 from ..training.cli import add_data, load_run
-from ..training.data import Dataset
 from ..training.run import HISTORY
 from . import build
 

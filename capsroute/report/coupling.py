@@ -13,7 +13,6 @@ from ..training._optional import optional
 from .style import figure, show
 
 SHOWN = 5  # output capsules: the labelled ones and the longest others
-RATIOS = (0.125, 0.25, 0.5, 0.7, 1, 1.4, 2, 4, 8)  # marked beside the colours
 
 
 @torch.no_grad()
@@ -63,7 +62,8 @@ def coupling(net: CapsNet, image: Tensor, labels: Sequence[int], class_names: Se
             if row == 0:
                 place.set_title(f"pass {k + 1}")
         axes[row, 1].set_ylabel(f"to {class_names[j]}", fontweight="bold" if present else None)
-    bar = drawn.colorbar(heat, ax=axes, location="bottom", ticks=RATIOS, format="{x:g}", shrink=0.8, aspect=40)
+    ticks = [most**power for power in (-1, -0.5, 0, 0.5, 1)]
+    bar = drawn.colorbar(heat, ax=axes, location="bottom", ticks=ticks, format="{x:.2g}", shrink=0.8, aspect=40)
     bar.ax.xaxis.set_minor_locator(optional("matplotlib.ticker").NullLocator())
     bar.set_label("coupling, as a multiple of an even share 1/J")
     return drawn

@@ -12,7 +12,7 @@ from ..training.batches import Batch
 from ..training.trainer import predict
 from .style import BLUE, FONT, MOST_CLASSES, ORANGE, figure, show
 
-STEPS = torch.linspace(-0.25, 0.25, 11)  # of a feature of a capsule: the paper's figure 4
+STEPS = torch.arange(-5, 6) / 20  # -0.25 to 0.25, what is added to a feature of a capsule: the paper's figure 4
 PAIRS = 5  # of overlapping digits that are shown
 COLOURS = torch.tensor([[0.90, 0.62, 0.0], [0.0, 0.45, 0.70]])  # orange and blue, as in style
 
@@ -62,7 +62,7 @@ def perturbations(net: CapsNet, image: Tensor, label: int):
     drawn = figure(0.7 + 4.6 * features * (height + 2) / (len(STEPS) * (width + 2)))
     axes = drawn.subplots()
     show(axes, mosaic)
-    axes.set_xticks([(k + 0.5) * (width + 2) for k in (0, 5, 10)], [f"{STEPS[k]:+.2f}" for k in (0, 5, 10)])
+    axes.set_xticks([(k + 0.5) * (width + 2) for k in (0, 5, 10)], ["-0.25", "0", "+0.25"])
     axes.set_yticks([(k + 0.5) * (height + 2) for k in range(features)], range(1, features + 1))
     axes.tick_params(length=0)
     axes.set(xlabel="added to the feature", ylabel="feature of the capsule")

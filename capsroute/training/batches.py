@@ -81,7 +81,7 @@ def training_batches(
     share: Share = WHOLE,
 ) -> Iterator[Batch]:
     """The batches of one epoch, in random order, augmented; with `overlapping` each image with a random partner."""
-    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)  # its low 32 bits count
+    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
     order = torch.randperm(len(split), generator=generator)
     for first in order.split(batch_size)[: steps_per_epoch(len(split), batch_size, share.count)]:
         scene = _draw(split, first, generator, overlapping)

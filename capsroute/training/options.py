@@ -60,8 +60,9 @@ class TrainingOptions(NamedTuple):
         Raises:
             ValueError: naming the option, what was expected and what came.
         """
-        for name, least in (("epochs", 1), ("batch_size", 1), ("patience", 0), ("seed", 0)):
+        for name, least in (("epochs", 1), ("batch_size", 1), ("patience", 0)):
             _expect(getattr(self, name) >= least, name, f"at least {least}", self)
+        _expect(0 <= self.seed < 2**32, "seed", "from 0 to 2^32 - 1, all that torch's generator looks at", self)
         for name in ("weight_decay", "clip", "shift", "scale"):
             _expect(0 <= getattr(self, name) < math.inf, name, "finite and at least 0", self)
         for name in ("rotation", "shear"):

@@ -46,7 +46,13 @@ class _Bar(Shown):
         self.bar, self.share = bar, share
         accuracy = "-"
         self.task = bar.add_task(
-            "train", total=epochs * images, completed=done * images, epoch=done, epochs=epochs, loss=0.0, accuracy=accuracy
+            "train",
+            total=epochs * images,
+            completed=done * images,
+            epoch=done,
+            epochs=epochs,
+            loss=0.0,
+            accuracy=accuracy,
         )
 
     def step(self, *, epoch: int, images: int, loss: float, **_) -> None:

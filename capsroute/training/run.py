@@ -67,7 +67,7 @@ def run_training(
     overwrite: bool = False,
     tensorboard: bool = False,
     source: dict | None = None,
-    on_step: Report =lambda **fields: None,
+    on_step: Report = lambda **fields: None,
 ) -> Run:
     """Train with a progress bar, and leave the network, the history and the state to go on from in `run_dir`.
 
@@ -107,6 +107,7 @@ def run_training(
     writes = distributed.rank() == 0
     with ExitStack() as stack:
         share = stack.enter_context(distributed.processes(device))
+        stack.callback(training.leave_processes)
         show, log = stack.enter_context(progress(training, len(train), share)), None
         if tensorboard and writes:
             log = stack.enter_context(tensorboard_log(run_dir / "tensorboard", len(training.history)))
@@ -154,4 +155,3 @@ def _finish(run_dir: Path, training: Training, dataset: Dataset, share: Share, w
         history = {"model": training.model, **about, "epochs": history_to_json(run.history)}
         write_atomically(run_dir / HISTORY, json.dumps(history, indent=1).encode())
     return run
-

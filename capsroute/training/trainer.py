@@ -87,6 +87,10 @@ class Training:
         """The network as a step calls it: inside a process group, one that takes the mean of the gradients."""
         return nn.parallel.DistributedDataParallel(self.net) if dist.is_initialized() else self.net
 
+    def leave_processes(self) -> None:
+        """Before a process group ends, let go of what belongs to it: freed later, it waits for the group forever."""
+        self.__dict__.pop("trained", None)
+
     def result(self) -> CapsNet:
         """The network of the best epoch."""
         if self.best is None or self.best_epoch == len(self.history):
