@@ -84,7 +84,7 @@ class Problem(NamedTuple):
 
 
 def make_problem(case: Case, dtype: torch.dtype = torch.float32) -> Problem:
-    """Random tensors for a case, the same for the same seed: |u| is about 1, votes as :class:`CapsuleLinear` makes them."""
+    """Random tensors for a case: |u| is about 1, votes as :class:`CapsuleLinear` makes them."""
     batch, inputs, in_features, outputs, out_features = case[1:6]
     generator = torch.Generator().manual_seed(case.seed)
 

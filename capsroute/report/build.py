@@ -136,10 +136,10 @@ def sections(report: Report, judged: Judged) -> Iterator[Section]:
         yield _section(
             "speed",
             "Speed and memory",
-            f"The whole training step of this network, {batch} images, on the CPU that drew this page "
-            f"(threads: {torch.get_num_threads()}), in turns in one process: fused is capsroute, reference plain PyTorch, compiled the "
-            "reference under torch.compile. Losses and gradients were compared before anything was timed. Memory is without "
-            f"parameters, gradients and the optimizer's state. {notes}",
+            f"The whole training step of this network, {batch} images, on the CPU that drew this page (threads: "
+            f"{torch.get_num_threads()}), in turns in one process: fused is capsroute, reference plain PyTorch, "
+            "compiled the reference under torch.compile. Losses and gradients were compared before anything was "
+            f"timed. Memory is without parameters, gradients and the optimizer's state. {notes}",
             curves.speed(report.rows, batch),
         )
 

@@ -44,16 +44,8 @@ class _Bar(Shown):
 
     def __init__(self, bar, epochs: int, done: int, images: int, share: Share):
         self.bar, self.share = bar, share
-        accuracy = "-"
-        self.task = bar.add_task(
-            "train",
-            total=epochs * images,
-            completed=done * images,
-            epoch=done,
-            epochs=epochs,
-            loss=0.0,
-            accuracy=accuracy,
-        )
+        fields = {"epoch": done, "epochs": epochs, "loss": 0.0, "accuracy": "-"}
+        self.task = bar.add_task("train", total=epochs * images, completed=done * images, **fields)
 
     def step(self, *, epoch: int, images: int, loss: float, **_) -> None:
         self.bar.update(self.task, advance=images * self.share.count, epoch=epoch, loss=loss)
