@@ -6,10 +6,9 @@ import itertools
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_image_shape, check_labels, check_sizes
+from ._checks import check_image_shape, check_sizes, is_labelled
 from ._lengths import capsule_lengths
 
 
@@ -59,9 +58,10 @@ class Decoder(nn.Module):
         """
         if labels is None:
             labels = capsule_lengths(capsules).argmax(-1)
-        check_labels(labels, capsules.shape[0])
-        chosen = F.one_hot(labels, capsules.shape[1]).bool()  # [B, J] or [B, K, J]
-        capsules = capsules.unsqueeze(1) if labels.dim() == 2 else capsules
+        if labels.dim() == 2:
+            count = labels.shape[1]
+            return self(capsules.repeat_interleave(count, 0), labels.flatten()).unflatten(0, (-1, count))
+        chosen = is_labelled(labels, *capsules.shape[:2])  # [B, J]
         # Select, do not multiply: a NaN in another capsule must not reach the image.
-        masked = torch.where(chosen.unsqueeze(-1), capsules, 0)  # [B, J, O] or [B, K, J, O]
-        return self.layers(masked.flatten(-2)).unflatten(-1, self.image_shape)
+        masked = torch.where(chosen.unsqueeze(-1), capsules, 0)  # [B, J, O]
+        return self.layers(masked.flatten(1)).unflatten(1, self.image_shape)

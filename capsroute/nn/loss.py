@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_labels
+from ._checks import is_labelled
 from .capsnet import CapsNetOutput
 
 
@@ -36,12 +36,10 @@ class MarginLoss(nn.Module):
         """
         if lengths.dim() != 2:
             raise ValueError(f"lengths must be [B, J], got {list(lengths.shape)}")
-        check_labels(labels, lengths.shape[0])
+        labelled = is_labelled(labels, *lengths.shape)
         present = F.relu(self.m_plus - lengths).square()  # [B, J]
         absent = F.relu(lengths - self.m_minus).square()  # [B, J]
-        target = F.one_hot(labels, lengths.shape[1]).bool()  # [B, J] or [B, K, J]
-        target = target.any(1) if labels.dim() == 2 else target  # [B, J]
-        return torch.where(target, present, self.down_weight * absent).sum(1).mean()
+        return torch.where(labelled, present, self.down_weight * absent).sum(1).mean()
 
     def extra_repr(self) -> str:
         return f"m_plus={self.m_plus}, m_minus={self.m_minus}, down_weight={self.down_weight}"
