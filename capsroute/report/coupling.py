@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .. import capsule_linear
-from ..nn import CapsNet
+from ..nn import CapsNet, CapsuleLinear
 from ..training._optional import optional
 from .style import figure, show
 
@@ -25,17 +25,17 @@ def coupling_by_pass(net: CapsNet, image: Tensor) -> tuple[Tensor, Tensor]:
     """
     layer = net.eval().routing
     u = net.primary_capsules(image.unsqueeze(0))  # [1, I, D]
-    passes = [layer_after(layer, u, k) for k in range(1, layer.iterations + 1)]
+    passes = [stop_after(layer, k)(u, return_coupling=True) for k in range(1, layer.iterations + 1)]
     share = torch.stack([c.squeeze(0) for _, c in passes]) * layer.out_capsules  # [R, I, J]
     lengths = torch.stack([v.squeeze(0).norm(dim=-1) for v, _ in passes])  # [R, J]
     return share.unflatten(1, net.grid).mean(3), lengths
 
 
-def layer_after(layer, u: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """The layer's output capsules and coupling if it stopped after some passes."""
-    weight = layer.weight.permute(0, 2, 3, 1)  # [I, J, O, D]
-    options = {name: getattr(layer, name) for name in ("bias", "coupling", "leaky", "eps", "backend")}
-    return capsule_linear(u, weight, iterations, return_coupling=True, **options)
+def stop_after(layer: CapsuleLinear, iterations: int) -> CapsuleLinear:
+    """The layer, its parameters the same tensors, with another number of passes."""
+    shorter = copy.copy(layer)
+    shorter.iterations = iterations
+    return shorter
 
 
 def coupling(net: CapsNet, image: Tensor, labels: Sequence[int], class_names: Sequence[str]):
