@@ -233,6 +233,11 @@ def test_a_missing_library_is_told_with_the_extra(capsys, monkeypatch, tmp_path)
     status, _, err = run(capsys, "train", "--out", tmp_path / "run")
     assert status == 2
     assert "pip install 'capsroute[demo]'" in err
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    status, _, err = run(capsys, "train", "--out", tmp_path / "run", *TINY, "--tensorboard")
+    assert status == 2
+    assert "pip install 'capsroute[tensorboard]'" in err
 
 
 @pytest.mark.parametrize(("needed", "expected"), [(0.0, 0), (1.1, 1)])

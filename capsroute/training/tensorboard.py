@@ -18,7 +18,7 @@ def tensorboard_log(log_dir: Path, epochs: int) -> Iterator[Callable[[Training],
         log_dir: the directory, made if it is not there.
         epochs: how many are done; what an interrupted run has logged beyond them is dropped.
     """
-    optional("tensorboard")  # torch's own error does not say what to install
+    optional("tensorboard", extra="tensorboard")  # torch's own error does not say what to install
     writer = optional("torch.utils.tensorboard").SummaryWriter(str(log_dir), purge_step=epochs + 1)
 
     def log(training: Training) -> None:

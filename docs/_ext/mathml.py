@@ -10,10 +10,9 @@ def inline(self, node):
 
 
 def block(self, node):
-    text = node.astext().strip()
-    if "\\\\" in text and "\\begin" not in text:
-        text = rf"\begin{{aligned}}{text}\end{{aligned}}"
-    self.body.append(f'<div class="math" style="overflow-x:auto">{convert(text, display="block")}</div>')
+    text = node.astext().replace("{aligned}", "{align*}")  # GitHub knows the one, latex2mathml the other
+    formula = convert(text, display="block").replace('columnalign="', 'style="text-align:')  # as browsers know it
+    self.body.append(f'<div class="math" style="overflow-x:auto">{formula}</div>')
     raise nodes.SkipNode
 
 
