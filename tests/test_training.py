@@ -269,6 +269,13 @@ def test_a_run_is_not_overwritten_by_accident(few, tmp_path):
     again = run_training(tmp_path, few, SMALL, FAST._replace(epochs=1, seed=1), overwrite=True)
     assert again.test.loss != first.test.loss
 
+    def stop(**_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_training(tmp_path, few, SMALL, FAST, overwrite=True, on_step=stop)
+    assert list(tmp_path.iterdir()) == []  # nothing of the old run to go on with
+
 
 @pytest.mark.parametrize("change", ["option", "model", "images"])
 def test_only_the_same_run_is_resumed(few, tmp_path, change):

@@ -97,6 +97,10 @@ def run_training(
     device = torch.device(device)
     info = {"dataset": dataset.name, "checksum": dataset.checksum()}
     training = Training.begin(model, options, backend, device)
+    writes = distributed.rank() == 0
+    if overwrite and writes:  # before the first epoch ends, --resume must not find the old run
+        for name in (TRAINING, MODEL, HISTORY):
+            (run_dir / name).unlink(missing_ok=True)
     if (run_dir / TRAINING).exists() and not overwrite:
         if not resume:
             raise RunError(f"{run_dir} holds a run already: give resume to go on with it, overwrite to begin anew")
@@ -104,7 +108,6 @@ def run_training(
     train, held_out = dataset.train, dataset.test
     if options.validation:
         train, held_out = hold_out(train, options.validation)
-    writes = distributed.rank() == 0
     with ExitStack() as stack:
         share = stack.enter_context(distributed.processes(device))
         stack.callback(training.leave_processes)
