@@ -63,6 +63,9 @@ def few_digits(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "digits", lambda: few)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CAPSROUTE_DATA", raising=False)
+    threads = torch.get_num_threads()  # which a page may set
+    yield
+    torch.set_num_threads(threads)
 
 
 @pages
@@ -89,9 +92,6 @@ def images(tmp_path, monkeypatch):
 
     monkeypatch.setattr(build, "compare_training_step", compare)
     monkeypatch.setattr(style, "DPI", 40)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pages
