@@ -1,6 +1,7 @@
 # make demo   sets up .venv and trains a capsule network on handwritten digits
 # make test   sets up .venv, checks the style and runs the tests
 # make bench  the table of the README
+# make docs   the pages of docs/, in build/docs
 PYTHON ?= python3
 # The CPU wheel where the index has one; any torch >= 2.13 will do.
 TORCH ?= torch==2.13.0
@@ -8,7 +9,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := $(shell git ls-files 'csrc/*')
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs clean
 demo: .venv/installed
 	$(BIN)/capsroute demo --out demo
 
@@ -22,6 +23,9 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/capsroute bench
+
+docs: .venv/installed
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 .venv/installed: pyproject.toml setup.py CMakeLists.txt $(SOURCES)
 	$(PYTHON) -m venv .venv

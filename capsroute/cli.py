@@ -1,38 +1,40 @@
-"""The command `capsroute`: train, eval, bench, info, demo."""
+"""The command `capsroute`: train, eval, report, bench, info, demo."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import platform
-import sys
-import time
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from . import __version__, backends
-from .nn import CapsNet
-from .training import checkpoint, data
-from .training.run import CHECKPOINT, run_training
-from .training.trainer import TrainingOptions, evaluate
+from ._console import add_backend, complain, emit, number, say
 
 DEMO_ACCURACY = 0.985  # that the demo must reach on the test split
+
+# What the package raises for what a user can put right.
+EXPECTED = (ImportError, OSError, ValueError, FloatingPointError)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 done, 1 fell short, 2 called wrongly."""
     args = _parser().parse_args(argv)
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
     try:
         return args.run(args)
-    except (ImportError, OSError, ValueError) as error:  # what the package raises for what a user can put right
-        print(f"capsroute {args.command}: error: {error}", file=sys.stderr)
+    except EXPECTED as error:
+        complain(args, error)
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
+    # Above the modules of the library, and wanted by the command line alone.
+    from .bench import cli as bench
+    from .report import cli as report
+    from .training import cli as training
+
     parser = argparse.ArgumentParser(prog="capsroute", description="Fused capsule routing for PyTorch.")
     parser.add_argument("--version", action="version", version=f"capsroute {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -40,143 +42,22 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(run=run)
+        added.add_argument("--seed", type=number(int), metavar="N", help="of every random number (default: 0)")
+        added.add_argument("--json", action="store_true", help="print one JSON object as the last line")
         return added
 
-    train = command("train", _train, "Train a capsule network; write its checkpoint, history and pictures.")
-    train.add_argument("--out", type=Path, required=True, metavar="RUN_DIR", help="directory to write to")
-    _add_data(train)
-    _add_training(train)
-
-    evaluation = command("eval", _eval, "Measure a trained network on the test split.")
-    evaluation.add_argument("path", type=Path, help="a RUN_DIR of `train`, or a checkpoint")
-    _add_data(evaluation)
-    _add_common(evaluation)
-
-    from .bench import cli as bench  # above training and nn, and only wanted here
-
+    training.add_train(command("train", training.train, "Train a capsule network on images."))
+    training.add_eval(command("eval", training.evaluate_run, "Measure a trained network on the test split."))
+    report.add_arguments(command("report", report.run, "Draw what a trained network has learnt: one page of HTML."))
     bench.add_arguments(command("bench", bench.run, "Time and weigh routing against plain PyTorch."))
-
-    info = command("info", _info, "Print versions, threads, and which backends can run here.")
-    info.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-
-    demo = command(
-        "demo", _demo, "Train on scikit-learn's digits, compare the training step with plain PyTorch, draw pictures."
-    )
+    command("info", _info, "Print versions, threads, and which backends can run here.")
+    demo = command("demo", _demo, "Train on scikit-learn's digits, compare with plain PyTorch, write the report.")
     demo.add_argument("--out", type=Path, default=Path("demo"), metavar="RUN_DIR", help="default: %(default)s")
-    _add_training(demo)
+    demo.set_defaults(data_dir=None, image_size=None)
+    training.add_training(demo)
+    add_backend(demo)
+    training.add_device(demo)
     return parser
-
-
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", choices=("auto", *backends()), default="auto", help="default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-
-
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        help="directory with MNIST's four IDX files, gzipped or not (default: the digits of scikit-learn)",
-    )
-
-
-def _add_training(parser: argparse.ArgumentParser) -> None:
-    default = TrainingOptions()
-    _add_common(parser)
-    parser.add_argument("--seed", type=int, default=default.seed, help="default: %(default)s")
-    for name, value, text in (
-        ("epochs", default.epochs, "passes over the training split"),
-        ("batch-size", default.batch_size, "images a step"),
-        ("channels", 64, "channels of the first convolution (the paper: 256)"),
-        ("types", 32, "primary capsules at each position"),
-        ("iterations", 3, "routing passes"),
-    ):
-        parser.add_argument(f"--{name}", type=_positive(int), default=value, help=f"{text} (default: %(default)s)")
-    parser.add_argument(
-        "--learning-rate",
-        type=_positive(float),
-        default=default.learning_rate,
-        help="the highest of the schedule (default: %(default)s)",
-    )
-
-
-def _positive(kind: type):
-    """An argparse type: a finite number above 0."""
-
-    def parse(text: str):
-        number = kind(text)
-        if not 0 < number < math.inf:
-            raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {text}")
-        return number
-
-    parse.__name__ = kind.__name__  # argparse tells it: "invalid int value"
-    return parse
-
-
-def _checked_backend(name: str) -> str:
-    can, why = backends().get(name, (True, ""))
-    if not can:
-        raise ValueError(f"--backend {name} cannot run here: {why}")
-    return name
-
-
-def _say(args: argparse.Namespace, *words: object) -> None:
-    """Print for people: to stderr where stdout is for JSON."""
-    print(*words, file=sys.stderr if args.json else sys.stdout, flush=True)
-
-
-def _emit(args: argparse.Namespace, result: dict) -> None:
-    if args.json:
-        print(json.dumps({"command": args.command, **result}))
-
-
-def _run(args: argparse.Namespace, dataset: data.Dataset) -> dict:
-    """Train as the arguments say, and tell what came of it."""
-    model = {
-        "image_shape": dataset.image_shape,
-        "classes": dataset.classes,
-        "channels": args.channels,
-        "types": args.types,
-        "iterations": args.iterations,
-    }
-    options = TrainingOptions(args.epochs, args.batch_size, args.learning_rate, seed=args.seed)
-    start = time.perf_counter()
-    run = run_training(args.out, dataset, model, options, _checked_backend(args.backend))
-    seconds = time.perf_counter() - start
-    score = run.history[-1].test
-    _say(args, f"test accuracy {score.accuracy:.2%} on {len(dataset.test_labels)} images, after {seconds:.0f} s")
-    return {
-        "dataset": dataset.name,
-        "model": model,
-        "options": options._asdict(),
-        "test_accuracy": score.accuracy,
-        "test_loss": score.loss,
-        "seconds": seconds,
-        "files": [str(path) for path in run.files],
-    }
-
-
-def _train(args: argparse.Namespace) -> int:
-    result = _run(args, data.load(args.data_dir))
-    _say(args, "wrote", *result["files"])
-    _emit(args, result)
-    return 0
-
-
-def _eval(args: argparse.Namespace) -> int:
-    path = args.path / CHECKPOINT if args.path.is_dir() else args.path
-    loaded = checkpoint.load(path, backend=_checked_backend(args.backend))
-    dataset = data.load(args.data_dir)
-    expected = tuple(loaded.model["image_shape"]), loaded.model["classes"]
-    if expected != (dataset.image_shape, dataset.classes):
-        raise ValueError(
-            f"{path} is for images {expected[0]} of {expected[1]} classes, "
-            f"{dataset.name} has {dataset.image_shape} of {dataset.classes}"
-        )
-    score = evaluate(loaded.net, dataset.test_images, dataset.test_labels)
-    _say(args, f"test accuracy {score.accuracy:.2%} on {len(dataset.test_labels)} images, loss {score.loss:.4f}")
-    _emit(args, {"dataset": dataset.name, "test_accuracy": score.accuracy, "test_loss": score.loss})
-    return 0
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -191,37 +72,27 @@ def _info(args: argparse.Namespace) -> int:
     }
     for name, value in result.items():
         if name != "backends":
-            _say(args, f"{name:15}{value}")
+            say(args, f"{name:15}{value}")
     for name, backend in result["backends"].items():
-        _say(args, f"backend {name:12} {'yes' if backend['available'] else 'no'}: {backend['reason']}")
-    _emit(args, result)
+        say(args, f"backend {name:12} {'yes' if backend['available'] else 'no'}: {backend['reason']}")
+    emit(args, result)
     return 0
 
 
 def _demo(args: argparse.Namespace) -> int:
     from .bench.compare import DisagreementError
-    from .bench.step import compare_training_step, format_rows
+    from .report.cli import write_report
+    from .training import cli as training
+    from .training import data
 
-    dataset = data.load()
-    result = _run(args, dataset)
-    _say(args, f"\nOne training step of this network, {args.batch_size} images:")
-    images, labels = dataset.train_images[: args.batch_size], dataset.train_labels[: args.batch_size]
+    result = training.train_as_asked(args, data.digits(), {}, overwrite=True)
     try:
-        result["training_step"] = compare_training_step(partial(_network, result["model"]), images, labels)
+        result |= write_report(args, args.out, speed=True)
     except DisagreementError as error:
-        return _fall_short(str(error))
-    _say(args, format_rows(result["training_step"]))
-    _say(args, "\nwrote", *result["files"])
-    _emit(args, result)
+        complain(args, error)
+        return 1
+    emit(args, result)
     if result["test_accuracy"] < DEMO_ACCURACY:
-        return _fall_short(f"the test accuracy is below the expected {DEMO_ACCURACY:.1%}")
+        complain(args, f"the test accuracy is below the expected {DEMO_ACCURACY:.1%}")
+        return 1
     return 0
-
-
-def _fall_short(why: str) -> int:
-    print(f"capsroute demo: error: {why}", file=sys.stderr)
-    return 1
-
-
-def _network(model: dict, backend: str) -> CapsNet:
-    return CapsNet(**model, backend=backend)

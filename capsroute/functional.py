@@ -91,8 +91,8 @@ def dynamic_routing(
 
     Args:
         votes: ``[*, I, J, O]``; any number of leading dimensions, any strides.
-        iterations, bias, logits, mask, coupling, leaky, detach_coupling, eps, return_coupling,
-        backend: as in :func:`capsule_linear`.
+        iterations, bias, logits, mask, coupling, leaky, detach_coupling, eps, return_coupling, backend:
+            as in :func:`capsule_linear`.
 
     Returns:
         v ``[*, J, O]`` in the dtype of ``votes``; with ``return_coupling`` also c ``[*, I, J]``.

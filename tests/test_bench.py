@@ -1,6 +1,5 @@
 """The benchmark: its cases and implementations, its measuring, and that it refuses wrong results."""
 
-import argparse
 import itertools
 import json
 import os
@@ -11,9 +10,10 @@ from functools import partial
 import pytest
 import torch
 
-from capsroute.bench import cli, compare, measure, plain, registry, step, table
+from capsroute.bench import compare, measure, plain, registry, step, table
 from capsroute.bench.measure import Result
 from capsroute.bench.registry import CASES, IMPLEMENTATIONS, Implementation
+from capsroute.cli import main
 from capsroute.nn import CapsNet
 
 TINY = CASES["efficient"]._replace(batch=3, iterations=2)
@@ -244,9 +244,7 @@ def test_memory_below_a_mebibyte_gives_no_ratio():
 
 
 def bench(*arguments):
-    parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
-    return cli.run(parser.parse_args(arguments))
+    return main(["bench", *arguments])
 
 
 def test_command_prints_json_last_and_alone(capsys):

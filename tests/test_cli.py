@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import struct
 import subprocess
 import sys
@@ -9,9 +10,18 @@ import sys
 import pytest
 
 import capsroute
-from capsroute import cli
+from capsroute import _console, cli
+from capsroute.training.options import TrainingOptions
+from capsroute.training.run import HISTORY, MODEL, TRAINING
 
 pytest.importorskip("sklearn")
+
+
+@pytest.fixture(autouse=True)
+def no_data_of_the_environment(monkeypatch):
+    monkeypatch.delenv("CAPSROUTE_DATA", raising=False)
+
+
 TINY = ["--epochs", "1", "--channels", "4", "--types", "1", "--batch-size", "128"]
 
 
@@ -30,7 +40,9 @@ def last_json(out: str) -> dict:
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "deep" / "run"
-    assert cli.main(["train", "--out", str(path), *TINY, "--seed", "4"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CAPSROUTE_DATA", raising=False)
+        assert cli.main(["train", "--out", str(path), *TINY, "--seed", "4"]) == 0
     return path
 
 
@@ -61,24 +73,24 @@ def test_info_tells_every_backend_and_why(capsys):
         assert any(name in line and why in line and ("yes" if can else "no") in line for line in out.splitlines())
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "bench", "info", "demo"])
+@pytest.mark.parametrize("command", ["train", "eval", "report", "bench", "info", "demo"])
 def test_help(capsys, command):
     status, out, _ = run(capsys, command, "--help")
     assert status == 0
     assert out.startswith(f"usage: capsroute {command}")
     assert "--json" in out
+    assert "--seed" in out
 
 
 def test_train_leaves_a_run_that_eval_can_read(capsys, run_dir):
-    files = {"checkpoint.safetensors", "history.json", "learning_curves.png", "reconstructions.png", "coupling.png"}
-    assert {path.name for path in run_dir.iterdir()} == files
-    history = json.loads((run_dir / "history.json").read_text())
-    for path in (run_dir, run_dir / "checkpoint.safetensors"):
+    assert {path.name for path in run_dir.iterdir()} == {MODEL, HISTORY, TRAINING}
+    history = json.loads((run_dir / HISTORY).read_text())
+    for path in (run_dir, run_dir / MODEL):
         status, out, _ = run(capsys, "eval", path, "--json")
         assert status == 0
-        assert last_json(out)["test_accuracy"] == history[-1]["test"]["accuracy"]
+        assert last_json(out)["test_accuracy"] == history["test"]["accuracy"]
     _, out, _ = run(capsys, "eval", run_dir)
-    assert f"test accuracy {history[-1]['test']['accuracy']:.2%} on 360 images" in out
+    assert f"test accuracy {history['test']['accuracy']:.2%} on 360 images" in out
 
 
 def test_train_json_and_seed(capsys, run_dir, tmp_path):
@@ -89,9 +101,74 @@ def test_train_json_and_seed(capsys, run_dir, tmp_path):
     assert "test accuracy" in err
     assert result["command"] == "train"
     assert result["options"]["seed"] == 4
-    assert result["files"][0] == str(tmp_path / "checkpoint.safetensors")
-    first, second = ((path / "checkpoint.safetensors").read_bytes() for path in (run_dir, tmp_path))
+    assert result["out"] == str(tmp_path)
+    first, second = ((path / MODEL).read_bytes() for path in (run_dir, tmp_path))
     assert first == second
+
+
+def test_train_chooses_a_directory_if_none_is_given(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = run(capsys, "train", *TINY, "--json")
+    assert status == 0
+    (made,) = (tmp_path / "runs").iterdir()
+    assert last_json(out)["out"] == f"runs/{made.name}"
+    assert (made / MODEL).exists()
+
+
+def test_every_training_option_arrives(capsys, tmp_path):
+    chosen = {
+        "epochs": 1,
+        "batch_size": 100,
+        "learning_rate": 0.004,
+        "schedule": "exponential",
+        "weight_decay": 0.02,
+        "clip": 0.5,
+        "amp": "bfloat16",
+        "shift": 0.01,
+        "rotation": 4.0,
+        "scale": 0.1,
+        "shear": 5.0,
+        "validation": 0.3,
+        "patience": 3,
+        "seed": 7,
+    }
+    words = [word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", value)]
+    sizes = ("--channels", 5, "--types", 2, "--iterations", 2)
+    status, out, _ = run(capsys, "train", "--out", tmp_path, *words, *sizes, "--overlap", "--json")
+    assert status == 0
+    result = last_json(out)
+    assert result["options"] == {**chosen, "overlap": True} == TrainingOptions(**chosen, overlap=True)._asdict()
+    assert result["model"] == {"channels": 5, "types": 2, "iterations": 2, "image_shape": [1, 10, 10], "classes": 10}
+
+
+def test_a_run_goes_on_with_its_own_options_and_no_others(capsys, run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")
+    (tmp_path / "run" / MODEL).unlink()  # as if it had been killed before the end
+    status, out, _ = run(capsys, "train", "--out", tmp_path / "run", "--resume", "--json")
+    assert status == 0
+    assert last_json(out)["options"]["seed"] == 4
+    assert (tmp_path / "run" / MODEL).read_bytes() == (run_dir / MODEL).read_bytes()
+    for words, message in (
+        (("--resume", "--epochs", 9), "a run with epochs 1, asked for is 9"),
+        ((), "holds a run already: give resume to go on with it, overwrite to begin anew"),
+    ):
+        status, _, err = run(capsys, "train", "--out", tmp_path / "run", *words)
+        assert status == 2
+        assert message in err
+    assert run(capsys, "train", "--resume")[2].endswith("--resume needs --out, the run to go on with\n")
+
+
+def test_a_run_remembers_its_images(capsys, monkeypatch, mnist_dir, run_dir):
+    monkeypatch.setenv("CAPSROUTE_DATA", str(mnist_dir))
+    out_dir = mnist_dir / "run"
+    status, out, _ = run(capsys, "train", "--out", out_dir, *TINY, "--json")
+    assert (status, last_json(out)["dataset"]) == (0, f"idx:{mnist_dir.name}")
+    monkeypatch.delenv("CAPSROUTE_DATA")
+    status, out, _ = run(capsys, "eval", out_dir, "--json")
+    assert (status, last_json(out)["dataset"]) == (0, f"idx:{mnist_dir.name}")
+    monkeypatch.setenv("CAPSROUTE_DATA", str(mnist_dir))
+    status, out, _ = run(capsys, "eval", run_dir, "--json")
+    assert (status, last_json(out)["dataset"]) == (0, "digits")  # what it was trained on, not the environment's
 
 
 def test_train_and_eval_on_idx_files(capsys, mnist_dir, run_dir):
@@ -107,14 +184,14 @@ def test_train_and_eval_on_idx_files(capsys, mnist_dir, run_dir):
 
 
 def test_errors_are_one_readable_line(capsys, tmp_path, run_dir):
-    (tmp_path / "cut").write_bytes((run_dir / "checkpoint.safetensors").read_bytes()[:1000])
+    (tmp_path / "cut").write_bytes((run_dir / MODEL).read_bytes()[:1000])
     (tmp_path / "file").write_text("")
     for argv, message in (
         (("eval", tmp_path / "none"), "none"),
-        (("eval", tmp_path), "checkpoint.safetensors"),
+        (("eval", tmp_path), MODEL),
         (("eval", tmp_path / "cut"), "cut is no whole safetensors file"),
-        (("eval", run_dir, "--data-dir", tmp_path), "has no file train-images-idx3-ubyte"),
-        (("train", "--out", tmp_path / "file" / "run"), "file/run"),
+        (("eval", run_dir, "--data-dir", tmp_path), "holds neither IDX files"),
+        (("train", "--out", tmp_path / "file" / "run"), "file"),
     ):
         status, out, err = run(capsys, *argv)
         assert (status, out) == (2, ""), argv
@@ -128,8 +205,7 @@ def test_errors_are_one_readable_line(capsys, tmp_path, run_dir):
     [
         ((), "required: COMMAND"),
         (("dance",), "invalid choice: 'dance'"),
-        (("train",), "required: --out"),
-        (("train", "--out", "x", "--epochs", "0"), "argument --epochs: must be a finite number above 0, got 0"),
+        (("train", "--out", "x", "--epochs", "0"), "argument --epochs: must be a finite number of at least 1, got 0"),
         (("train", "--out", "x", "--epochs", "1.5"), "argument --epochs: invalid int value: '1.5'"),
         (
             ("train", "--out", "x", "--learning-rate", "nan"),
@@ -145,7 +221,7 @@ def test_wrong_words_are_told_by_argparse(capsys, argv, message):
 
 
 def test_a_backend_that_cannot_run_is_refused_before_any_work(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "backends", lambda: {"cpu": (False, "it was not built"), "reference": (True, "")})
+    monkeypatch.setattr(_console, "backends", lambda: {"cpu": (False, "it was not built"), "reference": (True, "")})
     status, _, err = run(capsys, "train", "--out", tmp_path / "run", "--backend", "cpu")
     assert status == 2
     assert err == "capsroute train: error: --backend cpu cannot run here: it was not built\n"
@@ -157,24 +233,34 @@ def test_a_missing_library_is_told_with_the_extra(capsys, monkeypatch, tmp_path)
     status, _, err = run(capsys, "train", "--out", tmp_path / "run")
     assert status == 2
     assert "pip install 'capsroute[demo]'" in err
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    status, _, err = run(capsys, "train", "--out", tmp_path / "run", *TINY, "--tensorboard")
+    assert status == 2
+    assert "pip install 'capsroute[tensorboard]'" in err
 
 
 @pytest.mark.parametrize(("needed", "expected"), [(0.0, 0), (1.1, 1)])
-def test_demo_compares_and_judges(capsys, monkeypatch, tmp_path, needed, expected):
-    from capsroute.bench import step
+def test_demo_compares_and_judges(capsys, monkeypatch, tmp_path, mnist_dir, needed, expected):
     from capsroute.bench.measure import Result
+    from capsroute.report import build
 
-    def compare(model_factory, images, labels):
+    def compare(model_factory, images, labels, *, seconds):
         assert model_factory("reference")(images, labels).lengths.shape == (128, 10)
         rows = (("fused", 0.01, 2**20), ("reference", 0.05, 3 * 2**20))
         return [Result(name, seconds, seconds, seconds, 1, peak)._asdict() for name, seconds, peak in rows]
 
-    monkeypatch.setattr(step, "compare_training_step", compare)
+    monkeypatch.setattr(build, "compare_training_step", compare)
     monkeypatch.setattr(cli, "DEMO_ACCURACY", needed)
-    status, out, err = run(capsys, "demo", "--out", tmp_path, *TINY, "--json")
+    monkeypatch.setenv("CAPSROUTE_DATA", str(mnist_dir))  # the demo is about the digits, whatever is there
+    status, out, err = run(capsys, "demo", "--out", tmp_path / "demo", *TINY, "--json")
     assert status == expected
     assert ("below the expected" in err) == (expected == 1)
     assert "50 ms" in err
     assert "3 MiB" in err
-    assert last_json(out)["training_step"][1]["seconds"] == 0.05
-    assert (tmp_path / "coupling.png").exists()
+    result = last_json(out)
+    assert result["dataset"] == "digits"
+    assert result["training_step"][1]["seconds"] == 0.05
+    assert result["training_step"][0]["images_per_second"] == 12_800
+    assert result["files"][0] == str(tmp_path / "demo" / "report.html")
+    assert (tmp_path / "demo" / "report.html").exists()

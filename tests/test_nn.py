@@ -254,8 +254,8 @@ def test_capsnet_loss_adds_the_mean_squared_error():
     ("labels", "error", "message"),
     [
         (torch.tensor([0.0, 1.0]), TypeError, "labels must be int64, got torch.float32"),
-        (torch.tensor([0]), ValueError, r"labels must be \[B\] with B = 2, got \[1\]"),
-        (torch.tensor([[0], [1]]), ValueError, r"labels must be \[B\] with B = 2, got \[2, 1\]"),
+        (torch.tensor([0]), ValueError, r"labels must be \[B\] or \[B, K\] with B = 2, got \[1\]"),
+        (torch.tensor([[[0], [1]]]), ValueError, r"labels must be \[B\] or \[B, K\] with B = 2, got \[1, 2, 1\]"),
     ],
 )
 def test_labels_are_checked(labels, error, message):
@@ -308,6 +308,26 @@ def test_capsnet_is_the_papers_by_default():
     assert (net.primary.conv.kernel_size, net.primary.conv.stride) == ((9, 9), (2, 2))
     assert net.routing.weight.shape == (1152, 8, 10, 16)
     assert [layer.out_features for layer in net.decoder.layers[::2]] == [512, 1024, 784]
+
+
+def test_several_labels_of_an_image():
+    """[B, K] means K classes at once in the margin loss, and K capsules drawn each alone."""
+    lengths, labels = torch.rand(2, 4), torch.tensor([[0, 3], [2, 1]])
+    present, absent = (0.9 - lengths).clamp(min=0).square(), (lengths - 0.1).clamp(min=0).square()
+    total = present.gather(1, labels).sum() + 0.5 * (absent.sum() - absent.gather(1, labels).sum())
+    torch.testing.assert_close(MarginLoss()(lengths, labels), total / 2)
+    decoder, capsules = Decoder(4, 3, DIGITS, hidden=(5,)), torch.rand(2, 4, 3)
+    drawings = decoder(capsules, labels)
+    assert drawings.shape == (2, 2, *DIGITS)
+    for k in (0, 1):
+        torch.testing.assert_close(drawings[:, k], decoder(capsules, labels[:, k]))
+    output = small_net()(torch.rand(2, *DIGITS), torch.tensor([[0, 2], [2, 1]]))
+    images = torch.rand(2, 2, *DIGITS)
+    expected = MarginLoss()(output.lengths, torch.tensor([[0, 2], [2, 1]]))
+    expected = expected + 4 * (output.reconstruction - images).square().mean()
+    torch.testing.assert_close(CapsNetLoss()(output, images, torch.tensor([[0, 2], [2, 1]])), expected)
+    with pytest.raises(ValueError, match="images must be of the reconstruction's shape"):
+        CapsNetLoss()(output, images[:, 0], torch.tensor([[0, 2], [2, 1]]))
 
 
 def test_labels_reach_only_the_reconstruction():

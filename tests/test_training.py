@@ -1,316 +1,321 @@
-"""capsroute.training: data readers, the trainer, checkpoints and pictures."""
+"""capsroute.training: options, the trainer, several processes, and what a run leaves behind."""
 
-import gzip
 import json
 import os
-import struct
-from pathlib import Path
+import subprocess
+import sys
+import unittest.mock
 
 import pytest
 import torch
 
-from capsroute.nn import CapsNet
-from capsroute.training import data, pictures
-from capsroute.training.checkpoint import Checkpoint, CheckpointError, load, save, write_atomically
-from capsroute.training.data import DataError, Dataset
-from capsroute.training.pictures import save_pictures
-from capsroute.training.trainer import Epoch, Score, TrainingOptions, evaluate, shift_at_random, train
+from capsroute.nn import CapsNet, CapsNetLoss
+from capsroute.training import data, overlap
+from capsroute.training.checkpoint import load
+from capsroute.training.options import TrainingOptions
+from capsroute.training.run import HISTORY, MODEL, TRAINING, RunError, image_shape, run_training
+from capsroute.training.trainer import Score, Training, count_correct, evaluate, predict, train_epoch
 
 pytest.importorskip("sklearn")
-MNIST = Path(os.environ.get("CAPSROUTE_DATA", "no-such-directory"))
 SMALL = {"image_shape": (1, 8, 8), "classes": 10, "channels": 8, "types": 2, "hidden": (16,)}
+PAIRS = {**SMALL, "image_shape": (1, 10, 10)}  # overlapping digits
+FAST = TrainingOptions(epochs=3, batch_size=32, learning_rate=0.01)
 
 
 @pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return data.digits()
-
-
-@pytest.fixture(scope="module")
-def few(digits) -> Dataset:
+def few() -> data.Dataset:
     """A dataset that trains in no time."""
-    return digits._replace(
-        train_images=digits.train_images[:256],
-        train_labels=digits.train_labels[:256],
-        test_images=digits.test_images[:64],
-        test_labels=digits.test_labels[:64],
-    )
+    digits = data.digits()
+    return digits._replace(train=digits.train[:256], test=digits.test[:64])
 
 
-def idx(*shape: int, values: bytes | None = None) -> bytes:
-    count = 1
-    for size in shape:
-        count *= size
-    values = bytes(k % 256 for k in range(count)) if values is None else values
-    return bytes((0, 0, 8, len(shape))) + struct.pack(f">{len(shape)}I", *shape) + values
+def trained(few, options=FAST, model=SMALL, report=lambda **_: None, **where) -> Training:
+    training = Training.begin(model, options, **where)
+    while not training.finished:
+        train_epoch(training, few.train, few.test, report=report)
+    return training
 
 
-@pytest.fixture
-def mnist_dir(tmp_path):
-    """Four small files as MNIST's: plain for training, gzipped for testing."""
-    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(6, 5, 7))
-    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(6, values=bytes((0, 1, 2, 3, 2, 1))))
-    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(2, 5, 7)))
-    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(2, values=bytes((3, 0)))))
-    return tmp_path
-
-
-# Data
-
-
-def test_digits_are_split_the_same_way_always(digits):
-    assert (digits.image_shape, digits.classes) == ((1, 8, 8), 10)
-    assert (len(digits.train_labels), len(digits.test_labels)) == (1437, 360)
-    for images, labels in ((digits.train_images, digits.train_labels), (digits.test_images, digits.test_labels)):
-        assert images.dtype == torch.float32
-        assert labels.dtype == torch.int64
-        assert (images.min(), images.max()) == (0, 1)
-    share = digits.test_labels.bincount() / torch.cat([digits.train_labels, digits.test_labels]).bincount()
-    torch.testing.assert_close(share, torch.full((10,), 0.2), rtol=0, atol=0.005)  # stratified
-    torch.manual_seed(5)
-    again = data.digits()
-    assert torch.equal(again.test_images, digits.test_images)
-
-
-def test_digits_splits_share_no_image_and_leave_none_out(digits):
-    from sklearn.datasets import load_digits
-
-    images = torch.cat([digits.train_images, digits.test_images]).view(1797, 64)
-    labels = torch.cat([digits.train_labels, digits.test_labels])
-    bunch = load_digits()
-    pairs = zip((16 * images).tolist(), labels.tolist(), strict=True)
-    assert sorted(pairs) == sorted(zip(bunch.data.tolist(), bunch.target.tolist(), strict=True))
-
-
-def test_idx_files_plain_and_gzipped(mnist_dir):
-    dataset = data.load(mnist_dir)
-    assert (dataset.image_shape, dataset.classes) == ((1, 5, 7), 4)
-    expected = (torch.arange(6 * 35) % 256).view(6, 1, 5, 7) / 255
-    torch.testing.assert_close(dataset.train_images, expected, rtol=0, atol=0)
-    assert dataset.train_labels.tolist() == [0, 1, 2, 3, 2, 1]
-    torch.testing.assert_close(dataset.test_images, expected[:2], rtol=0, atol=0)
-    assert dataset.test_labels.tolist() == [3, 0]
-
-
-@pytest.mark.skipif(not MNIST.is_dir(), reason="CAPSROUTE_DATA names no directory with the real MNIST")
-def test_real_mnist_is_read_as_it_is():
-    images = data.read_idx(MNIST / "t10k-images-idx3-ubyte.gz", 3)
-    labels = data.read_idx(MNIST / "t10k-labels-idx1-ubyte.gz", 1)
-    assert images.shape == (10000, 28, 28)
-    assert labels.long().bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+# Options
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("wrong", "message"),
     [
-        ("train-images-idx3-ubyte", b"", "must be an IDX file that starts with 00000803, got nothing"),
-        ("train-images-idx3-ubyte", idx(6, 5, 7)[:9], "must be an IDX file that starts with 00000803"),
-        ("train-images-idx3-ubyte", idx(6, 5, 7)[:-1], r"must hold \[6, 5, 7\] = 210 bytes of values, got 209"),
-        ("train-images-idx3-ubyte", idx(6, 5, 7) + b"x", r"must hold \[6, 5, 7\] = 210 bytes of values, got 211"),
-        ("train-images-idx3-ubyte", idx(6), "starts with 00000803, got 00000801"),
-        ("train-images-idx3-ubyte", b"\x89PNG\r\n", "starts with 00000803, got 89504e47"),
-        ("train-images-idx3-ubyte", idx(0, 5, 7), r"holds no values: its shape is \[0, 5, 7\]"),
-        ("train-images-idx3-ubyte", idx(5, 5, 7), "holds 5 images, .*train-labels-idx1-ubyte 6 labels"),
-        ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(2, 5, 7))[:-9], "is no whole gzip file"),
-        ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(2, 5, 7))[:20], "is no whole gzip file"),
-        ("t10k-images-idx3-ubyte.gz", b"\x1f\x8b" + bytes(30), "is no whole gzip file"),  # no method
-        ("t10k-images-idx3-ubyte.gz", b"\x1f\x8b\x08" + bytes(7) + b"\xff" * 20, "is no whole gzip file"),  # no block
-        ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(2, 5, 6)), r"are \[5, 7\] for training, \[5, 6\] for testing"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"clip": -1.0}, "clip must be finite and at least 0, got -1.0"),
+        ({"shift": float("inf")}, "shift must be finite"),
+        ({"rotation": 181.0}, "rotation must be degrees from 0 to 180, got 181"),
+        ({"shear": 90.0}, "shear must be below 90 degrees"),
+        ({"learning_rate": float("nan")}, "learning_rate must be finite and above 0, got nan"),
+        ({"validation": 1.0}, "validation must be a share from 0 to below 1, got 1.0"),
+        ({"schedule": "stairs"}, "schedule must be one of cosine, exponential, constant, got stairs"),
+        ({"amp": "float8"}, "amp must be one of off, bfloat16, float16, got float8"),
+        ({"patience": 3}, "patience needs images to judge by: give validation too"),
+        ({"seed": 2**32}, "seed must be from 0 to 2\\^32 - 1"),
     ],
 )
-def test_a_bad_idx_file_is_named(mnist_dir, name, content, message):
-    (mnist_dir / name).write_bytes(content)
-    with pytest.raises(DataError, match=message) as error:
-        data.load(mnist_dir)
-    assert str(mnist_dir) in str(error.value)
+def test_options_are_checked(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingOptions(**wrong).check()
 
 
-def test_a_gzip_file_with_broken_values_is_named(mnist_dir):
-    path = mnist_dir / "t10k-images-idx3-ubyte.gz"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=f"{path} is no whole gzip file"):
-        data.load(mnist_dir)
+@pytest.mark.parametrize(("schedule", "last"), [("cosine", 0.0), ("exponential", 0.01), ("constant", 1.0)])
+def test_the_rate_rises_and_then_follows_the_schedule(schedule, last):
+    options = TrainingOptions(schedule=schedule, learning_rate=2.0)
+    rates = [options.rate(step, 1000) for step in range(1000)]
+    assert rates[:100] == pytest.approx([2 * (k + 1) / 100 for k in range(100)])
+    assert rates[100] == 2
+    assert rates[100:] == sorted(rates[100:], reverse=True)
+    assert rates[-1] == pytest.approx(2 * last, abs=0.02)
+    assert options.rate(0, 1) == 2  # one step is enough to train
 
 
-def test_a_missing_idx_file_is_named(mnist_dir):
-    (mnist_dir / "t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(DataError, match="has no file t10k-labels-idx1-ubyte or t10k"):
-        data.load(mnist_dir)
-
-
-# Training
-
-
-def test_shifts_move_images_by_at_most_the_fraction():
-    dot = torch.zeros(200, 1, 9, 9)
-    dot[..., 4, 4] = 1
-    moved = shift_at_random(dot, 1 / 9)  # one pixel
-    assert torch.equal(shift_at_random(dot, 0.0), dot)
-    torch.testing.assert_close(moved.sum((1, 2, 3)), torch.ones(200))  # nothing is lost inside the image
-    place = torch.arange(9.0)
-    for marginal in (moved.sum((1, 2)), moved.sum((1, 3))):  # over y, over x
-        offset = (marginal * place).sum(1) - 4
-        assert offset.abs().max() <= 1 + 1e-5
-        assert offset.min() < -0.8
-        assert offset.max() > 0.8
+# The trainer
 
 
 def test_training_reduces_the_loss_and_reports(few, backend):
     told = []
-    options = TrainingOptions(epochs=3, batch_size=32, learning_rate=0.01)
-    net, history = train(few, SMALL, options, backend=backend, report=lambda **fields: told.append(fields))
+    training = trained(few, report=lambda **fields: told.append(fields), backend=backend)
+    history = training.history
     assert history[-1].train.loss < 0.8 * history[0].train.loss
-    assert history[-1].test.accuracy > 0.4
-    assert evaluate(net, few.test_images, few.test_labels) == history[-1].test
-    assert sum(fields.get("images", 0) for fields in told) == 3 * 256
-    assert [fields["accuracy"] for fields in told if "accuracy" in fields] == [e.test.accuracy for e in history]
-    assert [fields["epoch"] for fields in told if "epoch" in fields] == [1] * 8 + [2] * 8 + [3] * 8
+    assert history[-1].held_out.accuracy > 0.4
+    assert evaluate(training.net, few.test) == history[-1].held_out
+    assert [fields["step"] for fields in told] == list(range(1, 25))
+    assert [fields["epoch"] for fields in told] == [1] * 8 + [2] * 8 + [3] * 8
+    last = told[16:]
+    assert sum(fields["images"] for fields in last) == 256
+    assert sum(fields["loss"] * fields["images"] for fields in last) / 256 == history[-1].train.loss
+    assert sum(fields["correct"] for fields in last) / 256 == history[-1].train.accuracy
+
+
+def test_overlapping_digits_are_learnt(few):
+    training = trained(few, FAST._replace(overlap=True, epochs=8), PAIRS)
+    assert training.history[-1].train.loss < 0.8 * training.history[0].train.loss
+    chance = 1 / 45
+    assert training.history[-1].held_out.accuracy > 3 * chance
 
 
 def test_the_seed_alone_decides_what_is_learnt(few):
-    options = TrainingOptions(epochs=1, batch_size=64)
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first, _ = train(few, SMALL, options)
+    first = trained(few).net
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    second, _ = train(few, SMALL, options)
-    other, _ = train(few, SMALL, options._replace(seed=1))
+    second = trained(few).net
+    other = trained(few, FAST._replace(seed=1)).net
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not torch.equal(first.routing.weight, other.routing.weight)
 
 
-def test_one_step_is_enough_to_train(few):
-    _, history = train(few, SMALL, TrainingOptions(epochs=1, batch_size=1000))
-    assert len(history) == 1
+def test_each_option_changes_what_is_learnt(few):
+    plain = trained(few, FAST._replace(epochs=1)).net.routing.weight
+    for change in (
+        {"clip": 1e-3},
+        {"schedule": "exponential"},
+        {"weight_decay": 0.5},
+        {"amp": "bfloat16"},
+        {"shift": 0.0},
+        {"rotation": 30.0},
+        {"scale": 0.3},
+        {"shear": 20.0},
+    ):
+        changed = trained(few, FAST._replace(epochs=1, **change)).net.routing.weight
+        assert not torch.equal(plain, changed), change
+        assert (plain - changed).norm() < plain.norm(), change
 
 
-def test_evaluate_is_a_mean_over_images_in_any_batches(few):
+def test_clipping_bounds_the_gradient(few, monkeypatch):
+    norms = []
+    step = torch.optim.AdamW.step
+
+    def watched(optimizer, *args, **kwargs):
+        norms.append(torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]).norm())
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    trained(few, FAST._replace(epochs=1, clip=0.05))
+    torch.testing.assert_close(torch.stack(norms), torch.full((8,), 0.05), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("amp", ["bfloat16", "float16"])
+def test_mixed_precision_learns_about_the_same(few, amp):
+    exact, mixed = trained(few), trained(few, FAST._replace(amp=amp))
+    assert all(x.dtype == torch.float32 for x in mixed.net.parameters())
+    assert mixed.history[-1].held_out.loss == pytest.approx(exact.history[-1].held_out.loss, rel=0.1)
+    assert mixed.scaler.is_enabled() == (amp == "float16")
+
+
+def test_a_loss_that_explodes_is_an_error_not_a_nan(few):
+    with pytest.raises(FloatingPointError, match=r"the loss became nan in epoch \d+: try a lower learning_rate"):
+        trained(few, FAST._replace(learning_rate=1e30))
+
+
+def test_the_validation_split_chooses_and_stops(few):
+    options = FAST._replace(epochs=50, validation=0.2, patience=2, learning_rate=0.1, schedule="constant")
+    training = Training.begin(SMALL, options)
+    losses, nets = [], []
+    while not training.finished:
+        train_epoch(training, few.train, few.test)
+        losses.append(training.history[-1].held_out.loss)
+        nets.append(training.net.routing.weight.detach().clone())
+    assert len(losses) < 50
+    best = losses.index(min(losses))
+    assert training.best_epoch == best + 1 == len(losses) - 2
+    assert torch.equal(training.result().routing.weight, nets[best])
+    assert evaluate(training.result(), few.test).loss == pytest.approx(losses[best], rel=1e-5)
+
+
+def test_without_a_validation_split_the_last_epoch_is_the_result(few):
+    training = trained(few)
+    assert (training.best, training.best_epoch) == (None, 3)
+    assert training.result() is training.net
+
+
+def test_evaluate_is_a_mean_over_images(few):
     net = CapsNet(**SMALL)
-    whole = evaluate(net, few.test_images, few.test_labels)
-    parts = evaluate(net, few.test_images, few.test_labels, batch_size=7)
-    assert parts.accuracy == whole.accuracy
-    assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
-    right = (net(few.test_images).lengths.argmax(1) == few.test_labels).sum().item()
-    assert whole == Score(whole.loss, right / 64)
+    score = evaluate(net, few.test)
+    output = net(few.test.images, few.test.labels)
+    right = (output.lengths.argmax(1) == few.test.labels).sum().item()
+    assert score.accuracy == right / 64
+    assert score.loss == pytest.approx(CapsNetLoss()(output, few.test.images, few.test.labels).item(), rel=1e-5)
 
 
-# Checkpoints
+def test_both_of_two_overlapping_digits_must_be_named():
+    lengths = torch.tensor([[0.9, 0.1, 0.8], [0.9, 0.1, 0.8], [0.2, 0.9, 0.8]])
+    assert predict(lengths, 2).tolist() == [[0, 2], [0, 2], [1, 2]]
+    assert count_correct(lengths, torch.tensor([[2, 0], [0, 1], [2, 1]])) == 2
+    assert count_correct(lengths, torch.tensor([[0], [2], [1]])) == 2
 
 
-@pytest.fixture
-def saved(tmp_path):
-    path = tmp_path / "net.safetensors"
-    checkpoint = Checkpoint(CapsNet(**SMALL), SMALL, {"seed": 3})
-    save(path, checkpoint)
-    return path, checkpoint
+def test_fused_and_reference_training_agree(few, fused):
+    """Issue 7, point 4: within 1e-4 in loss for the first 50 steps."""
+    losses = []
+    for backend in ("reference", fused):
+        told = []
+        options = FAST._replace(epochs=7, learning_rate=5e-3)
+        trained(few, options, report=lambda told=told, **fields: told.append(fields["loss"]), backend=backend)
+        losses.append(told[:50])
+    assert len(losses[0]) == 50
+    assert losses[0][0] > 1.2 * losses[0][-1]
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=0, atol=1e-4)
 
 
-def test_checkpoint_round_trip(saved):
-    path, checkpoint = saved
-    state = torch.get_rng_state()
-    loaded = load(path, backend="reference")
-    assert torch.equal(torch.get_rng_state(), state)
-    assert loaded.info == {"seed": 3}
-    assert loaded.net.routing.backend == "reference"
-    assert all(x.requires_grad and x.device.type == "cpu" for x in loaded.net.parameters())
-    expected = checkpoint.net.state_dict()
-    assert loaded.net.state_dict().keys() == expected.keys()
-    assert all(torch.equal(x, expected[name]) for name, x in loaded.net.state_dict().items())
-    images = torch.rand(2, 1, 8, 8)
-    assert CapsNet(**loaded.model)(images).lengths.shape == (2, 10)
+# Several processes
 
 
-def test_a_cut_off_checkpoint_is_an_error_wherever_it_was_cut(saved):
-    path, _ = saved
-    content = path.read_bytes()
-    header = 8 + int.from_bytes(content[:8], "little")
-    cuts = {0, 1, 7, 8, 9, header - 1, header, header + 1, len(content) - 1, *range(0, len(content), 4999)}
-    for cut in sorted(cuts):
-        path.write_bytes(content[:cut])
-        with pytest.raises(CheckpointError, match="is no whole safetensors file"):
-            load(path)
+TWO_PROCESSES = """
+import json, sys, torch
+from pathlib import Path
+from capsroute.training import data
+from capsroute.training.options import TrainingOptions
+from capsroute.training.run import run_training
+digits = data.digits()
+few = digits._replace(train=digits.train[:101], test=digits.test[:33])
+options = TrainingOptions(epochs=2, batch_size=34, learning_rate=0.01, overlap=True, validation=0.2)
+run = run_training(Path(sys.argv[1]), few, json.loads(sys.argv[2]), options)
+print(json.dumps(run.test), flush=True)
+"""
 
 
-@pytest.mark.parametrize("content", [b"hello", b"\x80\x02}q\x00.", bytes(100), b"PK\x03\x04" + bytes(200)])
-def test_a_foreign_file_is_an_error(tmp_path, content):
-    path = tmp_path / "foreign"
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"{path} is no"):
-        load(path)
+def test_two_processes_learn_what_one_does(tmp_path):
+    """DDP under torchrun: shares of unequal size, a last batch of odd length, evaluation by halves, and an end."""
+    script = tmp_path / "train.py"
+    script.write_text(TWO_PROCESSES)
+    model = json.dumps({**PAIRS, "hidden": [16]})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    names: dict = {"__name__": "one"}
+    argv = ["train.py", str(tmp_path / "one"), model]
+    with unittest.mock.patch.object(sys, "argv", argv):
+        exec(TWO_PROCESSES, names)
+    one = names["run"].test
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    done = subprocess.run(
+        [*command, tmp_path / "two", model], capture_output=True, text=True, env=environment, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    two = [Score(*json.loads(line)) for line in done.stdout.replace("][", "]\n[").splitlines()]
+    torch.testing.assert_close(torch.tensor(two[0]), torch.tensor(one), rtol=1e-3, atol=0)
+    nets = [load(tmp_path / out / MODEL).net.state_dict() for out in ("one", "two")]
+    for name, x in nets[0].items():
+        torch.testing.assert_close(nets[1][name], x, rtol=0, atol=2e-3, msg=name)
 
 
-@pytest.mark.parametrize(
-    ("metadata", "message"),
-    [
-        (None, "is a safetensors file, but no checkpoint of capsroute"),
-        ({"format": "pt"}, "is a safetensors file, but no checkpoint of capsroute"),
-        ({"capsroute": "{"}, "does not fit its own configuration"),
-        ({"capsroute": "[]"}, "does not fit its own configuration"),
-        ({"capsroute": json.dumps({"version": 2})}, "version 2, expected 1"),
-        ({"capsroute": json.dumps({"version": 1, "model": {}, "info": {}})}, "missing 2 required positional"),
-        ({"capsroute": json.dumps({"version": 1, "model": {**SMALL, "types": 3}, "info": {}})}, "size mismatch"),
-        ({"capsroute": json.dumps({"version": 1, "model": {**SMALL, "classes": 0}, "info": {}})}, "classes must be"),
-        ({"capsroute": json.dumps({"version": 1, "model": {**SMALL, "sort": 0}, "info": {}})}, "'sort'"),
-    ],
-)
-def test_a_file_of_other_contents_is_an_error(saved, metadata, message):
-    from safetensors.torch import save_file
-
-    path, checkpoint = saved
-    save_file(checkpoint.net.state_dict(), path, metadata)
-    with pytest.raises(CheckpointError, match=message):
-        load(path)
+# Runs
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+def test_a_run_leaves_its_network_history_and_state(few, tmp_path, capsys):
+    run = run_training(tmp_path / "deep" / "run", few, SMALL, FAST._replace(validation=0.2))
+    assert {path.name for path in (tmp_path / "deep" / "run").iterdir()} == {MODEL, HISTORY, TRAINING}
+    loaded = load(tmp_path / "deep" / "run" / MODEL)
+    assert evaluate(loaded.net, few.test) == run.test
+    assert loaded.info["test"]["accuracy"] == run.test.accuracy
+    assert loaded.info["class_names"] == list("0123456789")
+    history = json.loads((tmp_path / "deep" / "run" / HISTORY).read_text())
+    assert [epoch["train"]["loss"] for epoch in history["epochs"]] == [epoch.train.loss for epoch in run.history]
+    assert history["best_epoch"] == run.best_epoch
+    err = capsys.readouterr().err.splitlines()  # not a terminal: a line an epoch
+    assert len(err) == 3
+    assert err[2].startswith(f"epoch 3/3  loss {run.history[2].train.loss:.4f}  accuracy ")
+    assert "images/s" in err[2]
+    assert "left" in err[2]
 
 
-# Pictures
+def test_a_run_is_not_overwritten_by_accident(few, tmp_path):
+    first = run_training(tmp_path, few, SMALL, FAST._replace(epochs=1))
+    with pytest.raises(RunError, match="holds a run already: give resume to go on with it, overwrite to begin anew"):
+        run_training(tmp_path, few, SMALL, FAST)
+    again = run_training(tmp_path, few, SMALL, FAST._replace(epochs=1, seed=1), overwrite=True)
+    assert again.test.loss != first.test.loss
+
+    def stop(**_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_training(tmp_path, few, SMALL, FAST, overwrite=True, on_step=stop)
+    assert list(tmp_path.iterdir()) == []  # nothing of the old run to go on with
 
 
-def test_pictures_are_drawn(few, tmp_path):
-    history = [Epoch(Score(1.0, 0.5), Score(1.0, 0.5), 1.0), Epoch(Score(0.1, 1.0), Score(0.2, 1.0), 1.0)]
-    paths = save_pictures(tmp_path, CapsNet(**SMALL), few, history)
-    assert [path.name for path in paths] == ["learning_curves.png", "reconstructions.png", "coupling.png"]
-    for path in paths:
-        assert path.read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize("change", ["option", "model", "images"])
+def test_only_the_same_run_is_resumed(few, tmp_path, change):
+    run_training(tmp_path, few, SMALL, FAST._replace(epochs=1))
+    dataset, model, options = few, SMALL, FAST._replace(epochs=1)
+    if change == "option":
+        options, message = options._replace(rotation=5.0), "a run with rotation 0.0, asked for is 5.0"
+    elif change == "model":
+        model, message = {**SMALL, "types": 3}, "a run with types 2, asked for is 3"
+    else:
+        dataset, message = few._replace(test=few.test[:63]), "a run with checksum"
+    with pytest.raises(RunError, match=message):
+        run_training(tmp_path, dataset, model, options, resume=True)
 
 
-def test_an_error_of_zero_lies_inside_the_learning_curves():
-    history = [Epoch(Score(1.0, 0.5), Score(1.0, 0.5), 1.0), Epoch(Score(0.1, 1.0), Score(0.2, 1.0), 1.0)]
-    figure = pictures.learning_curves(history)
-    axes = figure.axes[1]
-    assert axes.lines[1].get_ydata().tolist() == [50, 0]
-    assert axes.bbox.ymin - 1 <= axes.transData.transform((2, 0))[1] <= axes.bbox.ymax
+def test_the_network_sees_a_larger_canvas_where_digits_overlap(few):
+    assert image_shape(few, FAST) == (1, 8, 8)
+    assert image_shape(few, FAST._replace(overlap=True)) == overlap.canvas((1, 8, 8)) == PAIRS["image_shape"]
 
 
-def test_pictures_of_more_classes_than_fit_and_of_colour():
-    images, labels = torch.rand(26, 3, 8, 9), torch.arange(26) % 13
-    dataset = Dataset("colour", images, labels, images, labels)
-    net = CapsNet((3, 8, 9), 13, channels=4, types=2, hidden=(4,))
-    shown = pictures.reconstructions(net, dataset)
-    assert len(shown.axes) == 2 * 10
-    torch.testing.assert_close(torch.tensor(shown.axes[3].images[0].get_array()), images[3].permute(1, 2, 0))
-    titles = [axes.get_title() for axes in pictures.coupling(net, dataset).subfigs[1].axes]
-    label = int(net(images).lengths.gather(1, labels.unsqueeze(1)).argmax()) % 13
-    assert f"to {label}" in titles
+def test_tensorboard_shows_every_epoch_once_also_after_resuming(few, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    class InterruptionError(Exception):
+        pass
 
-def test_coupling_picture_shows_the_coupling(few):
-    net = CapsNet(**SMALL)
-    figure = pictures.coupling(net, few)
-    certain = net(few.test_images).lengths.gather(1, few.test_labels.unsqueeze(1)).argmax()
-    _, c = net.routing(net.primary_capsules(few.test_images[certain : certain + 1]), return_coupling=True)
-    by_hand = c.view(4, 4, 2, 10).mean(2) / 0.1  # [height, width, J]
-    for j, axes in enumerate(figure.subfigs[1].axes[:10]):
-        torch.testing.assert_close(torch.tensor(axes.images[0].get_array()), by_hand[..., j], rtol=1e-5, atol=0)
+    def stop(epoch, **_):
+        if epoch == 3:
+            raise InterruptionError
+
+    options = FAST._replace(validation=0.2)
+    with pytest.raises(InterruptionError):
+        run_training(tmp_path, few, SMALL, options, tensorboard=True, on_step=stop)
+    run = run_training(tmp_path, few, SMALL, options, tensorboard=True, resume=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for tag, value in (
+        ("loss/training", lambda epoch: epoch.train.loss),
+        ("accuracy/validation", lambda epoch: epoch.held_out.accuracy),
+    ):
+        logged = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert logged == [(k, pytest.approx(value(epoch))) for k, epoch in enumerate(run.history, 1)]
+    assert events.Scalars("learning_rate")[-1].value < 1e-3

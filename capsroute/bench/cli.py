@@ -53,7 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=float, default=10.0, help="to time each case and pass, once warm (default: %(default)g)"
     )
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, in fresh processes")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
     cases = [CASES[name] for name in (CASES if "all" in args.cases else args.cases)]
+    cases = [case._replace(seed=args.seed or 0) for case in cases]
     if args.batch:
         cases = [case._replace(batch=args.batch) for case in cases]
     about = describe_machine(dtype)

@@ -37,6 +37,7 @@ class Case(NamedTuple):
     weight: str = "IJOD"
     coupling: str = "out"
     detach_coupling: bool = False
+    seed: int = 0  # of its random tensors
 
     @property
     def votes(self) -> int:
@@ -93,9 +94,9 @@ class Problem(NamedTuple):
 
 
 def make_problem(case: Case, dtype: torch.dtype = torch.float32) -> Problem:
-    """Random tensors for a case, always the same: |u| is about 1, votes as :class:`CapsuleLinear` makes them."""
+    """Random tensors for a case: |u| is about 1, votes as :class:`CapsuleLinear` makes them."""
     batch, inputs, in_features, outputs, out_features = case[1:6]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(case.seed)
 
     def normal(*shape: int, std: float) -> Tensor:
         return torch.empty(shape).normal_(0, std, generator=generator).to(dtype)

@@ -34,15 +34,15 @@ def check_image_shape(image_shape: tuple[int, int, int]) -> None:
 
 
 def check_labels(labels: Tensor, batch: int) -> None:
-    """One class index for each image; that it is below J is left to what reads the values."""
+    """One or K class indices for each image; that they are below J is left to what reads the values."""
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}")
-    if labels.shape != (batch,):
-        raise ValueError(f"labels must be [B] with B = {batch}, got {list(labels.shape)}")
+    if labels.dim() not in (1, 2) or labels.shape[0] != batch:
+        raise ValueError(f"labels must be [B] or [B, K] with B = {batch}, got {list(labels.shape)}")
 
 
 def is_labelled(labels: Tensor, batch: int, classes: int) -> Tensor:
-    """Checked labels [B] as bool [B, J]. torch refuses those outside 0..J-1; F.one_hot would refuse vmap too."""
+    """Checked labels [B] or [B, K] as bool [B, J]. torch refuses those outside 0..J-1; F.one_hot would refuse vmap."""
     check_labels(labels, batch)
     nowhere = labels.new_zeros(batch, classes, dtype=torch.bool)
-    return nowhere.scatter(1, labels.unsqueeze(1), True)
+    return nowhere.scatter(1, labels.reshape(batch, -1), True)

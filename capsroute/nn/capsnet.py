@@ -20,7 +20,7 @@ class CapsNetOutput(NamedTuple):
 
     capsules: Tensor  # [B, J, O]
     lengths: Tensor  # [B, J], at least float32; the longest capsule is the prediction
-    reconstruction: Tensor  # [B, C, H, W]
+    reconstruction: Tensor  # [B, C, H, W], or [B, K, C, H, W] with labels [B, K]
 
 
 class CapsNet(nn.Module):
@@ -90,8 +90,8 @@ class CapsNet(nn.Module):
 
         Args:
             images: ``[B, C, H, W]`` in the dtype of the parameters, values in [0, 1].
-            labels: int64 ``[B]``: reconstruct from these capsules (training). None: from the longest
-                (prediction). They reach nothing but the reconstruction.
+            labels: int64 ``[B]``: reconstruct from these capsules (training), with ``[B, K]`` from each of
+                K alone. None: from the longest (prediction). They reach nothing but the reconstruction.
         """
         capsules = self.routing(self.primary_capsules(images))  # [B, J, O]
         return CapsNetOutput(capsules, capsule_lengths(capsules), self.decoder(capsules, labels))

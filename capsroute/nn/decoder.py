@@ -49,14 +49,18 @@ class Decoder(nn.Module):
         self.layers = nn.Sequential(*layers[:-1], nn.Sigmoid())
 
     def forward(self, capsules: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The image ``[B, C, H, W]``, values in [0, 1], from capsules ``[B, J, O]``.
+        """Images ``[B, C, H, W]``, values in [0, 1], from capsules ``[B, J, O]``.
 
         Args:
             capsules: ``[B, J, O]``.
             labels: the capsules to draw, int64 ``[B]`` (training); None draws the longest (prediction).
+                With ``[B, K]`` each of K capsules is drawn alone: ``[B, K, C, H, W]``.
         """
         if labels is None:
             labels = capsule_lengths(capsules).argmax(-1)
+        if labels.dim() == 2:
+            count = labels.shape[1]
+            return self(capsules.repeat_interleave(count, 0), labels.flatten()).unflatten(0, (-1, count))
         chosen = is_labelled(labels, *capsules.shape[:2])  # [B, J]
         # Select, do not multiply: a NaN in another capsule must not reach the image.
         masked = torch.where(chosen.unsqueeze(-1), capsules, 0)  # [B, J, O]

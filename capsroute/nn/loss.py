@@ -27,7 +27,9 @@ class MarginLoss(nn.Module):
         self.m_plus, self.m_minus, self.down_weight = m_plus, m_minus, down_weight
 
     def forward(self, lengths: Tensor, labels: Tensor) -> Tensor:
-        """The loss, a scalar, of lengths ``[B, J]`` under labels ``[B]`` (int64, 0 to J - 1).
+        """The loss, a scalar, of lengths ``[B, J]`` under labels ``[B]``, or ``[B, K]``: K classes in each image.
+
+        Labels are int64, 0 to J - 1.
 
         Raises:
             TypeError, ValueError: for labels or lengths of the wrong dtype or shape.
@@ -93,7 +95,19 @@ class CapsNetLoss(nn.Module):
         self.margin = MarginLoss()
 
     def forward(self, output: CapsNetOutput, images: Tensor, labels: Tensor) -> Tensor:
-        """The loss, a scalar, of the network's output for images ``[B, C, H, W]`` and labels ``[B]``."""
+        """The loss, a scalar, of the network's output for images and labels.
+
+        Args:
+            output: of the network.
+            images: what the reconstruction should be: ``[B, C, H, W]``, or ``[B, K, C, H, W]`` under labels
+                ``[B, K]``.
+            labels: ``[B]`` or ``[B, K]``, as in :class:`MarginLoss`.
+        """
+        if output.reconstruction.shape != images.shape:  # mse_loss would broadcast
+            raise ValueError(
+                f"images must be of the reconstruction's shape {list(output.reconstruction.shape)}, "
+                f"got {list(images.shape)}"
+            )
         error = F.mse_loss(output.reconstruction, images)
         return self.margin(output.lengths, labels) + self.reconstruction_weight * error
 

@@ -6,8 +6,8 @@ import importlib
 from types import ModuleType
 
 
-def optional(module: str) -> ModuleType:
-    """The module, imported.
+def optional(module: str, extra: str = "demo") -> ModuleType:
+    """The module, imported, which an extra of the package brings.
 
     Raises:
         ImportError: if it is not installed, with the command that installs it.
@@ -16,4 +16,4 @@ def optional(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         library = module.partition(".")[0]
-        raise ImportError(f"{library} is needed here: pip install 'capsroute[demo]' ({error})") from error
+        raise ImportError(f"{library} is needed here: pip install 'capsroute[{extra}]' ({error})") from error

@@ -1,4 +1,7 @@
-"""Checkpoints: a network's parameters and configuration in one safetensors file. Nothing is unpickled."""
+"""Checkpoints: safetensors files, whose metadata holds the configuration as JSON. Nothing is unpickled.
+
+There are two kinds. "model" is a network to use; "training" is everything that a training needs to go on.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,24 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from ..nn import CapsNet
 from ._optional import optional
+from .options import TrainingOptions
+from .trainer import Epoch, Score, Training
 
 KEY = "capsroute"  # of the safetensors metadata, whose values are strings: JSON here
-VERSION = 1
+VERSION = 2
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
+
+# What a foreign configuration can raise on its way through the constructors.
+WRONG = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError)
 
 
 class CheckpointError(ValueError):
-    """A file is no checkpoint of capsroute, or is cut off."""
+    """A file is no checkpoint of capsroute, is cut off, or contradicts itself."""
 
 
 class Checkpoint(NamedTuple):
@@ -33,19 +45,112 @@ class Checkpoint(NamedTuple):
 
 
 def save(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write the checkpoint; a reader sees the old file or the whole new one, also after a crash."""
-    metadata = {"version": VERSION, "model": checkpoint.model, "info": checkpoint.info}
-    tensors = {name: x.contiguous() for name, x in checkpoint.net.state_dict().items()}
-    write_atomically(path, optional("safetensors.torch").save(tensors, {KEY: json.dumps(metadata)}))
+    """Write a network; a reader sees the old file or the whole new one, also after a crash."""
+    _write(path, "model", checkpoint.net.state_dict(), {"model": checkpoint.model, "info": checkpoint.info})
 
 
 def load(path: str | Path, *, backend: str = "auto") -> Checkpoint:
-    """The checkpoint in a file that :func:`save` wrote, with the network's routing on `backend`.
+    """The network in a file that :func:`save` wrote, with its routing on `backend`.
 
     Raises:
-        CheckpointError: if the file is cut off, not a checkpoint, or does not fit its own configuration.
+        CheckpointError: if the file is cut off, not such a checkpoint, or does not fit its own configuration.
         OSError: if it cannot be read.
     """
+    tensors, content = _read(path, "model")
+    try:
+        return Checkpoint(_network(content["model"], tensors, backend), content["model"], dict(content["info"]))
+    except WRONG as error:
+        raise _misfit(path, error) from error
+
+
+def save_training(path: str | Path, training: Training, info: dict) -> None:
+    """Write a training, so that it can go on as if it had not been interrupted.
+
+    Args:
+        path: the file.
+        training: after some whole epochs.
+        info: what to check before it goes on, as JSON knows it.
+    """
+    names = [name for name, _ in training.net.named_parameters()]
+    moments = training.optimizer.state_dict()["state"]  # by the number of the parameter
+    tensors = {f"net.{name}": x for name, x in training.net.state_dict().items()}
+    tensors |= {f"{key}.{names[k]}": x for k, state in moments.items() for key, x in state.items()}
+    tensors |= {f"best.{name}": x for name, x in (training.best or {}).items()}
+    content = {
+        "model": training.model,
+        "options": training.options._asdict(),
+        "scaler": training.scaler.state_dict(),
+        "history": history_to_json(training.history),
+        "info": info,
+    }
+    _write(path, "training", tensors, content)
+
+
+def load_training(
+    path: str | Path, *, backend: str = "auto", device: torch.device | str = "cpu"
+) -> tuple[Training, dict]:
+    """The training in a file that :func:`save_training` wrote, and its info.
+
+    Raises:
+        CheckpointError: if the file is cut off, not such a checkpoint, or does not fit its own configuration.
+        OSError: if it cannot be read.
+    """
+    tensors, content = _read(path, "training")
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, x in tensors.items():
+        group, _, rest = name.partition(".")
+        groups.setdefault(group, {})[rest] = x
+    try:
+        options = TrainingOptions(**content["options"]).check()
+        net = _network(content["model"], groups.pop("net"), backend)
+        training = Training.of(net, content["model"], options, device)
+        training.history = history_from_json(content["history"])
+        training.best = groups.pop("best", None)
+        if training.best is not None:
+            _network(content["model"], training.best, backend)  # fits
+            training.best = {name: x.to(device) for name, x in training.best.items()}
+        _load_moments(training, groups)
+        training.scaler.load_state_dict(content["scaler"])
+        return training, dict(content["info"])
+    except WRONG as error:
+        raise _misfit(path, error) from error
+
+
+def history_to_json(history: list[Epoch]) -> list[dict]:
+    """The history as JSON knows it: scores by name."""
+    return [{"train": e.train._asdict(), "held_out": e.held_out._asdict(), "seconds": e.seconds} for e in history]
+
+
+def history_from_json(epochs: list[dict]) -> list[Epoch]:
+    """The inverse of :func:`history_to_json`; numbers come back bit for bit."""
+    return [Epoch(Score(**e["train"]), Score(**e["held_out"]), float(e["seconds"])) for e in epochs]
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write a file so that at no time a part of it can be seen under its name.
+
+    A process that is killed may leave `.NAME.unfinished` behind, which the next write replaces.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # else a crash could leave the new name with none of its data
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _write(path: str | Path, kind: str, tensors: dict[str, Tensor], content: dict) -> None:
+    metadata = {KEY: json.dumps({"version": VERSION, "kind": kind, **content})}
+    contiguous = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    write_atomically(path, optional("safetensors.torch").save(contiguous, metadata))
+
+
+def _read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
     safetensors = optional("safetensors")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -58,24 +163,46 @@ def load(path: str | Path, *, backend: str = "auto") -> Checkpoint:
         raise CheckpointError(f"{path} is a safetensors file, but no checkpoint of capsroute")
     try:
         content = json.loads(metadata[KEY])
-        if content["version"] != VERSION:
-            raise CheckpointError(f"{path} is a checkpoint of version {content['version']}, expected {VERSION}")
-        net = CapsNet(**content["model"], backend=backend, device="meta")  # draws no random numbers
-        net.load_state_dict(tensors, assign=True)
-        return Checkpoint(net, content["model"], content["info"])
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{path} does not fit its own configuration: {error}") from error
+        found = content["version"], content["kind"]
+    except WRONG as error:
+        raise _misfit(path, error) from error
+    if found[0] != VERSION:
+        raise CheckpointError(f"{path} is a checkpoint of version {found[0]}, expected {VERSION}")
+    if found[1] != kind:
+        raise CheckpointError(f'{path} is a checkpoint of kind "{found[1]}", expected "{kind}"')
+    return tensors, content
 
 
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file so that at no time a part of it can be seen."""
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # else a crash could leave the new name with none of its data
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def _network(model: dict, tensors: dict[str, Tensor], backend: str) -> CapsNet:
+    """The network of a configuration with the parameters given, which must be what it needs."""
+    if len(model.get("hidden", ())) > len(tensors):  # before a foreign file has us build layers without end
+        raise ValueError(f"hidden has {len(model['hidden'])} widths, the file {len(tensors)} tensors")
+    net = CapsNet(**model, backend=backend, device="meta")  # takes no memory, draws no random numbers
+    for name, x in net.state_dict().items():
+        if name in tensors and tensors[name].dtype != x.dtype:
+            raise TypeError(f"{name} must be {x.dtype}, got {tensors[name].dtype}")
+    net.load_state_dict(tensors, assign=True)
+    return net
+
+
+def _load_moments(training: Training, groups: dict[str, dict[str, Tensor]]) -> None:
+    """AdamW's state from tensors by moment and name of the parameter; there is none before the first step."""
+    if not groups and not training.history:
+        return
+    if set(groups) != set(MOMENTS):
+        raise ValueError(f"the optimizer's state must be {', '.join(MOMENTS)}, got {', '.join(sorted(groups))}")
+    state = {}
+    for k, (name, parameter) in enumerate(training.net.named_parameters()):
+        state[k] = {key: groups[key].pop(name) for key in MOMENTS}
+        for key, x in state[k].items():
+            expected = torch.Size() if key == "step" else parameter.shape
+            if x.shape != expected or x.dtype != torch.float32:
+                raise ValueError(f"{key}.{name} must be float32 {list(expected)}, got {x.dtype} {list(x.shape)}")
+    if left := [f"{key}.{name}" for key in MOMENTS for name in groups[key]]:
+        raise ValueError(f"there is no parameter for {', '.join(left)}")
+    empty = training.optimizer.state_dict()
+    training.optimizer.load_state_dict({**empty, "state": state})
+
+
+def _misfit(path: str | Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} does not fit its own configuration: {type(error).__name__}: {error}")

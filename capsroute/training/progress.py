@@ -1,22 +1,77 @@
-"""A progress bar for training: loss, accuracy, images a second, time left."""
+"""What a training shows while it runs: loss, accuracy, images a second, time left."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ._optional import optional
+from .batches import Share
+from .trainer import Epoch, Training
+
+
+class Shown:
+    """What a training tells: after every step, and after every epoch. This one is silent."""
+
+    def step(self, **fields) -> None:
+        """As `report` of :func:`capsroute.training.trainer.train_epoch`."""
+
+    def epoch(self, history: list[Epoch]) -> None:
+        """With the scores of all epochs so far."""
+
+
+class _Lines(Shown):
+    """A line on stderr after every epoch: for logs."""
+
+    def __init__(self, epochs: int, done: int, images: int):
+        self.epochs, self.images, self.first, self.start = epochs, images, done, time.monotonic()
+
+    def epoch(self, history: list[Epoch]) -> None:
+        last, done = history[-1], len(history)
+        left = (time.monotonic() - self.start) / (done - self.first) * (self.epochs - done)
+        print(
+            f"epoch {done}/{self.epochs}  loss {last.train.loss:.4f}  accuracy {last.held_out.accuracy:.2%}  "
+            f"{self.images / last.seconds:,.0f} images/s  {left:.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+class _Bar(Shown):
+    """A bar on the terminal."""
+
+    def __init__(self, bar, epochs: int, done: int, images: int, share: Share):
+        self.bar, self.share = bar, share
+        fields = {"epoch": done, "epochs": epochs, "loss": 0.0, "accuracy": "-"}
+        self.task = bar.add_task("train", total=epochs * images, completed=done * images, **fields)
+
+    def step(self, *, epoch: int, images: int, loss: float, **_) -> None:
+        self.bar.update(self.task, advance=images * self.share.count, epoch=epoch, loss=loss)
+
+    def epoch(self, history: list[Epoch]) -> None:
+        self.bar.update(self.task, accuracy=f"{history[-1].held_out.accuracy:.2%}")
 
 
 @contextmanager
-def training_bar(epochs: int, images: int) -> Iterator[Callable[..., None]]:
-    """A bar on stderr while the context lasts; what it yields is the `report` of :func:`trainer.train`.
+def progress(training: Training, images: int, share: Share) -> Iterator[Shown]:
+    """Show a training on stderr while the context lasts: a bar on a terminal, else a line an epoch.
 
     Args:
-        epochs: how many there will be.
+        training: where it begins.
         images: how many an epoch has.
+        share: of this process; only the first one shows anything.
     """
+    epochs, done = training.options.epochs, len(training.history)
+    if share.rank or training.finished:
+        yield Shown()
+        return
     rich = optional("rich.progress")
+    console = optional("rich.console").Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines(epochs, done, images)
+        return
 
     class Speed(rich.ProgressColumn):
         def render(self, task):
@@ -26,16 +81,9 @@ def training_bar(epochs: int, images: int) -> Iterator[Callable[..., None]]:
         rich.TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
         rich.BarColumn(),
         rich.TextColumn("loss {task.fields[loss]:.4f}"),
-        rich.TextColumn("test accuracy {task.fields[accuracy]}"),
+        rich.TextColumn("accuracy {task.fields[accuracy]}"),
         Speed(),
         rich.TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with rich.Progress(*columns, console=optional("rich.console").Console(stderr=True)) as progress:
-        task = progress.add_task("train", total=epochs * images, epoch=1, epochs=epochs, loss=0.0, accuracy="-")
-
-        def report(images: int = 0, **fields: float) -> None:
-            if "accuracy" in fields:
-                fields["accuracy"] = f"{fields['accuracy']:.2%}"
-            progress.update(task, advance=images, **fields)
-
-        yield report
+    with rich.Progress(*columns, console=console) as bar:
+        yield _Bar(bar, epochs, done, images, share)

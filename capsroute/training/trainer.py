@@ -1,130 +1,198 @@
-"""Train a capsule network, and measure it."""
+"""Train a capsule network, epoch by epoch, and measure it."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from ..nn import CapsNet, CapsNetLoss
-from .data import Dataset
+from .batches import WHOLE, Share, evaluation_batches, steps_per_epoch, training_batches
+from .data import Split
+from .distributed import total
+from .options import AMP_DTYPES, TrainingOptions
 
-
-class TrainingOptions(NamedTuple):
-    """How to train.
-
-    Attributes:
-        epochs: passes over the training split.
-        batch_size: images a step.
-        learning_rate: the highest of the schedule (a short rise, then half a cosine down to 0).
-        shift: how far training images are shifted at random, at most, as a fraction of their side (the
-            paper: 2 of 28 pixels).
-        seed: of the initial parameters, the order of the images and their shifts.
-    """
-
-    epochs: int = 20
-    batch_size: int = 64
-    learning_rate: float = 1e-2
-    shift: float = 2 / 28
-    seed: int = 0
+Report = Callable[..., None]
 
 
 class Score(NamedTuple):
-    """Means over a split: the loss, and the share of images whose longest capsule is the label's."""
+    """Means over a split: the loss, and the share of images of which everything was named.
+
+    That is the longest capsule, or the two longest where two digits overlap.
+    """
 
     loss: float
     accuracy: float
 
 
 class Epoch(NamedTuple):
-    """One epoch: the score on the shifted images while training, that on the test split after it."""
+    """One epoch: the score on augmented images while training, and after it on images that are not trained on."""
 
     train: Score
-    test: Score
+    held_out: Score  # on the validation split; on the test split where there is none, and then it decides nothing
     seconds: float
 
 
-def train(
-    dataset: Dataset,
-    model: dict,
-    options: TrainingOptions,
-    *,
-    backend: str = "auto",
-    report: Callable[..., None] = lambda **fields: None,
-) -> tuple[CapsNet, list[Epoch]]:
-    """A network trained on the dataset, and what became of it in every epoch.
+@dataclass
+class Training:
+    """A training after some whole epochs: everything that the next one depends on."""
 
-    The same seed gives the same network on the same machine; the caller's random state is left as it was.
+    net: CapsNet
+    model: dict  # the keyword arguments of CapsNet
+    options: TrainingOptions
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # of float16's loss; idle for other dtypes
+    history: list[Epoch] = field(default_factory=list)
+    best: dict[str, Tensor] | None = None  # the parameters of the best epoch, where there is a validation split
+
+    @classmethod
+    def begin(
+        cls, model: dict, options: TrainingOptions, backend: str = "auto", device: torch.device | str = "cpu"
+    ) -> Training:
+        """A training of a new network; the seed alone decides its parameters, and no random state is touched."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            return cls.of(CapsNet(**model, backend=backend), model, options, device)
+
+    @classmethod
+    def of(cls, net: CapsNet, model: dict, options: TrainingOptions, device: torch.device | str = "cpu") -> Training:
+        """A training of a network that there is."""
+        net = net.to(device)
+        optimizer = torch.optim.AdamW(net.parameters(), options.learning_rate, weight_decay=options.weight_decay)
+        scaler = torch.amp.GradScaler(torch.device(device).type, enabled=options.amp == "float16")
+        return cls(net, model, options, optimizer, scaler)
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch, counted from 1, whose network is the result: of the lowest validation loss, else the last."""
+        if not self.options.validation:
+            return len(self.history)
+        return 1 + min(range(len(self.history)), key=lambda k: self.history[k].held_out.loss)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or patience is out."""
+        since = len(self.history) - self.best_epoch if self.history else 0
+        return len(self.history) >= self.options.epochs or 0 < self.options.patience <= since
+
+    @cached_property
+    def trained(self) -> nn.Module:
+        """The network as a step calls it: inside a process group, one that takes the mean of the gradients."""
+        return nn.parallel.DistributedDataParallel(self.net) if dist.is_initialized() else self.net
+
+    def leave_processes(self) -> None:
+        """Before a process group ends, let go of what belongs to it: freed later, it waits for the group forever."""
+        self.__dict__.pop("trained", None)
+
+    def result(self) -> CapsNet:
+        """The network of the best epoch."""
+        if self.best is None or self.best_epoch == len(self.history):
+            return self.net
+        net = CapsNet(**self.model, backend=self.net.routing.backend, device="meta")
+        net.load_state_dict(self.best, assign=True)
+        return net
+
+
+def train_epoch(
+    training: Training, train: Split, held_out: Split, *, share: Share = WHOLE, report: Report = lambda **_: None
+) -> None:
+    """One more epoch.
+
+    The same seed gives the same network on the same machine and number of threads, whatever was interrupted
+    and taken up again between epochs.
 
     Args:
-        dataset: the images.
-        model: keyword arguments of :class:`capsroute.nn.CapsNet`.
-        options: how to train.
-        backend: of the routing.
-        report: called after every step with `epoch` (from 1), `images` and `loss`, and after every epoch with
-            the test `accuracy`.
+        training: what goes on.
+        train, held_out: the images to train on, and to look at after.
+        share: of this process, one of several inside :func:`capsroute.training.distributed.processes`.
+        report: called after every step with `epoch` (from 1), `step` (from 1 in the whole training), `images`,
+            `loss` and `correct`, the last two of this process's own images.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        net = CapsNet(**model, backend=backend)
-        optimizer = torch.optim.AdamW(net.parameters(), options.learning_rate)
-        steps = options.epochs * -(-len(dataset.train_labels) // options.batch_size)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, steps, pct_start=0.1)
-        history = []
-        for epoch in range(1, options.epochs + 1):
-            start = time.perf_counter()
-            score = _train_epoch(net, dataset, options, optimizer, schedule, partial(report, epoch=epoch))
-            test = evaluate(net, dataset.test_images, dataset.test_labels)
-            report(accuracy=test.accuracy)
-            history.append(Epoch(score, test, time.perf_counter() - start))
-    return net, history
+    start = time.perf_counter()
+    options = training.options
+    score = _train_batches(training, train, share, report)
+    judged = evaluate(training.net, held_out, overlapping=options.overlap, share=share)
+    training.history.append(Epoch(score, judged, time.perf_counter() - start))
+    if options.validation and training.best_epoch == len(training.history):
+        training.best = {name: x.detach().clone() for name, x in training.net.state_dict().items()}
 
 
-def _train_epoch(net, dataset, options, optimizer, schedule, report) -> Score:
-    net.train()
-    loss_of = CapsNetLoss()
-    count = len(dataset.train_labels)
-    loss_sum, correct = 0.0, 0
-    for chosen in torch.randperm(count).split(options.batch_size):
-        images = shift_at_random(dataset.train_images[chosen], options.shift)
-        labels = dataset.train_labels[chosen]
-        output = net(images, labels)
-        loss = loss_of(output, images, labels)
+def _train_batches(training: Training, train: Split, share: Share, report: Report) -> Score:
+    net, options, optimizer, scaler = training.net.train(), training.options, training.optimizer, training.scaler
+    device = next(net.parameters()).device
+    loss_of, sums = CapsNetLoss(), []
+    steps = steps_per_epoch(len(train), options.batch_size, share.count)
+    epoch = 1 + len(training.history)
+    batches = training_batches(
+        train,
+        options.batch_size,
+        options.augmentation,
+        seed=options.seed,
+        epoch=epoch,
+        overlapping=options.overlap,
+        share=share,
+    )
+    for step, batch in enumerate(batches, (epoch - 1) * steps):
+        images, labels, parts, whole = batch.to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = options.rate(step, options.epochs * steps)
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        loss_sum += loss.item() * len(chosen)
-        correct += _correct(output.lengths, labels)
-        report(images=len(chosen), loss=loss.item())
+        with torch.autocast(device.type, AMP_DTYPES[options.amp], enabled=options.amp != "off"):
+            output = training.trained(images, labels)
+            loss = loss_of(output, parts, labels)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss became {value} in epoch {epoch}: try a lower learning_rate, or clip")
+        # A mean over this process's images; DDP takes the mean over processes, whose shares may differ by one.
+        scaler.scale(loss * (len(images) * share.count / whole)).backward()
+        if options.clip:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(net.parameters(), options.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        correct = count_correct(output.lengths, labels)
+        sums.append((value * len(images), correct, len(images)))
+        report(epoch=epoch, step=step + 1, images=len(images), loss=value, correct=correct)
+    loss_sum, correct, count = total(*map(sum, zip(*sums, strict=True)), device=device)
     return Score(loss_sum / count, correct / count)
 
 
 @torch.no_grad()
-def evaluate(net: CapsNet, images: Tensor, labels: Tensor, batch_size: int = 256) -> Score:
-    """The network's score as it predicts: reconstructing from the longest capsule, not from the label."""
+def evaluate(net: CapsNet, split: Split, *, overlapping: bool = False, share: Share = WHOLE) -> Score:
+    """The network's score on a split; with `overlapping` on the split's fixed pairs of overlapping digits.
+
+    The loss is that of training, whose reconstructions are of the labelled capsules; the labels reach nothing of
+    the accuracy.
+    """
     net.eval()
+    device = next(net.parameters()).device
     loss_of = CapsNetLoss()
-    loss_sum, correct = 0.0, 0
-    for batch, truth in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        output = net(batch)
-        loss_sum += loss_of(output, batch, truth).item() * len(truth)
-        correct += _correct(output.lengths, truth)
-    return Score(loss_sum / len(labels), correct / len(labels))
+    loss_sum, correct, count = 0.0, 0, 0
+    for batch in evaluation_batches(split, overlapping=overlapping, share=share):
+        images, labels, parts, _ = batch.to(device)
+        if not len(images):
+            continue  # a last batch of fewer images than processes
+        output = net(images, labels)
+        loss_sum += loss_of(output, parts, labels).item() * len(images)
+        correct += count_correct(output.lengths, labels)
+        count += len(images)
+    loss_sum, correct, count = total(loss_sum, correct, count, device=device)
+    return Score(loss_sum / count, correct / count)
 
 
-def shift_at_random(images: Tensor, fraction: float) -> Tensor:
-    """Each image [C, H, W] of a batch moved up to `fraction` of its sides in x and y, zeros coming in."""
-    moves = torch.eye(2, 3).repeat(len(images), 1, 1)  # [B, 2, 3], affine
-    moves[:, :, 2] = (2 * torch.rand(len(images), 2) - 1) * 2 * fraction  # a side is 2 long there
-    grid = F.affine_grid(moves, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
+def predict(lengths: Tensor, count: int) -> Tensor:
+    """The classes of the `count` longest capsules, longest first: int64 ``[B, count]`` of lengths ``[B, J]``."""
+    return lengths.topk(count, -1).indices
 
 
-def _correct(lengths: Tensor, labels: Tensor) -> int:
-    return int((lengths.argmax(-1) == labels).sum())
+def count_correct(lengths: Tensor, labels: Tensor) -> int:
+    """How many images have all of their labels ``[B, K]``, and no other class, among the K longest capsules."""
+    named = predict(lengths, labels.shape[1])
+    return int((named.sort(-1).values == labels.sort(-1).values).all(-1).sum())

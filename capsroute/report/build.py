@@ -1,0 +1,203 @@
+"""The report of a run: which figures it has, and what they say."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..bench.step import compare_training_step
+from ..nn import CapsNet
+from ..training.batches import Batch, evaluation_batches
+from ..training.checkpoint import Checkpoint, write_atomically
+from ..training.data import Dataset
+from ..training.options import TrainingOptions
+from ..training.trainer import Epoch
+from . import coupling, curves, images
+from .page import Section, render
+from .style import styled
+
+PAGE = "report.html"
+
+
+class Report(NamedTuple):
+    """What a report is made of.
+
+    Attributes:
+        loaded: the network and how it was trained.
+        dataset: its images.
+        epochs: the history; empty if it is not known.
+        rows: of :func:`capsroute.bench.step.compare_training_step`; empty if not measured.
+    """
+
+    loaded: Checkpoint
+    dataset: Dataset
+    epochs: Sequence[Epoch]
+    rows: Sequence[dict]
+
+    @property
+    def options(self) -> TrainingOptions:
+        return TrainingOptions(**self.loaded.info["options"])
+
+
+class Judged(NamedTuple):
+    """The network's view of the test split."""
+
+    lengths: Tensor  # [N, J]
+    labels: Tensor  # [N, K]
+    first: Batch  # the first images
+
+
+@torch.no_grad()
+def judge(net: CapsNet, dataset: Dataset, *, overlapping: bool) -> Judged:
+    """The lengths of all output capsules for every test image."""
+    net.eval()
+    lengths, labels, first = [], [], None
+    for batch in evaluation_batches(dataset.test, overlapping=overlapping):
+        first = first or batch
+        lengths.append(net(batch.images).lengths)
+        labels.append(batch.labels)
+    return Judged(torch.cat(lengths), torch.cat(labels), first)
+
+
+def training_step_rows(net: CapsNet, model: dict, batch: Batch, count: int, seconds: float) -> list[dict]:
+    """Time and memory of a training step on `count` images, fused against plain PyTorch."""
+    repeats = -(-count // len(batch.images))
+    pixels, labels = (x.repeat(repeats, *(1,) * (x.dim() - 1))[:count] for x in (batch.images, batch.labels[:, 0]))
+    return compare_training_step(partial(_network, model), pixels, labels, seconds=seconds)
+
+
+def _network(model: dict, backend: str) -> CapsNet:  # of a module, so that a fresh process finds it
+    return CapsNet(**model, backend=backend)
+
+
+def sections(report: Report, judged: Judged) -> Iterator[Section]:
+    """The figures, in the order of the page."""
+    net, options, names = report.loaded.net, report.options, report.dataset.class_names
+    two = options.overlap
+    if report.epochs:
+        held_out = "validation" if options.validation else "test, which decided nothing"
+        yield _section(
+            "curves",
+            "Learning",
+            "Loss and errors by epoch. Augmented images are harder than those held out, so that the dashed line may "
+            "lie above the other.",
+            curves.learning_curves(report.epochs, report.loaded.info["best_epoch"], held_out),
+        )
+    yield _section(
+        "confusion",
+        "What is taken for what",
+        "Rows: what was to be seen. Columns: what was named. Off the diagonal are the errors; colour grows as the "
+        "square root of the share of the row, so that single errors are seen.",
+        curves.confusion_matrix(curves.confusion(judged.lengths, judged.labels), names),
+    )
+    shown = _surest(judged)
+    image, labels = judged.first.images[shown], judged.first.labels[shown].tolist()
+    yield _section(
+        "coupling",
+        "Routing comes to agree",
+        f"One test image of {' and '.join(names[j] for j in labels)}. Each map: how strongly the input capsules of a "
+        "position couple to the output capsule of the row, pass by pass; white is an even share, orange more, violet "
+        "less. In the first pass all shares are even; then votes that agree win, and the capsule's length grows.",
+        coupling.coupling(net, image, labels, names),
+    )
+    if two:
+        yield _section(
+            "apart",
+            "Overlapping digits taken apart",
+            "The network sees the first column alone. The two longest capsules are its answer, and the decoder draws "
+            "each of them without the other. Orange and blue belong together in a row.",
+            images.taken_apart(net, judged.first, names),
+        )
+    else:
+        yield _section(
+            "reconstructions",
+            "Drawn again from one capsule",
+            "Above a test image of each class, below what the decoder draws from the longest capsule alone: "
+            f"{net.routing.out_features} numbers.",
+            images.reconstructions(net, judged.first, names),
+        )
+    yield _section(
+        "perturbations",
+        "What a capsule's numbers mean",
+        f"The capsule of {names[labels[0]]}, drawn with one of its features changed at a time, from -0.25 to 0.25: "
+        "stroke width, slant, the place of a part. The middle column is the unchanged capsule.",
+        images.perturbations(net, image, labels[0]),
+    )
+    if report.rows:
+        batch = options.batch_size
+        notes = "; ".join(f"{row['name']}: {row['note']}" for row in report.rows if row["seconds"] is None)
+        yield _section(
+            "speed",
+            "Speed and memory",
+            f"The whole training step of this network, {batch} images, on the CPU that drew this page (threads: "
+            f"{torch.get_num_threads()}), in turns in one process: fused is capsroute, reference plain PyTorch, "
+            "compiled the reference under torch.compile. Losses and gradients were compared before anything was "
+            f"timed. Memory is without parameters, gradients and the optimizer's state. {notes}",
+            curves.speed(report.rows, batch),
+        )
+
+
+def write(run_dir: Path, report: Report, judged: Judged) -> list[Path]:
+    """Write the page and its figures to a directory; returns their paths, the page first."""
+    options, loaded = report.options, report.loaded
+    with styled():
+        made = list(sections(report, judged))
+    test = loaded.info["test"]["accuracy"]
+    parameters = sum(x.numel() for x in loaded.net.parameters())
+    what = "pairs of overlapping digits" if options.overlap else "test images"
+    cards = [
+        ("test accuracy", f"{test:.2%}"),
+        (what, f"{len(judged.labels):,}"),
+        ("epochs", f"{len(report.epochs) or options.epochs}"),
+        ("parameters", f"{parameters:,}"),
+    ]
+    shown = {"data": report.dataset.name, **loaded.model, **options._asdict(), "capsroute": __version__}
+    notes = []
+    if not options.overlap:
+        notes.append("Overlapping digits are taken apart in the report of a run of: capsroute train --overlap")
+    if not report.rows:
+        notes.append("Speed was not measured.")
+    page = render(
+        f"Capsule network on {report.dataset.name}",
+        f"{'Both digits named' if options.overlap else 'Named'} in {test:.2%} of {len(judged.labels):,} {what} that "
+        "it was not trained on.",
+        cards,
+        made,
+        [(name.replace("_", " "), _words(value)) for name, value in shown.items()],
+        notes,
+    )
+    folder = run_dir / "report"
+    folder.mkdir(exist_ok=True)
+    paths = [run_dir / PAGE]
+    for section in made:
+        paths.append(folder / f"{section.name}.png")
+        write_atomically(paths[-1], section.png)
+    write_atomically(paths[0], page.encode())
+    return paths
+
+
+def _surest(judged: Judged) -> int:
+    """Among the first images that whose labelled capsules are the longest."""
+    labels = judged.first.labels
+    return int(judged.lengths[: len(labels)].gather(1, labels).amin(1).argmax())
+
+
+def _section(name: str, title: str, caption: str, figure) -> Section:
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return Section(name, title, caption.strip(), png.getvalue())
+
+
+def _words(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return " x ".join(map(str, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

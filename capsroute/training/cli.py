@@ -1,0 +1,196 @@
+"""The commands `capsroute train` and `capsroute eval`."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import time
+from pathlib import Path
+
+from .._console import add_backend, checked_backend, emit, number, say
+from . import checkpoint, data, distributed
+from .options import AMP_DTYPES, SCHEDULES, TrainingOptions
+from .run import MODEL, RunError, image_shape, run_training, stored
+from .trainer import evaluate
+
+DATA_VARIABLE = "CAPSROUTE_DATA"
+MODEL_DEFAULTS = {"channels": 64, "types": 32, "iterations": 3}
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Add what says which images."""
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        help="IDX files (MNIST and its kin), CIFAR-10's binary files, or folders of images, one a class "
+        f"(default: ${DATA_VARIABLE}, else the digits of scikit-learn)",
+    )
+    parser.add_argument("--image-size", type=number(int, 1), metavar="N", help="resize images of folders to N x N")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add --device."""
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if torch sees one"
+    )
+
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a training; one that is not given is None."""
+    default = TrainingOptions()._asdict() | MODEL_DEFAULTS
+
+    def option(name: str, kind, text: str, **more) -> None:
+        value = default[name.replace("-", "_")]
+        shown = f"{value:.3g}" if isinstance(value, float) else value
+        parser.add_argument(f"--{name}", type=kind, help=f"{text} (default: {shown})", **more)
+
+    count, share = number(int, 1), number(float)
+    option("epochs", count, "passes over the training images")
+    option("batch-size", count, "images a step, over all processes")
+    option("learning-rate", number(float, above=True), "of AdamW, the highest of the schedule")
+    option("schedule", str, "of the learning rate, after a short rise", choices=SCHEDULES)
+    option("weight-decay", share, "of AdamW")
+    option("clip", share, "the longest that the whole gradient may be; 0: any length")
+    option("amp", str, "automatic mixed precision", choices=AMP_DTYPES)
+    option("shift", share, "augmentation: shift by up to this share of the side")
+    option("rotation", share, "augmentation: rotate by up to so many degrees")
+    option("scale", share, "augmentation: zoom in and out by up to this share")
+    option("shear", share, "augmentation: shear by up to so many degrees")
+    option("validation", share, "share of the training images held out to choose the best epoch by")
+    option("patience", number(int), "stop when the validation loss has not fallen for so many epochs; 0: never")
+    option("channels", count, "channels of the first convolution (the paper: 256)")
+    option("types", count, "primary capsules at each position")
+    option("iterations", count, "routing passes")
+    parser.add_argument(
+        "--overlap", action="store_true", default=None, help="two digits over each other (the paper's MultiMNIST)"
+    )
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `capsroute train`."""
+    parser.add_argument("--out", type=Path, metavar="RUN_DIR", help="directory to write to (default: runs/DATE_TIME)")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in RUN_DIR after its last whole epoch; options that are not given are that run's",
+    )
+    start.add_argument("--overwrite", action="store_true", help="begin anew, whatever is in RUN_DIR")
+    parser.add_argument("--tensorboard", action="store_true", help="also log to RUN_DIR/tensorboard")
+    add_data(parser)
+    add_training(parser)
+    add_backend(parser)
+    add_device(parser)
+
+
+def load_data(args: argparse.Namespace, run: dict | None = None) -> tuple[data.Dataset, dict]:
+    """The images that the arguments name, else those that a run was trained on, else those of the environment.
+
+    Returns them and where they came from, to be given as `run` another time.
+    """
+    if run is None:
+        run = {"data_dir": os.environ.get(DATA_VARIABLE) or None, "image_size": None}
+    data_dir = args.data_dir or run.get("data_dir")
+    size = args.image_size or run.get("image_size")
+    return data.load(data_dir, size), {"data_dir": data_dir and str(Path(data_dir).resolve()), "image_size": size}
+
+
+def train(args: argparse.Namespace) -> int:
+    """Run `capsroute train`."""
+    if args.out is None:
+        if args.resume:
+            raise RunError("--resume needs --out, the run to go on with")
+        args.out = Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    known = stored(args.out) if args.resume else None
+    dataset, source = load_data(args, known and known[1])
+    result = train_as_asked(args, dataset, source, resume=args.resume, overwrite=args.overwrite)
+    say(args, f"wrote {args.out}; look at it with: capsroute report {args.out}")
+    emit(args, result)
+    return 0
+
+
+def train_as_asked(
+    args: argparse.Namespace, dataset: data.Dataset, source: dict, *, resume: bool = False, overwrite: bool = False
+) -> dict:
+    """Train as the arguments of :func:`add_training` say, and tell what came of it."""
+    known = stored(args.out) if resume else None
+    options, model = TrainingOptions(), dict(MODEL_DEFAULTS)
+    if known:
+        options, model = known[0].options, dict(known[0].model)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    options = options._replace(**{name: given[name] for name in options._fields if name in given}).check()
+    model |= {name: given[name] for name in MODEL_DEFAULTS if name in given}
+    model |= {"image_shape": image_shape(dataset, options), "classes": dataset.classes}
+    start = time.perf_counter()
+    run = run_training(
+        args.out,
+        dataset,
+        model,
+        options,
+        backend=checked_backend(args.backend),
+        device=distributed.pick_device(args.device),
+        resume=resume,
+        overwrite=overwrite,
+        tensorboard=getattr(args, "tensorboard", False),
+        source=source,
+    )
+    seconds = time.perf_counter() - start
+    what = "pairs of overlapping digits" if options.overlap else "images"
+    say(
+        args,
+        f"test accuracy {run.test.accuracy:.2%} on {len(dataset.test)} {what}, epoch {run.best_epoch} of "
+        f"{len(run.history)}, after {seconds:.0f} s",
+    )
+    return {
+        "dataset": dataset.name,
+        "model": model,
+        "options": options._asdict(),
+        "epochs": len(run.history),
+        "best_epoch": run.best_epoch,
+        "test_accuracy": run.test.accuracy,
+        "test_loss": run.test.loss,
+        "seconds": seconds,
+        "out": str(args.out),
+    }
+
+
+def add_eval(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `capsroute eval`."""
+    parser.add_argument("path", type=Path, help=f"a RUN_DIR of `train`, or its {MODEL}")
+    add_data(parser)
+    add_backend(parser)
+    add_device(parser)
+
+
+def load_run(args: argparse.Namespace, run_dir: Path) -> tuple[checkpoint.Checkpoint, data.Dataset]:
+    """The network of a run, or of a file, and its images.
+
+    Raises:
+        ValueError: if the network is not for such images.
+    """
+    path = run_dir / MODEL if run_dir.is_dir() else run_dir
+    loaded = checkpoint.load(path, backend=checked_backend(args.backend))
+    known = stored(run_dir) if run_dir.is_dir() else None
+    dataset, _ = load_data(args, known and known[1])
+    try:
+        options = TrainingOptions(**loaded.info["options"]).check()
+    except (LookupError, TypeError, ValueError) as error:
+        raise checkpoint.CheckpointError(f"{path} does not say how it was trained: {error}") from error
+    expected = tuple(loaded.model["image_shape"]), loaded.model["classes"]
+    found = image_shape(dataset, options), dataset.classes
+    if expected != found:
+        raise ValueError(
+            f"{path} is for images {expected[0]} of {expected[1]} classes, {dataset.name} has {found[0]} of {found[1]}"
+        )
+    return loaded, dataset
+
+
+def evaluate_run(args: argparse.Namespace) -> int:
+    """Run `capsroute eval`."""
+    loaded, dataset = load_run(args, args.path)
+    net = loaded.net.to(distributed.pick_device(args.device))
+    score = evaluate(net, dataset.test, overlapping=loaded.info["options"]["overlap"])
+    say(args, f"test accuracy {score.accuracy:.2%} on {len(dataset.test)} images, loss {score.loss:.4f}")
+    emit(args, {"dataset": dataset.name, "test_accuracy": score.accuracy, "test_loss": score.loss})
+    return 0

@@ -1,0 +1,51 @@
+"""Images to train on: scikit-learn's digits, IDX files (MNIST), CIFAR-10's binary files, folders of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .cifar import cifar10, has_cifar10
+from .dataset import DataError, Dataset, Split, hold_out, make_dataset
+from .digits import digits
+from .folder import image_folder
+from .idx import has_idx_files, idx_files, read_idx
+
+__all__ = [
+    "DataError",
+    "Dataset",
+    "Split",
+    "cifar10",
+    "digits",
+    "hold_out",
+    "idx_files",
+    "image_folder",
+    "load",
+    "make_dataset",
+    "read_idx",
+]
+
+
+def load(data_dir: str | Path | None = None, image_size: int | None = None) -> Dataset:
+    """What a directory holds: IDX files, CIFAR-10's binary files, or folders of images; None: the digits.
+
+    Args:
+        data_dir: the directory.
+        image_size: for folders of images: the height and width to resize to.
+
+    Raises:
+        DataError: if it holds none of these, or one that is broken.
+    """
+    if data_dir is None:
+        return digits()
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir():
+        raise DataError(f"{data_dir} is no directory")
+    for found, read in ((has_idx_files, idx_files), (has_cifar10, cifar10)):
+        if found(data_dir):
+            return read(data_dir)
+    if any(path.is_dir() for path in data_dir.iterdir()):
+        return image_folder(data_dir, image_size)
+    raise DataError(
+        f"{data_dir} holds neither IDX files (train-images-idx3-ubyte ...), nor CIFAR-10's binary files "
+        "(data_batch_1.bin ...), nor folders of images, one a class"
+    )

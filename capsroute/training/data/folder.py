@@ -1,0 +1,88 @@
+"""Folders of images: one folder a class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .._optional import optional
+from .dataset import DataError, Dataset, Split, hold_out, make_dataset
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+GREY_MODES = {"1", "L", "LA"}  # of Pillow
+DEEP_MODES = ("I", "F")  # "I;16" too: Pillow would clip them to 8 bits
+TEST_FOLDERS = ("test", "val", "valid", "validation")
+
+
+def image_folder(data_dir: Path, image_size: int | None = None) -> Dataset:
+    """`train/CLASS/IMAGE` and `test/CLASS/IMAGE` (or `val`), or `CLASS/IMAGE`, split 80 to 20, stratified.
+
+    Images are grey if all of them are, else red, green and blue.
+
+    Args:
+        data_dir: the directory.
+        image_size: height and width that every image is resized to. None: they must have one size already.
+
+    Raises:
+        DataError: if there are no images, an image cannot be read, or sizes or classes differ.
+    """
+    train_dir = data_dir / "train"
+    test_dir = next((data_dir / name for name in TEST_FOLDERS if (data_dir / name).is_dir()), None)
+    if train_dir.is_dir() != (test_dir is not None):
+        raise DataError(f"{data_dir} must have folders train and test, or none of them, got one")
+    name = f"images:{data_dir.resolve().name}"
+    if test_dir is None:
+        class_names, files = _list(data_dir)
+        whole = Split(_read(list(files), image_size), torch.tensor(list(files.values())))
+        return make_dataset(name, *hold_out(whole, 0.2), class_names)
+    class_names, train = _list(train_dir)
+    test_names, test = _list(test_dir)
+    if class_names != test_names:
+        odd = sorted(set(class_names) ^ set(test_names))
+        raise DataError(f"{train_dir} and {test_dir} must have the same classes, only one has {', '.join(odd)}")
+    images = _read([*train, *test], image_size)  # together: all grey or all in colour
+    labels = torch.tensor([*train.values(), *test.values()])
+    whole = Split(images, labels)
+    return make_dataset(name, whole[: len(train)], whole[len(train) :], class_names)
+
+
+def _list(folder: Path) -> tuple[list[str], dict[Path, int]]:
+    """The classes of a folder in the order of their names, and the label of each image file."""
+    class_names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    files = {
+        path: label
+        for label, name in enumerate(class_names)
+        for path in sorted((folder / name).iterdir())
+        if path.suffix.lower() in SUFFIXES
+    }
+    empty = [name for label, name in enumerate(class_names) if label not in files.values()]
+    if not files or empty:
+        kinds = ", ".join(sorted(SUFFIXES))
+        raise DataError(f"{folder / empty[0] if empty else folder} holds no images ({kinds}) in folders, one a class")
+    return class_names, files
+
+
+def _read(paths: list[Path], image_size: int | None) -> Tensor:
+    """Images [N, C, H, W], uint8."""
+    pil = optional("PIL.Image")
+    numpy = optional("numpy")
+    opened = []
+    for path in paths:
+        try:
+            with pil.open(path) as file:
+                if file.mode.startswith(DEEP_MODES):
+                    raise DataError(f"{path} must have 8 bits a channel, got Pillow's mode {file.mode}")
+                image = file.convert("L" if file.mode in GREY_MODES else "RGB")
+        except DataError:
+            raise
+        except (OSError, ValueError, SyntaxError, pil.DecompressionBombError) as error:
+            raise DataError(f"{path} is no image that can be read: {error}") from error
+        opened.append(image.resize((image_size, image_size)) if image_size else image)
+        if opened[-1].size != opened[0].size:
+            (w, h), (w0, h0) = opened[-1].size, opened[0].size
+            raise DataError(f"{path} has {h} x {w} pixels, {paths[0]} {h0} x {w0}: say what to resize to, --image-size")
+    mode = "L" if all(image.mode == "L" for image in opened) else "RGB"
+    pixels = torch.stack([torch.from_numpy(numpy.array(image.convert(mode))) for image in opened])
+    return pixels.unsqueeze(1) if mode == "L" else pixels.permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,37 @@
+"""TensorBoard logs of a training: loss, accuracy, images a second and learning rate by epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ._optional import optional
+from .trainer import Training
+
+
+@contextmanager
+def tensorboard_log(log_dir: Path, epochs: int) -> Iterator[Callable[[Training], None]]:
+    """Log to a directory while the context lasts; call what it yields after every epoch.
+
+    Args:
+        log_dir: the directory, made if it is not there.
+        epochs: how many are done; what an interrupted run has logged beyond them is dropped.
+    """
+    optional("tensorboard", extra="tensorboard")  # torch's own error does not say what to install
+    writer = optional("torch.utils.tensorboard").SummaryWriter(str(log_dir), purge_step=epochs + 1)
+
+    def log(training: Training) -> None:
+        epoch, number = training.history[-1], len(training.history)
+        held_out = "validation" if training.options.validation else "test"
+        for split, score in (("training", epoch.train), (held_out, epoch.held_out)):
+            writer.add_scalar(f"loss/{split}", score.loss, number)
+            writer.add_scalar(f"accuracy/{split}", score.accuracy, number)
+        writer.add_scalar("learning_rate", training.optimizer.param_groups[0]["lr"], number)
+        writer.add_scalar("seconds", epoch.seconds, number)
+        writer.flush()
+
+    try:
+        yield log
+    finally:
+        writer.close()

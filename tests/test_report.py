@@ -1,0 +1,267 @@
+"""capsroute.report: the figures show what they say, and the page opens in a real browser, on a phone too."""
+
+import contextlib
+import functools
+import html.parser
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import threading
+
+import pytest
+import torch
+
+from capsroute.bench.measure import Result
+from capsroute.cli import main
+from capsroute.nn import CapsNet
+from capsroute.report import build, coupling, curves, images
+from capsroute.training import data
+from capsroute.training.batches import evaluation_batches
+from capsroute.training.data import Split, make_dataset
+from capsroute.training.options import TrainingOptions
+from capsroute.training.run import image_shape, run_training
+from capsroute.training.trainer import Epoch, Score
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+SMALL = {"channels": 8, "types": 2, "hidden": (16,)}
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+NASTY = '<script>alert("x")</script> & co'
+
+
+def first_batch(dataset: data.Dataset, overlapping: bool = False):
+    return next(iter(evaluation_batches(dataset.test, overlapping=overlapping)))
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.Dataset:
+    """Few digits, under a name to be escaped."""
+    digits = data.digits()
+    return digits._replace(name=NASTY, train=digits.train[:256], test=digits.test[:64])
+
+
+@pytest.fixture(scope="module", params=["digits", "overlap"])
+def run_dir(request, tmp_path_factory, digits):
+    path = tmp_path_factory.mktemp(request.param)
+    options = TrainingOptions(epochs=2, overlap=request.param == "overlap", validation=0.2)
+    model = {**SMALL, "image_shape": image_shape(digits, options), "classes": 10}
+    run_training(path, digits, model, options)
+    return path
+
+
+@pytest.fixture(scope="module")
+def report(run_dir, digits):
+    """The directory of a run with its report, and the text of the page."""
+
+    def compare(model_factory, pixels, labels, *, seconds):
+        output = model_factory("reference")(pixels, labels)  # what tests/test_bench.py times
+        assert output.reconstruction.shape == pixels.shape == (64, *pixels.shape[1:])
+        assert seconds == 10
+        rows = Result("fused", 0.01, 0.01, 0.01, 3, 2**20), Result("reference", 0.1, 0.1, 0.1, 3, 2**24)
+        return [row._asdict() for row in (*rows, Result("compiled", note="no compiler"))]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load", lambda *_: digits)
+        patch.setattr(build, "compare_training_step", compare)
+        assert main(["report", str(run_dir)]) == 0
+    return run_dir, (run_dir / "report.html").read_text()
+
+
+# The page
+
+
+class Links(html.parser.HTMLParser):
+    """What a page refers to, and which tags it has."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.targets, self.alts = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append(tag)
+        self.targets += [attrs[name] for name in ("src", "href", "srcset", "action", "data") if name in attrs]
+        self.alts += [attrs.get("alt")] if tag == "img" else []
+
+
+def test_the_page_is_whole_in_itself(report):
+    path, text = report
+    links = Links(text)
+    assert "script" not in links.tags
+    assert len(links.targets) == len(links.alts) == 6
+    assert all(target.startswith("data:image/png;base64,") for target in links.targets)
+    assert not re.search(r"url\(|@import|https?://", re.sub(r'src="[^"]*"', "", text))
+    assert all(len(alt) > 40 for alt in links.alts)  # says what the figure shows to those who cannot see it
+    pngs = {file.name for file in (path / "report").iterdir()}
+    drawn = "apart.png" if "overlap" in path.name else "reconstructions.png"
+    assert pngs == {"curves.png", "confusion.png", "coupling.png", drawn, "perturbations.png", "speed.png"}
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in (path / "report").iterdir())
+
+
+def test_names_are_escaped(report):
+    assert "<script" not in report[1]
+    assert "<h1>Capsule network on &lt;script&gt;" in report[1]
+
+
+def test_the_page_says_what_matters_first(report):
+    path, text = report
+    accuracy = json.loads((path / "history.json").read_text())["test"]["accuracy"]
+    assert f"<dd>{accuracy:.2%}</dd>" in text
+    assert "pairs of overlapping digits" in text if "overlap" in path.name else "64 test images" in text
+    assert "compiled: no compiler" in text  # why there is no bar
+
+
+PROBE = """<!doctype html><body><pre id="result">not loaded</pre><script>
+const frame = document.createElement("iframe");
+frame.style = "border:0;width:WIDTHpx;height:800px";
+frame.onload = () => {
+  const page = frame.contentDocument, root = page.documentElement;
+  const images = [...page.images];
+  document.getElementById("result").textContent = JSON.stringify({
+    title: page.title, images: images.length, loaded: images.filter(i => i.complete && i.naturalWidth > 500).length,
+    width: root.clientWidth, content: root.scrollWidth, height: root.scrollHeight,
+    smallest: Math.min(...images.map(i => i.getBoundingClientRect().width)),
+    columns: new Set([...page.querySelectorAll("section")].map(s => s.getBoundingClientRect().left)).size,
+    text: Math.min(...[...page.querySelectorAll("p, td, dt")].map(e => parseFloat(getComputedStyle(e).fontSize))),
+  });
+};
+frame.src = "report.html";
+document.body.append(frame);
+</script></body>"""
+
+
+@contextlib.contextmanager
+def served(folder):
+    """An address under which a folder is served, and the list of what is asked for."""
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            asked.append(self.path)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium to open the page in: apt-get install chromium")
+@pytest.mark.parametrize(("width", "columns"), [(390, 1), (1200, 2)])  # of a phone; of a laptop
+def test_a_browser_shows_the_page(report, tmp_path, width, columns):
+    shutil.copy(report[0] / "report.html", tmp_path)
+    (tmp_path / "probe.html").write_text(PROBE.replace("WIDTH", str(width)))
+    with served(tmp_path) as (address, asked):
+        flags = (
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--virtual-time-budget=20000",
+        )
+        home = f"--user-data-dir={tmp_path / 'profile'}"
+        nowhere = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
+        command = [BROWSER, *flags, home, nowhere, "--window-size=1400,1000", "--dump-dom", f"{address}/probe.html"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout)
+    assert found, done.stderr
+    shown = json.loads(html.unescape(found[1]))
+    assert shown["title"] == f"Capsule network on {NASTY}"
+    assert shown["images"] == shown["loaded"] == 6
+    assert shown["width"] <= width
+    assert shown["content"] <= width  # nothing to scroll sideways
+    assert shown["columns"] == columns
+    assert shown["smallest"] > 300
+    assert shown["text"] >= 13
+    assert set(asked) - {"/favicon.ico"} == {"/probe.html", "/report.html"}
+
+
+# The figures
+
+
+def test_an_error_of_zero_lies_inside_the_learning_curves():
+    history = [Epoch(Score(1.0, 0.5), Score(1.0, 0.5), 1.0), Epoch(Score(0.1, 1.0), Score(0.2, 1.0), 1.0)]
+    axes = curves.learning_curves(history, 2, "test").axes[1]
+    assert axes.lines[1].get_ydata().tolist() == [50, 0]
+    assert axes.lines[2].get_xdata() == 2
+    assert axes.bbox.ymin - 1 <= axes.transData.transform((2, 0))[1] <= axes.bbox.ymax
+
+
+def test_confusion_counts_what_was_named_instead():
+    lengths = torch.tensor([[0.9, 0.2, 0.1], [0.1, 0.9, 0.2], [0.3, 0.9, 0.1]])
+    assert curves.confusion(lengths, torch.tensor([[0], [2], [1]])).tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 0]]
+    lengths = torch.tensor([[0.9, 0.8, 0.1, 0.2], [0.9, 0.8, 0.1, 0.2]])
+    counts = curves.confusion(lengths, torch.tensor([[0, 2], [3, 2]]))
+    assert counts.tolist() == [[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [0, 1, 0, 0]]
+
+
+def test_speed_is_drawn_as_measured():
+    rows = [
+        {"name": "fused", "seconds": 0.01, "peak_bytes": 2**21},
+        {"name": "reference", "seconds": 0.1, "peak_bytes": 2**25},
+        {"name": "compiled", "seconds": None, "peak_bytes": None},
+    ]
+    rate, memory = curves.speed(rows, 64).axes
+    assert [bar.get_width() for bar in rate.patches] == [6400, 640]
+    assert [text.get_text() for text in memory.texts] == ["2 MiB", "32 MiB"]
+
+
+def test_coupling_is_shown_pass_by_pass(digits):
+    net = CapsNet((1, 8, 8), 10, **SMALL)
+    image, label = digits.test.images[3], int(digits.test.labels[3])
+    share, lengths = coupling.coupling_by_pass(net, image)
+    u = net.primary_capsules(image.unsqueeze(0))
+    v, c = net.routing(u, return_coupling=True)
+    torch.testing.assert_close(share[0], torch.ones(4, 4, 10))  # even
+    torch.testing.assert_close(share[-1], c.view(4, 4, 2, 10).mean(2) * 10)
+    torch.testing.assert_close(lengths[-1], v.norm(dim=-1).squeeze(0))
+    figure = coupling.coupling(net, image, [label], digits.class_names)
+    grid = [axes for axes in figure.axes if axes.images]
+    assert torch.equal(torch.tensor(grid[3].images[0].get_array()), share[2, ..., label])  # image, pass 1, 2, 3
+    assert grid[1].get_ylabel() == f"to {label}"
+    assert grid[3].get_xlabel() == f"length {lengths[2, label]:.2f}"
+
+
+def test_perturbations_change_one_feature_at_a_time(digits):
+    net = CapsNet((1, 8, 8), 10, **SMALL)
+    image = digits.test.images[0]
+    mosaic = torch.tensor(images.perturbations(net, image, 7).axes[0].images[0].get_array())
+    tiles = mosaic.unflatten(0, (16, 10)).unflatten(2, (11, 10)).transpose(1, 2)[:, :, 1:-1, 1:-1]  # [O, steps, H, W]
+    capsules = net.routing(net.primary_capsules(image.unsqueeze(0)))
+    for feature, step in ((0, 0), (5, 8), (15, 10)):
+        changed = capsules.clone()
+        changed[0, 7, feature] += (step - 5) / 20
+        torch.testing.assert_close(tiles[feature, step], net.decoder(changed, torch.tensor([7]))[0, 0])
+    torch.testing.assert_close(tiles[:, 5], tiles[:1, 5].expand(16, -1, -1))  # the middle is unchanged
+
+
+def test_overlapping_digits_and_their_drawings_have_one_colour(digits):
+    net = CapsNet((1, 10, 10), 10, **SMALL)
+    batch = first_batch(digits, overlapping=True)
+    figure = images.taken_apart(net, batch, digits.class_names)
+    assert len(figure.axes) == images.PAIRS * 4
+    lengths = net(batch.images[: images.PAIRS]).lengths
+    for row in range(images.PAIRS):
+        _, made_of, first, second = figure.axes[4 * row : 4 * row + 4]
+        labels = [int(word) for word in made_of.get_xlabel().split(" and ")]
+        named = [int(axes.get_xlabel().split()[2].strip(":")) for axes in (first, second)]
+        assert sorted(named) == sorted(lengths[row].topk(2).indices.tolist())
+        for axes, label in ((first, labels[0]), (second, labels[1])):
+            if label in named:
+                assert axes.get_xlabel() == f"read as {label}"
+
+
+def test_figures_of_more_classes_than_fit_and_of_colour():
+    split = Split(torch.rand(26, 3, 8, 9), torch.arange(26) % 13)
+    dataset = make_dataset("colour", split, split)
+    net = CapsNet((3, 8, 9), 13, channels=4, types=2, hidden=(4,))
+    shown = images.reconstructions(net, first_batch(dataset), dataset.class_names)
+    pictures = [axes for axes in shown.axes if axes.images]
+    assert len(pictures) == 2 * 10
+    torch.testing.assert_close(torch.tensor(pictures[3].images[0].get_array()), split.images[3].permute(1, 2, 0))
+    figure = coupling.coupling(net, split.images[12], [12], dataset.class_names)
+    assert "to 12" in [axes.get_ylabel() for axes in figure.axes]
+    counts = torch.randint(0, 9, (40, 40))
+    assert len(curves.confusion_matrix(counts, [str(j) for j in range(40)]).axes[0].texts) == 0
