@@ -33,8 +33,8 @@ class CapsuleConvTranspose2d(CapsuleConv):
     is a :class:`CapsuleConv2d` of that part, so no zero between inputs is ever multiplied.
 
     Args:
-        in_types, in_features, out_types, out_features, iterations, bias, coupling, leaky, detach_coupling, eps,
-        backend, chunk_bytes, device, dtype: as in :class:`CapsuleConv2d`.
+        in_types, in_features, out_types, out_features, iterations: as in :class:`CapsuleConv2d`.
+        bias, coupling, leaky, detach_coupling, eps, backend, chunk_bytes, device, dtype: likewise.
         kernel_size, stride, padding, output_padding: as in :class:`torch.nn.ConvTranspose2d`, one int or
             (height, width). The kernel must not be smaller than the stride, or some outputs would see nothing.
 
