@@ -259,7 +259,8 @@ def gradients(
         dW = tl.zeros([IB, DB, JB, XB], ACC)
     of_share = tl.zeros([IB, JB, 1], ACC)
     begin = tl.program_id(2).to(tl.int64) * share
-    for b in range(begin, tl.minimum(begin + share, B)):
+    for sample in range(begin, tl.minimum(begin + share, B)):
+        b = tl.zeros([1, 1, 1], tl.int64) + sample
         row, allowed, prior = pairs(logits, mask, i < I, b, i, j, strides, P)
         if P.pair:
             at = u + (b * strides[5] + i * strides[6])[:, :, :, None] + d

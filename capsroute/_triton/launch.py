@@ -34,7 +34,7 @@ class Launch(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.kernel.__module__.rpartition('.')[2]}.{self.kernel.__name__}"
+        return f"{self.kernel.fn.__module__.rpartition('.')[2]}.{self.kernel.fn.__name__}"
 
     @property
     def options(self) -> dict[str, Any]:
