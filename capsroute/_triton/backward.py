@@ -1,329 +1,286 @@
-"""The backward kernels. From ds^k = dL/ds^k of a pass, with p its coupling,
-
-    t_ij  = h_ij . ds^k_j,    db_ij = p_ij (t_ij - T),    dV^(k-1)_j = dV^k_j + sum over i of db_ij h_ij,
-
-where T = sum over j of p_ij t_ij, or over i, which is (s^k_j - bias_j) . ds^k_j: one stream for each pass from the
-last to the second. Then one stream makes every gradient from
-
-    dh_ij = sum over k of p^k_ij ds^k_j + db^k_ij V^(k-1)_j,    V^0 = 0.
-"""
+"""The steps of the backward: one stream for each pass from the last to the second, then one for all gradients."""
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from .forward import added, from_keys, to_keys
-from .stream import normalised, pairs, row_statistics, softmax_parts, squash_scale, tile, votes
+import torch
+from torch import Tensor
 
-
-@triton.jit
-def squash_gradient(s, g, eps):
-    """J_sq(s)^T g; this form is accurate to |s| = 1e18 in float32."""
-    n2 = tl.sum(s * s, 2, keep_dims=True)
-    r = tl.sqrt(n2 + eps)
-    f = n2 / (1 + n2) / r
-    unit = s / r
-    return f * g + (2 * r / (1 + n2) / (1 + n2) - f) * tl.sum(unit * g, 2, keep_dims=True) * unit
+from . import tuning
+from .forward import Norm, merge_rows, stream_query
+from .forward import Parts, finish
+from .kernels import backward as kernels
+from .kernels.stream import Static
+from .problem import Grid, Launch, Problem, Step, Sum, ceil
 
 
-@triton.jit(do_not_specialize=["B", "R"])
-def start(
-    grad, s, weight, bias, sums, queries, slopes, key_queries, key_slopes, columns, B, R, eps, strides,
-    SQUASH: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
-    """V^1 .. V^(R-1) from what was saved, and ds^R = J_sq(s^R)^T dv; for keys also W^T V and W^T ds.
+class Needs(NamedTuple):
+    """Which gradients are wanted; third: the bias, or the query of one pass."""
 
-    Over i also T_j = (s_j - bias_j) . ds_j.
+    u: bool
+    weight: bool
+    third: bool
+    logits: bool
+
+
+class Statistics(NamedTuple):
+    """Of the softmax of each pass, where one tile cannot know them: m, the sum of exp(b - m), and T. [R, B, J] where it
+    runs over i, [R, B, I] where it runs over j and J takes several tiles.
     """
-    ACC: tl.constexpr = P.acc
-    TB: tl.constexpr = P.TB
-    JB: tl.constexpr = P.JB
-    OB: tl.constexpr = P.OB
-    J: tl.constexpr = P.J
-    O: tl.constexpr = P.O
-    D: tl.constexpr = P.D
-    b, j, o = tile(P, OB)
-    inside = (b < B) & (j < J) & (o < O)
-    at = (b * J + j) * O + o
-    n = B.to(tl.int64) * (J * O)
-    V = tl.zeros([TB, JB, OB], ACC)
-    for k in range(0, R - 1):
-        s_k = tl.load(s + k * n + at, mask=inside, other=0)
-        V += squash_scale(tl.sum(s_k * s_k, 2, keep_dims=True), eps) * s_k
-        tl.store(queries + k * n + at, V, mask=inside)
-        if P.keys:
-            to_keys(V, weight, key_queries + k * (B.to(tl.int64) * (J * D)), b, j, o, B, strides, P)
-    g = tl.load(grad + b * strides[3] + j * strides[4] + o * strides[5], mask=inside, other=0).to(ACC)
-    s_k = g
-    if SQUASH:
-        s_k = tl.load(s + (R - 1) * n + at, mask=inside, other=0)
-        g = squash_gradient(s_k, g, eps)
-    elif P.over_inputs:
-        s_k = tl.load(s + at, mask=inside, other=0)
-    store_slope(g, s_k, weight, bias, slopes, key_slopes, columns, b, j, o, R - 1, B, strides, P)
+
+    tops: Tensor | None = None
+    totals: Tensor | None = None
+    means: Tensor | None = None
 
 
-@triton.jit
-def store_slope(ds, s, weight, bias, slopes, key_slopes, columns, b, j, o, k, B, strides, P: tl.constexpr):
-    """ds^k [TB, JB, OB], as the streams of pass k read it."""
-    ACC: tl.constexpr = P.acc
-    J: tl.constexpr = P.J
-    O: tl.constexpr = P.O
-    D: tl.constexpr = P.D
-    inside = (b < B) & (j < J) & (o < O)
-    n = B.to(tl.int64) * J
-    tl.store(slopes + k * (n * O) + (b * J + j) * O + o, ds, mask=inside)
-    if P.over_inputs:
-        if bias is not None:
-            s -= tl.load(bias + j * O + o, mask=(j < J) & (o < O), other=0).to(ACC)
-        tl.store(columns + k * n + b * J + j, tl.sum(s * ds, 2, keep_dims=True), mask=(b < B) & (j < J))
-    if P.keys:
-        to_keys(ds, weight, key_slopes + k * (n * D), b, j, o, B, strides, P)
+@dataclass
+class Chain:
+    """What the streams read, by pass k from 0."""
 
+    R: int
+    given: bool  # V^0 is a query
+    V: Tensor  # [R - 1, B, J, O], from V^1; or the query [1, B, J, O]
+    ds: Tensor  # [R, B, J, O]
+    queries: Tensor  # V, for keys W^T V [.., B, J, D]
+    slopes: Tensor  # ds, for keys W^T ds
+    statistics: Statistics
+    rows: bool
 
-@triton.jit(do_not_specialize=["B", "k", "groups"])
-def step(
-    parts, s, weight, bias, dV, slopes, key_slopes, columns, k, B, groups, eps, strides,
-    FIRST: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
-    """dV^k = dV^(k+1) + sum of the parts of the stream of pass k + 1, and ds^k = J_sq(s^k)^T dV^k, k from 0."""
-    OB: tl.constexpr = P.OB
-    J: tl.constexpr = P.J
-    O: tl.constexpr = P.O
-    b, j, o = tile(P, OB)
-    inside = (b < B) & (j < J) & (o < O)
-    at = (b * J + j) * O + o
-    if P.keys:
-        g = from_keys(parts, parts, 0.0, weight, b, j, o, groups, B, strides, P)
-    else:
-        g = added(parts, parts, 0.0, b, j, o, groups, B, P)
-    if not FIRST:
-        g += tl.load(dV + at, mask=inside, other=0)
-    tl.store(dV + at, g, mask=inside)
-    s_k = tl.load(s + k * (B.to(tl.int64) * (J * O)) + at, mask=inside, other=0)
-    ds = squash_gradient(s_k, g, eps)
-    store_slope(ds, s_k, weight, bias, slopes, key_slopes, columns, b, j, o, k, B, strides, P)
-
-
-@triton.jit
-def query_before(queries, k, n, at, inside):
-    """V^(k-1), of n numbers each, V^0 = 0 not stored."""
-    place = (k - 1) * n + at
-    return tl.load(queries + place, mask=inside & (place >= 0), other=0)
-
-
-@triton.jit
-def coupling_and_slope(h, prior, allowed, V, ds, rows, lse, columns, k, row, b, i, j, B, I, P: tl.constexpr):
-    """p_ij and db_ij of pass k, [TB, JB, 1].
-
-    rows [R, 3, B, I]: m, total and T where J takes several tiles; lse and T [R, B, J] where the softmax runs over i.
-    """
-    J: tl.constexpr = P.J
-    a = prior + tl.sum(h * V, 2, keep_dims=True)
-    a = tl.where(allowed, a, float("-inf"))
-    t = tl.sum(h * ds, 2, keep_dims=True)
-    if P.over_inputs:
-        at, inside = (k * B.to(tl.int64) + b) * J + j, (b < B) & (j < J)
-        p = tl.where(allowed, tl.exp(a - tl.load(lse + at, mask=inside, other=0)), 0.0)
-        T = tl.load(columns + at, mask=inside, other=0)
-    elif P.tiled:
-        n = B.to(tl.int64) * I
-        m, total = row_statistics(rows + 3 * k * n, row, b, i, B, I)
-        p = normalised(a, allowed, m, total)
-        T = tl.load(rows + (3 * k + 2) * n + b * I + i, mask=row, other=0)
-    else:
-        m, total = softmax_parts(a, P)
-        p = normalised(a, allowed, m, total)
-        T = tl.sum(p * t, 1, keep_dims=True)
-    return p, tl.where(allowed, p * (t - T), 0.0)
-
-
-@triton.jit(do_not_specialize=["B", "I", "k"])
-def rows(u, weight, logits, mask, queries, slopes, parts, k, B, I, strides, P: tl.constexpr):
-    """Where J takes several tiles: m, total and sum of exp(a - m) t over the j of this tile, parts [tiles, 3, B, I]."""
-    XB: tl.constexpr = P.XB
-    J: tl.constexpr = P.J
-    X: tl.constexpr = P.X
-    b, j, x = tile(P, XB)
-    inside = (b < B) & (j < J) & (x < X)
-    at = (b * J + j) * X + x
-    n = B.to(tl.int64) * (J * X)
-    V = query_before(queries, k, n, at, inside)
-    ds = tl.load(slopes + k * n + at, mask=inside, other=0)
-    begin = tl.program_id(2).to(tl.int64) * P.group
-    for i in range(begin, tl.minimum(begin + P.group, I)):
-        row, allowed, prior = pairs(logits, mask, b < B, b, i, j, strides, P)
-        h = votes(u, weight, b, i, j, x, row, allowed, strides, P)
-        a = tl.where(allowed, prior + tl.sum(h * V, 2, keep_dims=True), float("-inf"))
-        m, total = softmax_parts(a, P)
-        T = tl.sum(tl.exp(a - m) * tl.sum(h * ds, 2, keep_dims=True), 1, keep_dims=True)
-        m = tl.where(total == 0, float("-inf"), m)
-        to = parts + (tl.program_id(1) * 3 * B.to(tl.int64) + b) * I + i
-        tl.store(to, m, mask=b < B)
-        tl.store(to + B.to(tl.int64) * I, total, mask=b < B)
-        tl.store(to + 2 * (B.to(tl.int64) * I), T, mask=b < B)
-
-
-@triton.jit(do_not_specialize=["B", "I", "k"])
-def pass_(
-    u, weight, logits, mask, queries, slopes, rows, lse, columns, parts, sums, k, B, I, strides, P: tl.constexpr
-):
-    """One group's part of sum over i of db_ij h_ij, parts [groups, B, J, X]; with sums that of p_ij h_ij too."""
-    ACC: tl.constexpr = P.acc
-    TB: tl.constexpr = P.TB
-    JB: tl.constexpr = P.JB
-    XB: tl.constexpr = P.XB
-    J: tl.constexpr = P.J
-    X: tl.constexpr = P.X
-    b, j, x = tile(P, XB)
-    inside = (b < B) & (j < J) & (x < X)
-    at = (b * J + j) * X + x
-    n = B.to(tl.int64) * (J * X)
-    V = query_before(queries, k, n, at, inside)
-    ds = tl.load(slopes + k * n + at, mask=inside, other=0)
-    e = tl.zeros([TB, JB, XB], ACC)
-    c = tl.zeros([TB, JB, XB], ACC)
-    g = tl.program_id(2).to(tl.int64)
-    begin = g * P.group
-    for i in range(begin, tl.minimum(begin + P.group, I)):
-        row, allowed, prior = pairs(logits, mask, b < B, b, i, j, strides, P)
-        h = votes(u, weight, b, i, j, x, row, allowed, strides, P)
-        p, db = coupling_and_slope(h, prior, allowed, V, ds, rows, lse, columns, k, b < B, b, i, j, B, I, P)
-        e = tl.fma(tl.broadcast_to(db, [TB, JB, XB]), h, e)
-        if P.need_weight:
-            c = tl.fma(tl.broadcast_to(p, [TB, JB, XB]), h, c)
-    tl.store(parts + g * n + at, e, mask=inside)
-    if P.need_weight:
-        tl.store(sums + g * n + at, c, mask=inside)
-
-
-@triton.jit
-def vote_gradient(
-    h, prior, allowed, queries, slopes, rows, lse, columns, row, b, i, j, x, first, R, B, I, P: tl.constexpr
-):
-    """dh_ij = sum over k of p ds + db V [IB, JB, XB], and sum over k of db [IB, JB, 1]; k from first to R - 1."""
-    ACC: tl.constexpr = P.acc
-    IB: tl.constexpr = P.TB
-    JB: tl.constexpr = P.JB
-    XB: tl.constexpr = P.XB
-    J: tl.constexpr = P.J
-    X: tl.constexpr = P.X
-    DETACH: tl.constexpr = P.detach
-    inside = (j < J) & (x < X)
-    at = (b * J + j) * X + x
-    n = B.to(tl.int64) * (J * X)
-    dh = tl.zeros([IB, JB, XB], ACC)
-    dlogits = tl.zeros([IB, JB, 1], ACC)
-    for k in range(first, R):
-        V = query_before(queries, k, n, at, inside)
-        ds = tl.load(slopes + k * n + at, mask=inside, other=0)
-        p, db = coupling_and_slope(h, prior, allowed, V, ds, rows, lse, columns, k, row, b, i, j, B, I, P)
-        dh = tl.fma(tl.broadcast_to(p, [IB, JB, XB]), tl.broadcast_to(ds, [IB, JB, XB]), dh)
-        if not DETACH:
-            dh = tl.fma(tl.broadcast_to(db, [IB, JB, XB]), tl.broadcast_to(V, [IB, JB, XB]), dh)
-            dlogits += db
-    return tl.where(allowed, dh, 0.0), dlogits
-
-
-@triton.jit(do_not_specialize=["B", "I", "first", "R", "share"])
-def gradients(
-    u, weight, logits, mask, queries, slopes, rows, lse, columns, du, dweight, dlogits,
-    first, R, B, I, share, strides, P: tl.constexpr,
-):  # fmt: skip
-    """The last stream: a program owns IB input capsules, W_i in registers, and goes through a share of the samples.
-
-    du_i = sum over j of W_ij^T dh_ij, in parts [tiles of j, B, I, D]; the gradient of given votes is dh itself.
-    dW_ij = sum over b of dh_ij u_i^T, in parts [shares, I, D, J, O].
-    dlogits by P.need_logits, the dimensions that the logits have: "bi" [B, I, J]; "b" parts [tiles of i, B, J]; "i"
-    parts [shares, I, J]; "j" parts [shares, tiles of i, J].
-    The tile has i where the other streams have samples: [IB, JB, XB], for W and dW [IB, DB, JB, XB].
-    """
-    ACC: tl.constexpr = P.acc
-    IB: tl.constexpr = P.TB
-    JB: tl.constexpr = P.JB
-    XB: tl.constexpr = P.XB
-    DB: tl.constexpr = P.DB
-    J: tl.constexpr = P.J
-    X: tl.constexpr = P.X
-    D: tl.constexpr = P.D
-    NEED: tl.constexpr = P.need_logits
-    i = (tl.program_id(0).to(tl.int64) * IB + tl.arange(0, IB))[:, None, None]
-    j = (tl.program_id(1) * JB + tl.arange(0, JB))[None, :, None]
-    x = tl.arange(0, XB)[None, None, :]
-    d = tl.arange(0, DB)[None, :, None, None]
-    place, in_weight = i[:, :, :, None] * (D * J * X) + d * (J * X) + (j * X + x)[:, None, :, :], False
-    if P.pair:
-        in_weight = (i < I)[:, :, :, None] & (d < D) & ((j < J) & (x < X))[:, None, :, :]
-        W = tl.load(weight + place, mask=in_weight, other=0).to(ACC)
-        dW = tl.zeros([IB, DB, JB, XB], ACC)
-    of_share = tl.zeros([IB, JB, 1], ACC)
-    begin = tl.program_id(2).to(tl.int64) * share
-    for sample in range(begin, tl.minimum(begin + share, B)):
-        b = tl.zeros([1, 1, 1], tl.int64) + sample
-        row, allowed, prior = pairs(logits, mask, i < I, b, i, j, strides, P)
-        if P.pair:
-            at = u + (b * strides[5] + i * strides[6])[:, :, :, None] + d
-            u_b = tl.load(at, mask=row[:, :, :, None] & (d < D), other=0).to(ACC)  # [IB, DB, 1, 1]
-            h = tl.sum(W * u_b, 1)
-            if P.logits:
-                h = tl.where(allowed, h, 0.0)
+    @classmethod
+    def empty(cls, p: Problem, R: int, norm: Tensor, query: Tensor | None = None) -> Chain:
+        rows = p.tiled(gradient_tile(p)) or p.stream(p.tuning.backward)[0].tiled
+        if p.over_inputs:
+            statistics = Statistics(*norm, p.empty(R, p.B, p.J))
         else:
-            h = votes(u, weight, b, i, j, x, row, allowed, strides, P)
-        dh, db = vote_gradient(
-            h, prior, allowed, queries, slopes, rows, lse, columns, i < I, b, i, j, x, first, R, B, I, P
-        )
-        if P.pair:
-            if P.need_u:
-                du_b = tl.sum(tl.sum(W * dh[:, None, :, :], 3, keep_dims=True), 2, keep_dims=True)
-                du_b = tl.where(row[:, :, :, None], du_b, 0.0)  # W may hold what is not finite
-                to = du + ((tl.program_id(1) * B.to(tl.int64) + b) * I + i)[:, :, :, None] * D + d
-                tl.store(to, du_b.to(du.dtype.element_ty), mask=(i < I)[:, :, :, None] & (d < D))
-            if P.need_weight:
-                dW = tl.fma(tl.broadcast_to(u_b, [IB, DB, JB, XB]), tl.broadcast_to(dh[:, None, :, :], [IB, DB, JB, XB]), dW)
-        elif P.need_u:
-            if P.keys:
-                to = du + ((tl.program_id(1) * B.to(tl.int64) + b) * I + i) * X + x
-                tl.store(to, tl.sum(dh, 1, keep_dims=True).to(du.dtype.element_ty), mask=(i < I) & (x < X))
-            else:
-                to = du + ((b * I.to(tl.int64) + i) * J + j) * X + x
-                tl.store(to, dh.to(du.dtype.element_ty), mask=(i < I) & (j < J) & (x < X))
-        if NEED == "bi":
-            tl.store(dlogits + (b * I + i) * J + j, db.to(dlogits.dtype.element_ty), mask=(i < I) & (j < J))
-        elif NEED == "b":
-            to = dlogits + (tl.program_id(0) * B.to(tl.int64) + b) * J + j
-            tl.store(to, tl.sum(db, 0, keep_dims=True), mask=j < J)
-        else:
-            of_share += db
-    if P.pair:
-        if P.need_weight:
-            to = dweight + tl.program_id(2) * (I.to(tl.int64) * (D * J * X)) + place
-            tl.store(to, dW.to(dweight.dtype.element_ty), mask=in_weight)
-    if NEED == "i":
-        tl.store(dlogits + (tl.program_id(2) * I.to(tl.int64) + i) * J + j, of_share, mask=(i < I) & (j < J))
-    elif NEED == "j":
-        to = dlogits + (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * J + j
-        tl.store(to, tl.sum(of_share, 0, keep_dims=True), mask=j < J)
+            statistics = Statistics(*p.empty(3, R, p.B, p.I)) if rows else Statistics()
+        V = p.empty(R - 1, p.B, p.J, p.O) if query is None else query.contiguous()[None]
+        ds = p.empty(R, p.B, p.J, p.O)
+        queries = p.empty(len(V), p.B, p.J, p.D) if p.keys else V
+        slopes = p.empty(R, p.B, p.J, p.D) if p.keys else ds
+        return cls(R, query is not None, V, ds, queries, slopes, statistics, rows)
+
+    def read_bytes(self, p: Problem, k: int) -> int:
+        """Of V and ds that a stream of pass k reads once."""
+        return p.state_bytes * (2 if k > 0 or self.given else 1)
 
 
-@triton.jit(do_not_specialize=["N", "share"])
-def outer(x, y, out, N, share, P: tl.constexpr):
-    """out [shares, J, O, D]: sum over n of x[n, j, o] y[n, j, d]; shares of the N rows."""
-    ACC: tl.constexpr = P.acc
-    OB: tl.constexpr = P.OB
-    DB: tl.constexpr = P.DB
-    O: tl.constexpr = P.O
-    D: tl.constexpr = P.D
-    J: tl.constexpr = P.J
-    j = tl.program_id(0).to(tl.int64)
-    tiles = (D + DB - 1) // DB
-    o = (tl.program_id(1) // tiles * OB + tl.arange(0, OB))[:, None]
-    d = (tl.program_id(1) % tiles * DB + tl.arange(0, DB))[None, :]
-    total = tl.zeros([OB, DB], ACC)
-    begin = tl.program_id(2).to(tl.int64) * share
-    for n in range(begin, tl.minimum(begin + share, N)):
-        x_n = tl.load(x + (n * J + j) * O + o, mask=o < O, other=0)
-        y_n = tl.load(y + (n * J + j) * D + d, mask=d < D, other=0)
-        total = tl.fma(tl.broadcast_to(x_n, [OB, DB]), tl.broadcast_to(y_n, [OB, DB]), total)
-    to = out + ((tl.program_id(2).to(tl.int64) * J + j) * O + o) * D + d
-    tl.store(to, total, mask=(o < O) & (d < D))
+def route_backward(
+    p: Problem, grad_v: Tensor, s: Tensor, norm: Tensor, R: int, eps: float, detach: bool, needs: Needs
+) -> tuple[list[Step], tuple[Tensor, ...]]:
+    """The steps, and the gradients of u, weight, bias and logits, which they fill, the weight's [I, D, J, O]."""
+    needs = needs._replace(logits=needs.logits and not detach)
+    results = empty_gradients(p, p.bias, needs)
+    if p.B == 0:
+        return zeros(results), results
+    chain = Chain.empty(p, R, norm)
+    steps: list[Step] = [start(p, grad_v, s, chain, eps)]
+    of_weight = KeyWeight.empty(p, R) if p.keys and needs.weight else None
+    dV = p.empty(p.B, p.J, p.O)
+    first = R - 1 if detach else 0  # the first pass that a gradient goes through
+    for k in reversed(range(first, R)):
+        steps += rows_of(p, chain, k) if chain.rows else []
+        if k > first or of_weight is not None:
+            streamed, parts = stream(p, chain, k, of_weight)
+            steps += streamed
+        if k > first:
+            steps.append(between(p, parts, s, dV, chain, k - 1, eps))
+    steps += last_stream(p, chain, first, detach, needs, results)
+    if of_weight is not None:
+        steps += of_weight.steps(p, chain, first, detach, results[1])
+    if needs.third:
+        steps.append(Sum(chain.ds[first:].view(-1, p.J, p.O), results[2]))
+    return steps, results
+
+
+def routing_pass_backward(
+    p: Problem, grad_s: Tensor, s: Tensor, norm: Tensor, query: Tensor | None, needs: Needs
+) -> tuple[list[Step], tuple[Tensor, ...]]:
+    """Likewise of one pass; the third gradient is the query's, [B, J, O] in the accumulation type."""
+    results = empty_gradients(p, query, needs)
+    if p.B == 0:
+        return zeros(results), results
+    chain = Chain.empty(p, 1, norm, query)
+    steps: list[Step] = []
+    if query is not None:
+        steps, read = stream_query(p, query)
+        chain.queries = read[None]
+    steps.append(start(p, grad_s, s, chain))
+    steps += rows_of(p, chain, 0) if chain.rows else []
+    of_weight = KeyWeight.empty(p, 1 + chain.given) if p.keys and needs.weight else None
+    if needs.third or of_weight is not None:
+        streamed, parts = stream(p, chain, 0, of_weight)
+        steps += streamed
+        if needs.third:
+            without_bias = replace(p, bias=None)
+            steps.append(finish(without_bias, Parts(parts, None), results[2], None))
+    steps += last_stream(p, chain, 0, False, needs, results)
+    if of_weight is not None:
+        steps += of_weight.steps(p, chain, 0, False, results[1])
+    return steps, results
+
+
+def empty_gradients(p: Problem, third: Tensor | None, needs: Needs) -> tuple[Tensor, ...]:
+    """Dense, each in its tensor's dtype; empty where not wanted."""
+    shapes = (p.u.shape, p.weight_shape, () if third is None else third.shape, () if p.logits is None else p.logits.shape)
+    tensors = (p.u, p.weight, third, p.logits)
+    return tuple(
+        x.new_empty(shape) if need else p.u.new_empty(0) for x, shape, need in zip(tensors, shapes, needs, strict=True)
+    )
+
+
+def zeros(results: tuple[Tensor, ...]) -> list[Step]:
+    """Sums over no samples."""
+    return [Sum(x.new_empty(0, *x.shape), x) for x in results if x.numel()]
+
+
+def start(p: Problem, grad: Tensor, s: Tensor, chain: Chain, eps: float | None = None) -> Launch:
+    """V^1 .. V^(R-1) and ds^R; without eps there is no squash, and ds is grad."""
+    static, grid, warps = p.between()
+    squash = eps is not None
+    traffic = p.output_bytes // p.itemsize * grad.itemsize + slope_bytes(p, grid)
+    traffic += chain.R * p.output_bytes if squash else p.output_bytes if p.over_inputs else 0
+    if squash:
+        traffic += chain.V.nbytes
+        traffic += (chain.R - 1) * (grid[0] * p.key_weight_bytes + p.state_bytes) if p.keys else 0
+    args = (grad, s, p.key_weight, p.bias, chain.V, chain.ds, chain.queries, chain.slopes, chain.statistics.means)
+    strides = (*p.weight_strides, *grad.stride())
+    args = (*args, p.B, chain.R, eps or 0.0, strides, squash, static)
+    return Launch(kernels.start, grid, args, warps, traffic)
+
+
+def slope_bytes(p: Problem, grid: Grid) -> int:
+    """Of `kernels.store_slope`: ds, over i also T, for keys also W^T ds."""
+    total = p.output_bytes
+    if p.over_inputs:
+        total += p.B * p.J * p.itemsize + (grid[0] * p.bias.nbytes if p.bias is not None else 0)
+    return total + (grid[0] * p.key_weight_bytes + p.state_bytes if p.keys else 0)
+
+
+def between(p: Problem, parts: Tensor, s: Tensor, dV: Tensor, chain: Chain, k: int, eps: float) -> Launch:
+    """dV^k and ds^k from the parts of the stream of pass k + 1."""
+    static, grid, warps = p.between()
+    first = k == chain.R - 2  # nothing is in dV yet
+    traffic = parts.nbytes + p.output_bytes * (2 if first else 3) + slope_bytes(p, grid)
+    traffic += grid[0] * p.key_weight_bytes
+    args = (parts, s, p.key_weight, p.bias, dV, chain.ds, chain.slopes, chain.statistics.means, k, p.B, len(parts), eps)
+    return Launch(kernels.between, grid, (*args, p.weight_strides, first, static), warps, traffic)
+
+
+def rows_of(p: Problem, chain: Chain, k: int) -> list[Step]:
+    """The statistics of pass k over all j: those of each tile, then of all."""
+    static, grid, warps = p.stream(p.tuning.backward)
+    static = replace(static, given=chain.given)
+    parts = p.empty(grid[1], 3, p.B, p.I)
+    traffic = p.read_bytes(grid) + parts.nbytes + grid[2] * chain.read_bytes(p, k)
+    of_tile = replace(static, leaky=False)
+    args = (p.u, p.pair_weight, p.logits, p.mask, chain.queries, chain.slopes, parts, k, p.B, p.I, p.strides, of_tile)
+    return [
+        Launch(kernels.rows, grid, args, warps, traffic),
+        merge_rows(p, static, parts, [x[k] for x in chain.statistics]),
+    ]
+
+
+def stream(p: Problem, chain: Chain, k: int, of_weight: KeyWeight | None) -> tuple[list[Step], Tensor]:
+    """The stream of pass k, and sum over i of db_ij h_ij in parts [groups, B, J, X]."""
+    static, grid, warps = p.stream(p.tuning.backward)
+    static = replace(static, need_weight=of_weight is not None, given=chain.given)
+    parts = p.empty(grid[2], p.B, p.J, p.X)
+    sums = torch.empty_like(parts) if of_weight is not None else None
+    traffic = p.read_bytes(grid) + grid[2] * chain.read_bytes(p, k) + parts.nbytes * (1 if sums is None else 2)
+    if p.over_inputs:
+        traffic += 3 * p.B * p.I * p.J * p.itemsize  # at each i again, served by the cache
+    elif static.tiled:
+        traffic += 3 * grid[1] * p.B * p.I * p.itemsize
+    args = (p.u, p.pair_weight, p.logits, p.mask, chain.queries, chain.slopes, *chain.statistics, parts, sums)
+    steps: list[Step] = [Launch(kernels.pass_, grid, (*args, k, p.B, p.I, p.strides, static), warps, traffic)]
+    if of_weight is not None:
+        steps.append(Sum(sums, of_weight.sums[k]))
+        at = k - 1 + chain.given
+        if at >= 0:
+            steps.append(Sum(parts, of_weight.slopes[at]))
+            parts = of_weight.slopes[at][None]
+    return steps, parts
+
+
+class KeyWeight(NamedTuple):
+    """dW_j = sum over k, b of ds^k_j (sum_i p_ij u_i)^T + V^(k-1)_j (sum_i db_ij u_i)^T."""
+
+    sums: Tensor  # [R, B, J, D]: sum_i p_ij u_i
+    slopes: Tensor  # as Chain.V: sum_i db_ij u_i
+
+    @classmethod
+    def empty(cls, p: Problem, R: int) -> KeyWeight:
+        return cls(p.empty(R, p.B, p.J, p.D), p.empty(R - 1, p.B, p.J, p.D))
+
+    def steps(self, p: Problem, chain: Chain, first: int, detach: bool, out: Tensor) -> list[Step]:
+        products = [(chain.ds[first:], self.sums[first : chain.R])]
+        if len(self.slopes) and not detach:
+            products.append((chain.V, self.slopes))
+        static = p.between()[0]
+        J = p.J if p.form == "output" else 1  # one weight for all j: they are rows as samples are
+        static = replace(static, J=J, OB=min(static.OB, 32), DB=min(static.DB, 32))
+        across = ceil(p.D, static.DB), ceil(p.O, static.OB)
+        counts = [x.numel() // (J * p.O) for x, _ in products]
+        share = tuning.share(p.tuning, counts[0], J * across[0] * across[1])
+        parts = p.empty(sum(ceil(count, share) for count in counts), J, p.O, p.D)
+        steps: list[Step] = []
+        done = 0
+        for (x, y), count in zip(products, counts, strict=True):
+            shares = ceil(count, share)
+            to = parts[done : done + shares]
+            done += shares
+            grid = (J, across[0] * across[1], shares)
+            traffic = to.nbytes + x.nbytes * across[0] + y.nbytes * across[1]
+            steps.append(Launch(kernels.outer, grid, (x, y, to, count, share, static), 4, traffic))
+        return [*steps, Sum(parts, out)]
+
+
+def gradient_tile(p: Problem) -> tuning.Tile:
+    return tuning.gradient_tile(p.tuning, p.I, p.J, p.X, p.D if p.form == "pair" else 1, p.itemsize)
+
+
+def last_stream(p: Problem, chain: Chain, first: int, detach: bool, needs: Needs, results) -> list[Step]:
+    """The gradients of u, a pair weight and the logits, and the sums of their parts."""
+    du, dweight, _, dlogits = results
+    of_pairs = needs.weight and p.form == "pair"
+    if not (needs.u or of_pairs or needs.logits):
+        return []
+    tile = gradient_tile(p)
+    tiles = max(1, ceil(p.I, tile.rows)), ceil(p.J, tile.outputs)
+    share = tuning.share(p.tuning, p.B, tiles[0] * tiles[1])
+    grid = (*tiles, ceil(p.B, share))
+    kept = "".join(letter for letter, n in zip("bi", dlogits.shape[:2], strict=True) if n > 1) if needs.logits else ""
+    kept = kept or ("j" if needs.logits else "")
+    static = replace(
+        p.stream(p.tuning.backward)[0], TB=tile.rows, JB=tile.outputs, XB=tile.features, tiled=p.tiled(tile),
+        given=chain.given, detach=detach, need_u=needs.u, need_weight=of_pairs, need_logits=kept,
+    )  # fmt: skip
+    sums: list[Step] = []
+
+    def target(out: Tensor, parts: int, *shape: int) -> Tensor:
+        """Where a program stores: the gradient itself, or what must be added to give it."""
+        if parts == 1:
+            return out
+        added = p.empty(parts, *shape)
+        sums.append(Sum(added, out))
+        return added
+
+    to_u = target(du, 1 if p.form == "votes" else grid[1], *p.u.shape) if needs.u else None
+    to_weight = target(dweight, grid[2], *p.weight.shape) if of_pairs else None
+    to_logits = None
+    if needs.logits:
+        size = {"bi": (1,), "b": (grid[0], p.B, p.J), "i": (grid[2], p.I, p.J), "j": (grid[2] * grid[0], p.J)}[kept]
+        to_logits = target(dlogits, *size)
+    passes = range(first, chain.R)
+    traffic = p.pair_bytes(grid[1]) + p.vote_bytes(grid[1], grid[2])
+    traffic += sum(grid[0] * chain.read_bytes(p, k) for k in passes)
+    if p.over_inputs:
+        traffic += len(passes) * 3 * grid[0] * p.B * p.J * p.itemsize
+    elif static.tiled:
+        traffic += len(passes) * 3 * grid[1] * p.B * p.I * p.itemsize
+    traffic += sum(x.nbytes for x in (to_u, to_weight, to_logits) if x is not None)
+    args = (p.u, p.pair_weight, p.logits, p.mask, chain.queries, chain.slopes, *chain.statistics)
+    args = (*args, to_u, to_weight, to_logits, first, chain.R, p.B, p.I, share, p.strides, static)
+    return [Launch(kernels.gradients, grid, args, tile.warps, traffic), *sums]

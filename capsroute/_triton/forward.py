@@ -1,308 +1,187 @@
-"""The forward kernels. One pass is a stream over i,
-
-    c_ij = softmax over j of (logits_ij + h_ij . V_j),   s_j = sum over i of c_ij h_ij,
-
-and V, the sum of v over the passes so far, is the whole state between passes.
-"""
+"""The steps of the forward: one launch for a small problem, else two for each pass."""
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+from dataclasses import replace
+from typing import NamedTuple
 
-from .stream import normalised, pairs, row_statistics, softmax_parts, squash_scale, tile, votes
+from torch import Tensor
 
-
-@triton.jit
-def stream(u, weight, logits, mask, rows, coupling, V, b, j, x, begin, end, last, B, I, strides, P: tl.constexpr):
-    """s [TB, JB, XB] over begin <= i < end.
-
-    Where the softmax runs over i, s is the online sum of exp(b_ij - m_j) h_ij, and m, total [TB, JB, 1] its maximum
-    and normaliser. The coupling is stored if `last`.
-    """
-    ACC: tl.constexpr = P.acc
-    TB: tl.constexpr = P.TB
-    JB: tl.constexpr = P.JB
-    XB: tl.constexpr = P.XB
-    J: tl.constexpr = P.J
-    s = tl.zeros([TB, JB, XB], ACC)
-    m = tl.full([TB, JB, 1], float("-inf"), ACC)
-    total = tl.zeros([TB, JB, 1], ACC)
-    for i in range(begin, end):
-        row, allowed, prior = pairs(logits, mask, b < B, b, i, j, strides, P)
-        h = votes(u, weight, b, i, j, x, row, allowed, strides, P)
-        a = prior
-        if P.query:
-            a += tl.sum(h * V, 2, keep_dims=True)
-        a = tl.where(allowed, a, float("-inf"))
-        if P.over_inputs:
-            highest = tl.maximum(m, a)
-            safe = tl.where(highest == float("-inf"), 0.0, highest)
-            shrink, c = tl.exp(m - safe), tl.exp(a - safe)
-            total = total * shrink + c
-            s = s * shrink
-            m = highest
-        else:
-            if P.tiled:
-                top, normaliser = row_statistics(rows, b < B, b, i, B, I)
-            else:
-                top, normaliser = softmax_parts(a, P)
-            c = normalised(a, allowed, top, normaliser)
-            if P.coupling:
-                if last:
-                    at = coupling + (b * I + i) * J + j
-                    tl.store(at, c.to(coupling.dtype.element_ty), mask=(b < B) & (j < J))
-        s = tl.fma(tl.broadcast_to(c, [TB, JB, XB]), h, s)
-    return s, m, total
+from .kernels import forward as kernels
+from .kernels.stream import Static
+from .problem import Grid, Launch, Problem, Step, ceil
 
 
-@triton.jit(do_not_specialize=["B", "I", "R"])
-def route(u, weight, bias, logits, mask, v, s, lse, coupling, B, I, R, eps, strides, SAVE: tl.constexpr, P: tl.constexpr):
-    """All passes of a tile of samples, where one group holds every input capsule and one tile every j."""
-    ACC: tl.constexpr = P.acc
-    TB: tl.constexpr = P.TB
-    JB: tl.constexpr = P.JB
-    XB: tl.constexpr = P.XB
-    J: tl.constexpr = P.J
-    O: tl.constexpr = P.O
-    b, j, o = tile(P, XB)
-    inside = (b < B) & (j < J) & (o < O)
-    at = (b * J + j) * O + o
-    beta = tl.zeros([1, JB, XB], ACC)
-    if bias is not None:
-        beta = tl.load(bias + j * O + o, mask=(j < J) & (o < O), other=0).to(ACC)
-    V = tl.zeros([TB, JB, XB], ACC)
-    v_k = V
-    begin = tl.program_id(2).to(tl.int64)  # 0: there is one group
+class Parts(NamedTuple):
+    """What a stream leaves: s in parts [groups, B, J, X] and, over i, their maxima and sums [2, groups, B, J]."""
+
+    s: Tensor
+    online: Tensor | None
+
+
+class Norm(NamedTuple):
+    """Of the softmax over i: the maximum of the logits and the sum of exp(logit - maximum), each [R, B, J]."""
+
+    tops: Tensor
+    totals: Tensor
+
+    def of_pass(self, k: int) -> Norm:
+        return Norm(self.tops[k], self.totals[k])
+
+
+def route(
+    p: Problem, R: int, eps: float, save: bool, return_coupling: bool
+) -> tuple[list[Step], tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The steps of all passes, and (v, s, norm, coupling), which they fill."""
+    v = p.u.new_empty(p.B, p.J, p.O)
+    s = p.empty(*((R, p.B, p.J, p.O) if save else (0,)))
+    norm = p.empty(*((2, R, p.B, p.J) if save and p.over_inputs else (0,)))
+    coupling = p.u.new_empty((p.B, p.I, p.J) if return_coupling else (0,))
+    results = v, s, norm, coupling
+    if p.B == 0:
+        return [], results
+    wanted = coupling if coupling.numel() else None
+    grid = p.stream(p.tuning.forward)[1]
+    if grid[1:] == (1, 1) and not p.keys and not (p.over_inputs and return_coupling):
+        return [whole(p, R, eps, save, *results)], results
+    V = p.empty(p.B, p.J, p.O)
+    query = p.empty(p.B, p.J, p.X) if p.keys else V
+    norms = Norm(*norm) if norm.numel() else None
+    steps: list[Step] = []
     for k in range(R):
-        s_k, m, total = stream(
-            u, weight, logits, mask, None, coupling, V, b, j, o, begin, begin + I, k == R - 1, B, I, strides, P
-        )
-        if P.over_inputs:
-            if SAVE:
-                bottom = tl.where(m == float("-inf"), 0.0, m)
-                tl.store(lse + (k * B.to(tl.int64) + b) * J + j, bottom + tl.log(total), mask=(b < B) & (j < J))
-            s_k = s_k / tl.where(total == 0, 1.0, total)
-        s_k += beta
-        if SAVE:
-            tl.store(s + k * (B.to(tl.int64) * (J * O)) + at, s_k, mask=inside)
-        v_k = squash_scale(tl.sum(s_k * s_k, 2, keep_dims=True), eps) * s_k
-        V += v_k
-    tl.store(v + at, v_k.to(v.dtype.element_ty), mask=inside)
+        last = k == R - 1
+        given = query if k > 0 else None
+        steps += one_pass(
+            p, given, s[k] if save else None, norms and norms.of_pass(k), wanted if last else None,
+            Squash(V, v, query if p.keys else None, eps, first=k == 0, last=last),
+        )  # fmt: skip
+    return steps, results
 
 
-@triton.jit(do_not_specialize=["B", "I"])
-def rows(u, weight, logits, mask, V, parts, B, I, strides, P: tl.constexpr):
-    """Where J takes several tiles: m and total of the softmax over the j of this tile, parts [tiles, 2, B, I].
-
-    The leak is not in them; `merge_rows` adds it.
-    """
-    ACC: tl.constexpr = P.acc
-    XB: tl.constexpr = P.XB
-    J: tl.constexpr = P.J
-    X: tl.constexpr = P.X
-    b, j, x = tile(P, XB)
-    V_t = tl.zeros([1, 1, 1], ACC)
-    if P.query:
-        V_t = tl.load(V + (b * J + j) * X + x, mask=(b < B) & (j < J) & (x < X), other=0)
-    begin = tl.program_id(2).to(tl.int64) * P.group
-    for i in range(begin, tl.minimum(begin + P.group, I)):
-        row, allowed, a = pairs(logits, mask, b < B, b, i, j, strides, P)
-        if P.query:
-            h = votes(u, weight, b, i, j, x, row, allowed, strides, P)
-            a += tl.sum(h * V_t, 2, keep_dims=True)
-        m, total = softmax_parts(tl.where(allowed, a, float("-inf")), P)
-        m = tl.where(total == 0, float("-inf"), m)
-        at = parts + (tl.program_id(1) * 2 * B.to(tl.int64) + b) * I + i
-        tl.store(at, m, mask=b < B)
-        tl.store(at + B.to(tl.int64) * I, total, mask=b < B)
+def routing_pass(
+    p: Problem, query: Tensor | None, save: bool, return_coupling: bool
+) -> tuple[list[Step], tuple[Tensor, Tensor, Tensor]]:
+    """The steps of one pass from a query [B, J, O], and (s, norm, coupling), which they fill."""
+    s = p.empty(p.B, p.J, p.O)
+    norm = p.empty(*((2, 1, p.B, p.J) if save and p.over_inputs else (0,)))
+    coupling = p.u.new_empty((p.B, p.I, p.J) if return_coupling else (0,))
+    if p.B == 0:
+        return [], (s, norm, coupling)
+    steps, query = stream_query(p, query)
+    norms = Norm(*norm).of_pass(0) if norm.numel() else None
+    steps += one_pass(p, query, s, norms, coupling if coupling.numel() else None)
+    return steps, (s, norm, coupling)
 
 
-@triton.jit(do_not_specialize=["N", "tiles"])
-def merge_rows(parts, rows, N, tiles, P: tl.constexpr):
-    """m, total and, after `backward.rows`, T of all tiles of j: rows [n, N] from parts [tiles, n, N]."""
-    n: tl.constexpr = 3 if P.slope else 2
-    WIDTH: tl.constexpr = P.width
-    at = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
-    inside = at < N
-    N = N.to(tl.int64)
-    m = tl.load(parts + at, mask=inside, other=0)
-    for t in range(1, tiles):
-        m = tl.maximum(m, tl.load(parts + n * t * N + at, mask=inside, other=0))
-    m = tl.where(m == float("-inf"), 0.0, m)
-    total = tl.zeros([WIDTH], P.acc)
-    T = tl.zeros([WIDTH], P.acc)
-    if P.leaky:
-        m = tl.maximum(m, 0.0)
-        total = tl.exp(-m)
-    for t in range(tiles):
-        part = parts + n * t * N + at
-        shrink = tl.exp(tl.load(part, mask=inside, other=0) - m)
-        total += shrink * tl.load(part + N, mask=inside, other=0)
-        if P.slope:
-            T += shrink * tl.load(part + 2 * N, mask=inside, other=0)
-    tl.store(rows + at, m, mask=inside)
-    tl.store(rows + N + at, total, mask=inside)
-    if P.slope:
-        tl.store(rows + 2 * N + at, T / tl.where(total == 0, 1.0, total), mask=inside)
+def stream_query(p: Problem, query: Tensor | None) -> tuple[list[Step], Tensor | None]:
+    """The query as the streams read it: dense, and for keys W_j^T q_j."""
+    if query is None:
+        return [], None
+    query = query.contiguous()
+    if not p.keys:
+        return [], query
+    static, grid, warps = p.between()
+    of_keys = p.empty(p.B, p.J, p.D)
+    traffic = query.nbytes + grid[0] * p.key_weight_bytes + of_keys.nbytes
+    args = (query, p.key_weight, of_keys, p.B, p.weight_strides, static)
+    return [Launch(kernels.key_query, grid, args, warps, traffic)], of_keys
 
 
-@triton.jit(do_not_specialize=["B", "I"])
-def pass_(u, weight, logits, mask, V, rows, coupling, parts, tops, B, I, strides, P: tl.constexpr):
-    """One group's part of s, parts [groups, B, J, X]; over i also its maxima and sums, tops [2, groups, B, J]."""
-    ACC: tl.constexpr = P.acc
-    XB: tl.constexpr = P.XB
-    J: tl.constexpr = P.J
-    X: tl.constexpr = P.X
-    b, j, x = tile(P, XB)
-    inside = (b < B) & (j < J) & (x < X)
-    at = (b * J + j) * X + x
-    V_t = tl.zeros([1, 1, 1], ACC)
-    if P.query:
-        V_t = tl.load(V + at, mask=inside, other=0)
-    g = tl.program_id(2).to(tl.int64)
-    begin = g * P.group
-    s, m, total = stream(
-        u, weight, logits, mask, rows, coupling, V_t, b, j, x,
-        begin, tl.minimum(begin + P.group, I), True, B, I, strides, P,
-    )  # fmt: skip
-    tl.store(parts + g * (B * (J * X)) + at, s, mask=inside)
-    if P.over_inputs:
-        to = tops + (g * B + b) * J + j
-        tl.store(to, m, mask=(b < B) & (j < J))
-        tl.store(to + tl.num_programs(2) * (B.to(tl.int64) * J), total, mask=(b < B) & (j < J))
+class Squash(NamedTuple):
+    """What follows a pass: v of the last, else V += v, and for keys the next query."""
+
+    V: Tensor
+    v: Tensor
+    query: Tensor | None
+    eps: float
+    first: bool
+    last: bool
 
 
-@triton.jit
-def online_totals(tops, b, j, groups, B, P: tl.constexpr):
-    """The maximum over the groups and the sum of exp(b_ij - maximum) over all i, [TB, JB, 1]."""
-    ACC: tl.constexpr = P.acc
-    TB: tl.constexpr = P.TB
-    JB: tl.constexpr = P.JB
-    J: tl.constexpr = P.J
-    n = B.to(tl.int64) * J
-    at, inside = tops + b * J + j, (b < B) & (j < J)
-    m = tl.full([TB, JB, 1], float("-inf"), ACC)
-    for g in range(groups):
-        m = tl.maximum(m, tl.load(at + g * n, mask=inside, other=float("-inf")))
-    m = tl.where(m == float("-inf"), 0.0, m)
-    total = tl.zeros([TB, JB, 1], ACC)
-    for g in range(groups):
-        shrink = tl.exp(tl.load(at + g * n, mask=inside, other=float("-inf")) - m)
-        total += shrink * tl.load(at + (groups + g) * n, mask=inside, other=0)
-    return m, total
+def one_pass(
+    p: Problem, V: Tensor | None, s: Tensor | None, norm: Norm | None, coupling: Tensor | None,
+    squash: Squash | None = None,
+) -> list[Step]:  # fmt: skip
+    """A stream over i with the query V, and what comes after it; V as the streams read it."""
+    if coupling is not None and p.over_inputs and norm is None:
+        norm = Norm(*p.empty(2, p.B, p.J))
+    steps, parts = stream(p, V, None if p.over_inputs else coupling)
+    steps.append(finish(p, parts, s, norm, squash))
+    if coupling is not None and p.over_inputs:
+        steps.append(column_coupling(p, V, norm, coupling))
+    return steps
 
 
-@triton.jit
-def added(parts, tops, m, b, j, x, groups, B, P: tl.constexpr):
-    """The groups' parts in order: sum over g of parts[g, b, j, x], over i each times exp(m_g - m)."""
-    J: tl.constexpr = P.J
-    X: tl.constexpr = P.X
-    n = B.to(tl.int64) * J
-    at, inside = (b * J + j) * X + x, (b < B) & (j < J) & (x < X)
-    total = tl.load(parts + at, mask=inside, other=0)
-    if P.over_inputs:
-        total *= tl.exp(tl.load(tops + b * J + j, mask=(b < B) & (j < J), other=0) - m)
-    for g in range(1, groups):
-        part = tl.load(parts + g * (n * X) + at, mask=inside, other=0)
-        if P.over_inputs:
-            part *= tl.exp(tl.load(tops + g * n + b * J + j, mask=(b < B) & (j < J), other=0) - m)
-        total += part
-    return total
+def whole(p: Problem, R: int, eps: float, save: bool, v, s, norm, coupling) -> Launch:
+    """All passes in one launch."""
+    static, grid, warps = p.stream(p.tuning.forward)
+    static = replace(static, coupling=coupling.numel() > 0)
+    traffic = R * p.read_bytes(grid) + sum(x.nbytes for x in (v, s, norm, coupling))
+    traffic += grid[0] * p.bias.nbytes if p.bias is not None else 0
+    norms = norm if norm.numel() else (None, None)
+    args = (p.u, p.pair_weight, p.bias, p.logits, p.mask, v, s, *norms, coupling, p.B, p.I, R, eps, p.strides)
+    return Launch(kernels.route, grid, (*args, save, static), warps, traffic)
 
 
-@triton.jit
-def from_keys(parts, tops, m, weight, b, j, o, groups, B, strides, P: tl.constexpr):
-    """s_j = W_j (sum over i of c_ij u_i) [TB, JB, OB], the inner sum in parts."""
-    ACC: tl.constexpr = P.acc
-    TB: tl.constexpr = P.TB
-    JB: tl.constexpr = P.JB
-    OB: tl.constexpr = P.OB
-    J: tl.constexpr = P.J
-    O: tl.constexpr = P.O
-    D: tl.constexpr = P.D
-    s = tl.zeros([TB, JB, OB], ACC)
-    for d in range(D):
-        x_d = added(parts, tops, m, b, j, d, groups, B, P)
-        w_d = tl.load(weight + j * strides[0] + o * strides[1] + d * strides[2], mask=(j < J) & (o < O), other=0)
-        s = tl.fma(tl.broadcast_to(x_d, [TB, JB, OB]), tl.broadcast_to(w_d.to(ACC), [TB, JB, OB]), s)
-    return s
+def stream(p: Problem, V: Tensor | None, coupling: Tensor | None) -> tuple[list[Step], Parts]:
+    """The stream itself, with the two steps before it where a softmax over j spans several tiles."""
+    static, grid, warps = p.stream(p.tuning.forward)
+    static = replace(static, query=V is not None, coupling=coupling is not None)
+    steps, rows = rows_of(p, static, grid, warps, V) if static.tiled else ([], (None, None))
+    parts = Parts(p.empty(grid[2], p.B, p.J, p.X), p.empty(2, grid[2], p.B, p.J) if p.over_inputs else None)
+    traffic = p.read_bytes(grid) + sum(x.nbytes for x in (*parts, coupling) if x is not None)
+    traffic += grid[2] * p.state_bytes if V is not None else 0
+    traffic += 2 * grid[1] * p.B * p.I * p.itemsize if static.tiled else 0
+    args = (p.u, p.pair_weight, p.logits, p.mask, V, *rows, coupling, *parts, p.B, p.I, p.strides, static)
+    return [*steps, Launch(kernels.pass_, grid, args, warps, traffic)], parts
 
 
-@triton.jit
-def to_keys(V, weight, out, b, j, o, B, strides, P: tl.constexpr):
-    """Store W_j^T V_j [B, J, D] for V [TB, JB, OB]: u_i . (W_j^T V_j) = (W_j u_i) . V_j."""
-    ACC: tl.constexpr = P.acc
-    J: tl.constexpr = P.J
-    O: tl.constexpr = P.O
-    D: tl.constexpr = P.D
-    for d in range(D):
-        w_d = tl.load(weight + j * strides[0] + o * strides[1] + d * strides[2], mask=(j < J) & (o < O), other=0)
-        q_d = tl.sum(V * w_d.to(ACC), 2, keep_dims=True)
-        tl.store(out + (b * J + j) * D + d, q_d, mask=(b < B) & (j < J))
+def rows_of(p: Problem, static: Static, grid: Grid, warps: int, V: Tensor | None) -> tuple[list[Step], list[Tensor]]:
+    """Maximum and sum [B, I] of the softmax over j: those of each tile, then of all."""
+    parts = p.empty(grid[1], 2, p.B, p.I)
+    traffic = p.pair_bytes(grid[1]) + parts.nbytes
+    traffic += p.vote_bytes(grid[1], grid[0]) + grid[2] * p.state_bytes if V is not None else 0
+    of_tile = replace(static, leaky=False, coupling=False)
+    args = (p.u, p.pair_weight, p.logits, p.mask, V, parts, p.B, p.I, p.strides, of_tile)
+    rows = [p.empty(p.B, p.I) for _ in range(2)]
+    return [Launch(kernels.rows, grid, args, warps, traffic), merge_rows(p, static, parts, [*rows, None])], rows
 
 
-@triton.jit(do_not_specialize=["B", "groups"])
-def finish(
-    parts, tops, weight, bias, V, s, v, lse, query, B, groups, eps, strides,
-    SQUASH: tl.constexpr, LAST: tl.constexpr, SAVE: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
-    """Between two passes: s from its parts, v = squash(s), V += v, and, for keys, the next query W_j^T V_j.
-
-    After the last pass only v; without SQUASH only s.
-    """
-    ACC: tl.constexpr = P.acc
-    OB: tl.constexpr = P.OB
-    J: tl.constexpr = P.J
-    O: tl.constexpr = P.O
-    b, j, o = tile(P, OB)
-    inside = (b < B) & (j < J) & (o < O)
-    at = (b * J + j) * O + o
-    m, total = 0.0, 1.0
-    if P.over_inputs:
-        m, total = online_totals(tops, b, j, groups, B, P)
-        if lse is not None:
-            tl.store(lse + b * J + j, m + tl.log(total), mask=(b < B) & (j < J))
-    if P.keys:
-        s_k = from_keys(parts, tops, m, weight, b, j, o, groups, B, strides, P)
-    else:
-        s_k = added(parts, tops, m, b, j, o, groups, B, P)
-    if P.over_inputs:
-        s_k = s_k / tl.where(total == 0, 1.0, total)
-    if bias is not None:
-        s_k += tl.load(bias + j * O + o, mask=(j < J) & (o < O), other=0).to(ACC)
-    if SAVE:
-        tl.store(s + at, s_k, mask=inside)
-    if SQUASH:
-        v_k = squash_scale(tl.sum(s_k * s_k, 2, keep_dims=True), eps) * s_k
-        if LAST:
-            tl.store(v + at, v_k.to(v.dtype.element_ty), mask=inside)
-        else:
-            if P.query:
-                v_k += tl.load(V + at, mask=inside, other=0)
-            tl.store(V + at, v_k, mask=inside)
-            if P.keys:
-                to_keys(v_k, weight, query, b, j, o, B, strides, P)
+def merge_rows(p: Problem, static: Static, parts: Tensor, rows: list[Tensor | None]) -> Launch:
+    """The statistics of all tiles from those of each, parts [tiles, 2 or 3, B, I]."""
+    count, kinds = p.B * p.I, parts.shape[1]
+    static = replace(static, slope=kinds == 3, query=True, coupling=False)
+    traffic = parts.nbytes * (kinds + 1) // kinds + kinds * count * p.itemsize
+    grid = (max(1, ceil(count, static.width)), 1, 1)
+    return Launch(kernels.merge_rows, grid, (parts, *rows, count, len(parts), static), 4, traffic)
 
 
-@triton.jit(do_not_specialize=["B", "I"])
-def column_coupling(u, weight, logits, mask, V, lse, coupling, B, I, strides, P: tl.constexpr):
-    """c_ij = exp(b_ij - lse_j), which is known only when all i have been seen."""
-    ACC: tl.constexpr = P.acc
-    XB: tl.constexpr = P.XB
-    J: tl.constexpr = P.J
-    X: tl.constexpr = P.X
-    b, j, x = tile(P, XB)
-    V_t = tl.zeros([1, 1, 1], ACC)
-    if P.query:
-        V_t = tl.load(V + (b * J + j) * X + x, mask=(b < B) & (j < J) & (x < X), other=0)
-    bottom = tl.load(lse + b * J + j, mask=(b < B) & (j < J), other=0)
-    begin = tl.program_id(2).to(tl.int64) * P.group
-    for i in range(begin, tl.minimum(begin + P.group, I)):
-        row, allowed, prior = pairs(logits, mask, b < B, b, i, j, strides, P)
-        h = votes(u, weight, b, i, j, x, row, allowed, strides, P)
-        a = prior
-        if P.query:
-            a += tl.sum(h * V_t, 2, keep_dims=True)
-        c = tl.where(allowed, tl.exp(a - bottom), 0.0)
-        tl.store(coupling + (b * I + i) * J + j, c.to(coupling.dtype.element_ty), mask=(b < B) & (j < J))
+def finish(p: Problem, parts: Parts, s: Tensor | None, norm: Norm | None, squash: Squash | None = None) -> Launch:
+    """s from its parts, and what follows."""
+    static, grid, warps = p.between()
+    groups = len(parts.s)
+    static = replace(static, query=squash is not None and not squash.first)
+    last = squash is not None and squash.last
+    traffic = parts.s.nbytes + (0 if s is None else s.nbytes) + grid[0] * p.key_weight_bytes
+    traffic += grid[0] * p.bias.nbytes if p.bias is not None else 0
+    if parts.online is not None:  # the maxima twice, and again for each number of a key
+        again = 2 + (p.D if p.keys else 1)
+        traffic += parts.online.nbytes // 2 * (1 + again) + (2 * norm.tops.nbytes if norm else 0)
+    if last:
+        traffic += squash.v.nbytes
+    elif squash is not None:
+        traffic += p.output_bytes * (1 if squash.first else 2)
+        traffic += grid[0] * p.key_weight_bytes + p.state_bytes if p.keys else 0
+    V, v, query, eps, *_ = squash or (None, None, None, 0.0)
+    args = (*parts, p.key_weight, p.bias, V, s, v, *(norm or (None, None)), query, p.B, groups, eps, p.weight_strides)
+    return Launch(kernels.finish, grid, (*args, squash is not None, last, s is not None, static), warps, traffic)
+
+
+def column_coupling(p: Problem, V: Tensor | None, norm: Norm, coupling: Tensor) -> Launch:
+    """The coupling where the softmax runs over i, from its totals."""
+    static, grid, warps = p.stream(p.tuning.forward)
+    static = replace(static, query=V is not None)
+    traffic = p.pair_bytes(grid[1]) + coupling.nbytes + 2 * grid[2] * norm.tops.nbytes
+    traffic += p.vote_bytes(grid[1], grid[0]) + grid[2] * p.state_bytes if V is not None else 0
+    args = (p.u, p.pair_weight, p.logits, p.mask, V, *norm, coupling, p.B, p.I, p.strides, static)
+    return Launch(kernels.column_coupling, grid, args, warps, traffic)

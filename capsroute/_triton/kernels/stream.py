@@ -45,8 +45,9 @@ class Static:
     coupling: bool = False
     need_u: bool = False
     need_weight: bool = False
-    need_logits: str = ""
+    need_logits: str = ""  # the dimensions of b, i that the logits have, "j" if none
     detach: bool = False
+    given: bool = False  # V^0 is given: the backward of one pass from a query
 
 
 @triton.jit
@@ -124,13 +125,6 @@ def softmax_parts(a, P: tl.constexpr):
 def normalised(a, allowed, m, total):
     """exp(a - m) / total, 0 where the pair takes no part."""
     return tl.where(allowed, tl.exp(a - m) / tl.where(total == 0, 1.0, total), 0.0)
-
-
-@triton.jit
-def row_statistics(rows, row, b, i, B, I):
-    """m and total of the softmax over j, where J takes several tiles, from rows [2, B, I]."""
-    at = rows + b * I + i
-    return tl.load(at, mask=row, other=0.0), tl.load(at + B.to(tl.int64) * I, mask=row, other=1.0)
 
 
 @triton.jit
