@@ -97,8 +97,8 @@ WRONG = [
         ({"leaky": True, "coupling": "in"}, ValueError, "softmax over j only", 'coupling="in"'),
         ({"detach_coupling": None}, TypeError, "True or False", "None"),
         ({"return_coupling": "yes"}, TypeError, "True or False", "'yes'"),
-        ({"backend": "gpu"}, ValueError, '"auto", "cpu", "reference"', "'gpu'"),
-        ({"backend": None}, ValueError, '"auto", "cpu", "reference"', "None"),
+        ({"backend": "gpu"}, ValueError, '"auto", "cpu", ', "'gpu'"),
+        ({"backend": None}, ValueError, '"auto", "cpu", ', "None"),
     ]),
     *((call, *rest) for call in VALID for rest in [
         ({"eps": 0.0}, ValueError, "positive", "0.0"),

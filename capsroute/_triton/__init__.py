@@ -42,7 +42,6 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result
 def load() -> tuple[bool, str]:
     """Import Triton and define the ops, once; whether that went well, or why not."""
     can, why = installed()
@@ -52,6 +51,12 @@ def load() -> tuple[bool, str]:
         except ImportError as error:
             return False, f"Triton could not be imported: {error}"
     return can, why
+
+
+# For torch.compile, constants. The decorator for it, torch.compiler.assume_constant_result, sets just this, but first
+# it imports torch._dynamo, which imports Triton.
+_interpreted._dynamo_marked_constant = True
+load._dynamo_marked_constant = True
 
 
 def serves(u: torch.Tensor) -> tuple[bool, str]:

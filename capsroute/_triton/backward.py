@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import tuning
-from .forward import Norm, merge_rows, stream_query
-from .forward import Parts, finish
+from .forward import Parts, finish, merge_rows, stream_query
 from .kernels import backward as kernels
-from .kernels.stream import Static
 from .problem import Grid, Launch, Problem, Step, Sum, ceil
 
 
@@ -123,7 +120,12 @@ def routing_pass_backward(
 
 def empty_gradients(p: Problem, third: Tensor | None, needs: Needs) -> tuple[Tensor, ...]:
     """Dense, each in its tensor's dtype; empty where not wanted."""
-    shapes = (p.u.shape, p.weight_shape, () if third is None else third.shape, () if p.logits is None else p.logits.shape)
+    shapes = (
+        p.u.shape,
+        p.weight_shape,
+        () if third is None else third.shape,
+        () if p.logits is None else p.logits.shape,
+    )
     tensors = (p.u, p.weight, third, p.logits)
     return tuple(
         x.new_empty(shape) if need else p.u.new_empty(0) for x, shape, need in zip(tensors, shapes, needs, strict=True)
@@ -172,7 +174,7 @@ def rows_of(p: Problem, chain: Chain, k: int) -> list[Step]:
     """The statistics of pass k over all j: those of each tile, then of all."""
     static, grid, warps = p.stream(p.tuning.backward)
     static = replace(static, given=chain.given)
-    parts = p.empty(grid[1], 3, p.B, p.I)
+    parts = p.scratch("rows of tiles", grid[1], 3, p.B, p.I)
     traffic = p.read_bytes(grid) + parts.nbytes + grid[2] * chain.read_bytes(p, k)
     of_tile = replace(static, leaky=False)
     args = (p.u, p.pair_weight, p.logits, p.mask, chain.queries, chain.slopes, parts, k, p.B, p.I, p.strides, of_tile)
@@ -186,8 +188,8 @@ def stream(p: Problem, chain: Chain, k: int, of_weight: KeyWeight | None) -> tup
     """The stream of pass k, and sum over i of db_ij h_ij in parts [groups, B, J, X]."""
     static, grid, warps = p.stream(p.tuning.backward)
     static = replace(static, need_weight=of_weight is not None, given=chain.given)
-    parts = p.empty(grid[2], p.B, p.J, p.X)
-    sums = torch.empty_like(parts) if of_weight is not None else None
+    parts = p.scratch("parts", grid[2], p.B, p.J, p.X)
+    sums = p.scratch("sums", *parts.shape) if of_weight is not None else None
     traffic = p.read_bytes(grid) + grid[2] * chain.read_bytes(p, k) + parts.nbytes * (1 if sums is None else 2)
     if p.over_inputs:
         traffic += 3 * p.B * p.I * p.J * p.itemsize  # at each i again, served by the cache

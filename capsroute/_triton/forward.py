@@ -128,7 +128,8 @@ def stream(p: Problem, V: Tensor | None, coupling: Tensor | None) -> tuple[list[
     static, grid, warps = p.stream(p.tuning.forward)
     static = replace(static, query=V is not None, coupling=coupling is not None)
     steps, rows = rows_of(p, static, grid, warps, V) if static.tiled else ([], (None, None))
-    parts = Parts(p.empty(grid[2], p.B, p.J, p.X), p.empty(2, grid[2], p.B, p.J) if p.over_inputs else None)
+    online = p.scratch("online", 2, grid[2], p.B, p.J) if p.over_inputs else None
+    parts = Parts(p.scratch("parts", grid[2], p.B, p.J, p.X), online)
     traffic = p.read_bytes(grid) + sum(x.nbytes for x in (*parts, coupling) if x is not None)
     traffic += grid[2] * p.state_bytes if V is not None else 0
     traffic += 2 * grid[1] * p.B * p.I * p.itemsize if static.tiled else 0
@@ -138,12 +139,12 @@ def stream(p: Problem, V: Tensor | None, coupling: Tensor | None) -> tuple[list[
 
 def rows_of(p: Problem, static: Static, grid: Grid, warps: int, V: Tensor | None) -> tuple[list[Step], list[Tensor]]:
     """Maximum and sum [B, I] of the softmax over j: those of each tile, then of all."""
-    parts = p.empty(grid[1], 2, p.B, p.I)
+    parts = p.scratch("rows of tiles", grid[1], 2, p.B, p.I)
     traffic = p.pair_bytes(grid[1]) + parts.nbytes
     traffic += p.vote_bytes(grid[1], grid[0]) + grid[2] * p.state_bytes if V is not None else 0
     of_tile = replace(static, leaky=False, coupling=False)
     args = (p.u, p.pair_weight, p.logits, p.mask, V, parts, p.B, p.I, p.strides, of_tile)
-    rows = [p.empty(p.B, p.I) for _ in range(2)]
+    rows = list(p.scratch("rows", 2, p.B, p.I))
     return [Launch(kernels.rows, grid, args, warps, traffic), merge_rows(p, static, parts, [*rows, None])], rows
 
 

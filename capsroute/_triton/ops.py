@@ -9,7 +9,6 @@ from . import NAMESPACE, backward, forward
 from .problem import Problem, run
 
 
-
 def _route(u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps, save, return_coupling):
     problem = Problem.of(u, weight, bias, logits, mask, over_inputs, leaky)
     return _run(u, forward.route(problem, iterations, eps, save, return_coupling))

@@ -6,7 +6,7 @@ those that a cache would serve included, and supposes that nothing is masked or 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +90,7 @@ class Problem:
     J: int
     O: int
     tuning: tuning.Tuning
+    kept: dict[tuple, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, u, weight, third, logits, mask, over_inputs: bool, leaky: bool) -> Problem:
@@ -169,6 +170,13 @@ class Problem:
     def empty(self, *shape: int) -> Tensor:
         """In the accumulation type."""
         return self.u.new_empty(shape, dtype=self.dtype)
+
+    def scratch(self, name: str, *shape: int) -> Tensor:
+        """Likewise, the same memory for all passes, which run one after another."""
+        key = (name, *shape)
+        if key not in self.kept:
+            self.kept[key] = self.empty(*shape)
+        return self.kept[key]
 
     # Tiles
 

@@ -283,7 +283,9 @@ def gradients(
                 to = du + ((tl.program_id(1) * B.to(tl.int64) + b) * I + i)[:, :, :, None] * D + d
                 tl.store(to, du_b.to(du.dtype.element_ty), mask=(i < I)[:, :, :, None] & (d < D))
             if P.need_weight:
-                dW = tl.fma(tl.broadcast_to(u_b, [IB, DB, JB, XB]), tl.broadcast_to(dh[:, None, :, :], [IB, DB, JB, XB]), dW)
+                dW = tl.fma(
+                    tl.broadcast_to(u_b, [IB, DB, JB, XB]), tl.broadcast_to(dh[:, None, :, :], [IB, DB, JB, XB]), dW
+                )
         elif P.need_u:
             if P.keys:
                 to = du + ((tl.program_id(1) * B.to(tl.int64) + b) * I + i) * X + x
@@ -298,7 +300,7 @@ def gradients(
             tl.store(to, tl.sum(db, 0, keep_dims=True), mask=j < J)
         else:
             of_share += db
-    if P.pair:
+    if P.pair:  # noqa: SIM102
         if P.need_weight:
             to = dweight + tl.program_id(2) * (I.to(tl.int64) * (D * J * X)) + place
             tl.store(to, dW.to(dweight.dtype.element_ty), mask=in_weight)

@@ -51,7 +51,7 @@ def stream(
             else:
                 top, of_row = softmax_parts(a, P)
             c = normalised(a, allowed, top, of_row)
-            if P.coupling:
+            if P.coupling:  # noqa: SIM102
                 if last:
                     at = coupling + (b * I + i) * J + j
                     tl.store(at, c.to(coupling.dtype.element_ty), mask=(b < B) & (j < J))
