@@ -1,6 +1,8 @@
 # make demo   sets up .venv and trains a capsule network on handwritten digits
 # make test   sets up .venv, checks the style and runs the tests
 # make bench  the table of the README
+# make gpu-proof  what can be shown of the GPU kernels without a GPU
+# make gpu-check  everything on a GPU: the tests, the benchmarks, compute-sanitizer; a report to paste into an issue
 PYTHON ?= python3
 # The CPU wheel where the index has one; any torch >= 2.13 will do.
 TORCH ?= torch==2.13.0
@@ -8,7 +10,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := $(shell git ls-files 'csrc/*')
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu-proof gpu-check clean
 demo: .venv/installed
 	$(BIN)/capsroute demo --out demo
 
@@ -22,6 +24,14 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/capsroute bench
+
+gpu-proof: .venv/installed
+	$(BIN)/python -m capsroute._triton.aot --out docs/triton-kernels.md
+	$(BIN)/python -m pytest tests -k triton --interpreted 6
+	$(BIN)/capsroute bench --traffic --case all
+
+gpu-check: .venv/installed
+	$(BIN)/python tests/gpu_check.py
 
 .venv/installed: pyproject.toml setup.py CMakeLists.txt $(SOURCES)
 	$(PYTHON) -m venv .venv

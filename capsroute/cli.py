@@ -1,4 +1,4 @@
-"""The command `capsroute`: train, eval, bench, info, demo."""
+"""The command `capsroute`: train, eval, bench, tune, info, demo."""
 
 from __future__ import annotations
 
@@ -55,6 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     from .bench import cli as bench  # above training and nn, and only wanted here
 
     bench.add_arguments(command("bench", bench.run, "Time and weigh routing against plain PyTorch."))
+
+    from .bench import tune
+
+    tune.add_arguments(
+        command("tune", tune.execute, "Measure the Triton kernels' tiles on this GPU, and keep the best.")
+    )
 
     info = command("info", _info, "Print versions, threads, and which backends can run here.")
     info.add_argument("--json", action="store_true", help="print one JSON object as the last line")

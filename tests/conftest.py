@@ -81,7 +81,8 @@ def device(request):
     name = request.config.getoption("device")
     if name == "cpu":
         interpreter.patch()
-    torch.set_default_device(name)
+    else:
+        torch.set_default_device(name)
     return name
 
 

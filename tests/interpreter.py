@@ -6,16 +6,19 @@ longer than what they compute. Where only the interpreter runs, once is enough.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable
+
+import numpy as np
+import torch
 
 
 def patch() -> None:
     """Once for the process."""
     patch_language_once()
     round_to_nearest()
+    watch_memory()
 
 
 def patch_language_once() -> None:
@@ -40,8 +43,6 @@ def patch_language_once() -> None:
 
 def round_to_nearest() -> None:
     """float32 to bfloat16 as a GPU does it; the interpreter truncates."""
-    import numpy as np
-    import torch
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -55,27 +56,58 @@ def round_to_nearest() -> None:
     interpreter._convert_float = convert
 
 
-@contextlib.contextmanager
-def counted() -> Iterator[list[int]]:
-    """Collect the bytes of every load and store, of the lanes that take part."""
+class Watch:
+    """Of the launch that runs: where it may read and write, and the bytes that it has moved.
+
+    Reads and writes out of bounds are silent in the interpreter, as on a GPU.
+    """
+
+    def __init__(self):
+        self.first = self.last = None  # addresses of its tensors, in order
+        self.moved = 0
+
+    def begin(self, tensors: Iterable[torch.Tensor]) -> None:
+        spans = sorted((x.data_ptr(), x.data_ptr() + extent(x)) for x in tensors if x.numel())
+        self.first, self.last = (np.array(ends, dtype=np.uint64) for ends in zip(*spans, strict=True))
+        self.moved = 0
+
+    def access(self, pointers, mask) -> None:
+        lanes = np.broadcast_to(mask.data, pointers.data.shape)
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        self.moved += int(lanes.sum()) * size
+        addresses = pointers.data[lanes]
+        if addresses.size:
+            place = np.searchsorted(self.first, addresses, side="right") - 1
+            inside = (place >= 0) & (addresses + np.uint64(size) <= self.last[place])
+            assert inside.all(), "a kernel reads or writes outside of its tensors"
+
+
+def extent(x: torch.Tensor) -> int:
+    """Bytes from the first element of a tensor to the end of the last."""
+    return (sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1) * x.itemsize
+
+
+watch = Watch()
+
+
+def watch_memory() -> None:
     from triton.runtime.interpreter import interpreter_builder as builder
 
-    moved: list[int] = []
-    load, store = builder.create_masked_load, builder.create_masked_store
+    from capsroute._triton.problem import Launch
 
-    def count(pointers, mask):
-        moved.append(int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8)
+    load, store, run = builder.create_masked_load, builder.create_masked_store, Launch.run
 
-    def counted_load(pointers, mask, *rest):
-        count(pointers, mask)
+    def watched_load(pointers, mask, *rest):
+        watch.access(pointers, mask)
         return load(pointers, mask, *rest)
 
-    def counted_store(pointers, value, mask, *rest):
-        count(pointers, mask)
+    def watched_store(pointers, value, mask, *rest):
+        watch.access(pointers, mask)
         return store(pointers, value, mask, *rest)
 
-    builder.create_masked_load, builder.create_masked_store = counted_load, counted_store
-    try:
-        yield moved
-    finally:
-        del builder.create_masked_load, builder.create_masked_store
+    def watched_run(launch):
+        watch.begin(x for x in launch.args if isinstance(x, torch.Tensor))
+        run(launch)
+
+    builder.create_masked_load, builder.create_masked_store = watched_load, watched_store
+    Launch.run = watched_run

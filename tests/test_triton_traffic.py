@@ -2,14 +2,19 @@
 
 import pytest
 import torch
-from interpreter import counted
+from interpreter import watch
 from problems import EVERY, FORMS, cases, random_problem
 
 from capsroute._triton import tuning
 from capsroute.bench.registry import CASES, make_problem
 from capsroute.bench.traffic import planned, traffic
 
-pytestmark = pytest.mark.interpreter
+
+@pytest.fixture(autouse=True)
+def interpreted(device):
+    if device != "cpu":
+        pytest.skip("the interpreter counts")
+
 
 # What nothing masks or forbids: those lanes take no part, and the formulas are for the most.
 COUNTED = {name: options for name, options in EVERY.items() if not (options.get("mask") or options.get("forbid"))}
@@ -22,9 +27,8 @@ def launches_of(monkeypatch):
     found = []
 
     def run(launch):
-        with counted() as moved:
-            original(launch)
-        found.append((launch, sum(moved)))
+        original(launch)
+        found.append((launch, watch.moved))
 
     original = problem.Launch.run
     monkeypatch.setattr(problem.Launch, "run", run)
@@ -37,10 +41,7 @@ def edges(monkeypatch):
     monkeypatch.setattr(
         tuning,
         "DEFAULT",
-        tuning.Tuning(
-            warps=1, forward=4, backward=4, held=4, between=1, row=16, tiled=16, work=1, groups=3, programs=2
-        ),
-    )
+        tuning.Tuning((1, 4), (1, 4), (1, 4), (1, 1), (1, 4), row=16, tiled=16, work=1, groups=3, programs=2)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -62,7 +63,7 @@ def test_the_registrys_shapes_move_what_the_formulas_say(monkeypatch, name):
     problem = make_problem(
         case._replace(batch=min(3, case.batch), inputs=min(3, case.inputs), outputs=min(70, case.outputs))
     )
-    steps = planned(problem, backward=True)
+    steps, _ = planned(problem, backward=True)
     found = launches_of(monkeypatch)
     for step in steps:
         step.run()

@@ -47,7 +47,7 @@ class Chain:
 
     @classmethod
     def empty(cls, p: Problem, R: int, norm: Tensor, query: Tensor | None = None) -> Chain:
-        rows = p.tiled(gradient_tile(p)) or p.stream(p.tuning.backward)[0].tiled
+        rows = p.tiled(gradient_tile(p)) or p.backward[0].tiled
         if p.over_inputs:
             statistics = Statistics(*norm, p.empty(R, p.B, p.J))
         else:
@@ -172,7 +172,7 @@ def between(p: Problem, parts: Tensor, s: Tensor, dV: Tensor, chain: Chain, k: i
 
 def rows_of(p: Problem, chain: Chain, k: int) -> list[Step]:
     """The statistics of pass k over all j: those of each tile, then of all."""
-    static, grid, warps = p.stream(p.tuning.backward)
+    static, grid, warps = p.backward
     static = replace(static, given=chain.given)
     parts = p.scratch("rows of tiles", grid[1], 3, p.B, p.I)
     traffic = p.read_bytes(grid) + parts.nbytes + grid[2] * chain.read_bytes(p, k)
@@ -186,7 +186,7 @@ def rows_of(p: Problem, chain: Chain, k: int) -> list[Step]:
 
 def stream(p: Problem, chain: Chain, k: int, of_weight: KeyWeight | None) -> tuple[list[Step], Tensor]:
     """The stream of pass k, and sum over i of db_ij h_ij in parts [groups, B, J, X]."""
-    static, grid, warps = p.stream(p.tuning.backward)
+    static, grid, warps = p.backward
     static = replace(static, need_weight=of_weight is not None, given=chain.given)
     parts = p.scratch("parts", grid[2], p.B, p.J, p.X)
     sums = p.scratch("sums", *parts.shape) if of_weight is not None else None
@@ -253,11 +253,11 @@ def last_stream(p: Problem, chain: Chain, first: int, detach: bool, needs: Needs
     tiles = max(1, ceil(p.I, tile.rows)), ceil(p.J, tile.outputs)
     share = tuning.share(p.tuning, p.B, tiles[0] * tiles[1])
     grid = (*tiles, ceil(p.B, share))
-    kept = "".join(letter for letter, n in zip("bi", dlogits.shape[:2], strict=True) if n > 1) if needs.logits else ""
+    kept = "".join(letter for letter, n in zip("bi", dlogits.shape[:2], strict=True) if n != 1) if needs.logits else ""
     kept = kept or ("j" if needs.logits else "")
     static = replace(
-        p.stream(p.tuning.backward)[0], TB=tile.rows, JB=tile.outputs, XB=tile.features, tiled=p.tiled(tile),
-        given=chain.given, detach=detach, need_u=needs.u, need_weight=of_pairs, need_logits=kept,
+        p.backward[0], TB=tile.rows, JB=tile.outputs, XB=tile.features, tiled=p.tiled(tile),
+        near=False, given=chain.given, detach=detach, need_u=needs.u, need_weight=of_pairs, need_logits=kept,
     )  # fmt: skip
     sums: list[Step] = []
 

@@ -41,7 +41,7 @@ def route(
     if p.B == 0:
         return [], results
     wanted = coupling if coupling.numel() else None
-    grid = p.stream(p.tuning.forward)[1]
+    grid = p.forward[1]
     if grid[1:] == (1, 1) and not p.keys and not (p.over_inputs and return_coupling):
         return [whole(p, R, eps, save, *results)], results
     V = p.empty(p.B, p.J, p.O)
@@ -114,7 +114,7 @@ def one_pass(
 
 def whole(p: Problem, R: int, eps: float, save: bool, v, s, norm, coupling) -> Launch:
     """All passes in one launch."""
-    static, grid, warps = p.stream(p.tuning.forward)
+    static, grid, warps = p.forward
     static = replace(static, coupling=coupling.numel() > 0)
     traffic = R * p.read_bytes(grid) + sum(x.nbytes for x in (v, s, norm, coupling))
     traffic += grid[0] * p.bias.nbytes if p.bias is not None else 0
@@ -125,7 +125,7 @@ def whole(p: Problem, R: int, eps: float, save: bool, v, s, norm, coupling) -> L
 
 def stream(p: Problem, V: Tensor | None, coupling: Tensor | None) -> tuple[list[Step], Parts]:
     """The stream itself, with the two steps before it where a softmax over j spans several tiles."""
-    static, grid, warps = p.stream(p.tuning.forward)
+    static, grid, warps = p.forward
     static = replace(static, query=V is not None, coupling=coupling is not None)
     steps, rows = rows_of(p, static, grid, warps, V) if static.tiled else ([], (None, None))
     online = p.scratch("online", 2, grid[2], p.B, p.J) if p.over_inputs else None
@@ -180,7 +180,7 @@ def finish(p: Problem, parts: Parts, s: Tensor | None, norm: Norm | None, squash
 
 def column_coupling(p: Problem, V: Tensor | None, norm: Norm, coupling: Tensor) -> Launch:
     """The coupling where the softmax runs over i, from its totals."""
-    static, grid, warps = p.stream(p.tuning.forward)
+    static, grid, warps = p.forward
     static = replace(static, query=V is not None)
     traffic = p.pair_bytes(grid[1]) + coupling.nbytes + 2 * grid[2] * norm.tops.nbytes
     traffic += p.vote_bytes(grid[1], grid[0]) + grid[2] * p.state_bytes if V is not None else 0

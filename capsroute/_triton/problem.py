@@ -117,7 +117,7 @@ class Problem:
             D,
             J,
             O,
-            tuning.for_device(u.device),
+            tuning.for_shape(u.device, form, J, O, D, u.dtype),
         )
 
     @property
@@ -180,11 +180,23 @@ class Problem:
 
     # Tiles
 
-    def stream(self, per_thread: int) -> tuple[Static, Grid, int]:
-        """What a stream over i in tiles of samples is compiled for, its grid and its warps."""
+    @property
+    def forward(self) -> tuple[Static, Grid, int]:
+        """What a forward stream is compiled for, its grid and its warps."""
+        more = self.mask is not None or self.logits is not None or self.over_inputs
+        more = more or tuning.tiled(self.tuning, self.J, self.X)
+        return self.stream(self.tuning.loaded if more else self.tuning.forward)
+
+    @property
+    def backward(self) -> tuple[Static, Grid, int]:
+        """Likewise of a pass of the backward."""
+        return self.stream(self.tuning.backward)
+
+    def stream(self, shape: tuple[int, int]) -> tuple[Static, Grid, int]:
+        """Of a stream over i in tiles of samples."""
         group = tuning.group(self.tuning, self.I, self.J, self.X, self.D if self.form == "pair" else 1)
         groups = max(1, ceil(self.I, group))
-        tile = tuning.tile(self.tuning, per_thread, self.B, self.J, self.X, self.itemsize, groups)
+        tile = tuning.tile(self.tuning, shape, self.B, self.J, self.X, self.itemsize, groups)
         static = Static(
             acc=ACCUMULATION[self.dtype],
             J=self.J,
@@ -204,6 +216,7 @@ class Problem:
             mask=self.mask is not None,
             logits=self.logits is not None,
             tiled=self.tiled(tile),
+            near=tile.rows * max(self.strides[0], self.strides[2], self.strides[5], self.I * self.J) < 2**31,
         )
         return static, (ceil(self.B, tile.rows), ceil(self.J, tile.outputs), groups), tile.warps
 
@@ -213,7 +226,7 @@ class Problem:
 
     def between(self) -> tuple[Static, Grid, int]:
         """Likewise for what runs between two streams, on V alone."""
-        static, _, _ = self.stream(self.tuning.forward)
+        static, _, _ = self.backward
         tile = tuning.tile(
             replace(self.tuning, row=static.OB), self.tuning.between, self.B, self.J, self.O, self.itemsize, 1
         )

@@ -17,24 +17,28 @@ from .registry import Case, Problem, make_problem, routed, run
 
 
 class Traffic(NamedTuple):
-    """Of one case, in bytes, and the launches of the fused kernels."""
+    """Of one case: the bytes moved, the launches of the fused kernels, and the bytes of their scratch at once."""
 
     fused: int
     fewest: int
     eager: int
     launches: int
+    scratch: int
 
 
 def traffic(case: Case, backward: bool, dtype: torch.dtype = torch.float32) -> Traffic:
     """The traffic of a case: the forward with no gradient wanted, or forward and backward with all."""
     with torch.device("meta"):
         problem = make_problem(case, dtype)
-    steps = planned(problem, backward)
-    return Traffic(sum(step.traffic for step in steps), fewest(problem, backward), eager(problem, backward), len(steps))
+    steps, scratch = planned(problem, backward)
+    moved = sum(step.traffic for step in steps)
+    return Traffic(moved, fewest(problem, backward), eager(problem, backward), len(steps), scratch)
 
 
-def planned(problem: Problem, backward: bool) -> list:
-    """The steps that the Triton backend would take; tensors may be on the meta device."""
+def planned(problem: Problem, backward: bool) -> tuple[list, int]:
+    """The steps that the Triton backend would take, and the bytes that they hold besides inputs and results; the
+    tensors may be on the meta device.
+    """
     from .._triton import backward as plan_backward
     from .._triton import forward as plan_forward
     from .._triton.problem import Problem as Planned
@@ -42,11 +46,29 @@ def planned(problem: Problem, backward: bool) -> list:
     u, weight, logits, iterations, grad_v = problem
     logits = None if logits is None else logits[None]
     p = Planned.of(u.detach(), weight, None, logits, None, False, False)
-    steps, (_, s, norm, _) = plan_forward.route(p, iterations, 1e-9, backward, False)
+    steps, results = plan_forward.route(p, iterations, 1e-9, backward, False)
+    scratch = _scratch(steps, (p.u, p.weight, logits, *results))
     if backward:
+        p = Planned.of(u.detach(), weight, None, logits, None, False, False)
         needs = plan_backward.Needs(True, weight is not None, False, False)
-        steps += plan_backward.route_backward(p, grad_v, s, norm, iterations, 1e-9, False, needs)[0]
-    return steps
+        _, s, norm, _ = results
+        second, gradients = plan_backward.route_backward(p, grad_v, s, norm, iterations, 1e-9, False, needs)
+        scratch = max(scratch, _scratch(second, (p.u, p.weight, logits, grad_v, s, norm, *gradients)))
+        steps += second
+    return steps, scratch
+
+
+def _scratch(steps: list, kept: tuple) -> int:
+    """Bytes of the storages that steps use, without those of the tensors that are kept."""
+    storages = {}
+    for step in steps:
+        for x in step.args if hasattr(step, "args") else step:
+            if isinstance(x, Tensor):
+                storages[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+    for x in kept:
+        if x is not None:
+            storages.pop(x.untyped_storage()._cdata, None)
+    return sum(storages.values())
 
 
 def fewest(problem: Problem, backward: bool) -> int:

@@ -255,10 +255,11 @@ def gradients(
     j = (tl.program_id(1) * JB + tl.arange(0, JB))[None, :, None]
     x = tl.arange(0, XB)[None, None, :]
     d = tl.arange(0, DB)[None, :, None, None]
-    place = i[:, :, :, None] * (D * J * X) + d * (J * X) + (j * X + x)[:, None, :, :]
+    of_i = i[:, :, :, None] * (D * J * X)
+    inner = d * (J * X) + (j * X + x)[:, None, :, :]
     if P.pair:
         in_weight = (i < I)[:, :, :, None] & (d < D) & ((j < J) & (x < X))[:, None, :, :]
-        W = tl.load(weight + place, mask=in_weight, other=0).to(ACC)
+        W = tl.load(weight + of_i + inner, mask=in_weight, other=0).to(ACC)
         dW = tl.zeros([IB, DB, JB, XB], ACC)
     of_share = tl.zeros([IB, JB, 1], ACC)
     begin = tl.program_id(2).to(tl.int64) * share
@@ -302,7 +303,7 @@ def gradients(
             of_share += db
     if P.pair:  # noqa: SIM102
         if P.need_weight:
-            to = dweight + tl.program_id(2) * (I.to(tl.int64) * (D * J * X)) + place
+            to = dweight + tl.program_id(2) * (I.to(tl.int64) * (D * J * X)) + of_i + inner
             tl.store(to, dW.to(dweight.dtype.element_ty), mask=in_weight)
     if NEED == "i":
         tl.store(dlogits + (tl.program_id(2) * I.to(tl.int64) + i) * J + j, of_share, mask=(i < I) & (j < J))

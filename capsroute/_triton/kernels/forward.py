@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .stream import normalised, pairs, softmax_parts, squash_scale, tile, votes
+from .stream import at_sample, normalised, pairs, softmax_parts, squash_scale, tile, votes
 
 
 @triton.jit
@@ -46,14 +46,14 @@ def stream(
             m = highest
         else:
             if P.tiled:
-                top = tl.load(tops + b * I + i, mask=b < B, other=0)
-                of_row = tl.load(totals + b * I + i, mask=b < B, other=1)
+                top = tl.load(at_sample(tops + i, b, I, P), mask=b < B, other=0)
+                of_row = tl.load(at_sample(totals + i, b, I, P), mask=b < B, other=1)
             else:
                 top, of_row = softmax_parts(a, P)
             c = normalised(a, allowed, top, of_row)
             if P.coupling:  # noqa: SIM102
                 if last:
-                    at = coupling + (b * I + i) * J + j
+                    at = at_sample(coupling + i * J, b, I * J, P) + j
                     tl.store(at, c.to(coupling.dtype.element_ty), mask=(b < B) & (j < J))
         s = tl.fma(tl.broadcast_to(c, [TB, JB, XB]), h, s)
     return s, m, total

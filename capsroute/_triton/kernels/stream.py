@@ -39,6 +39,7 @@ class Static:
     mask: bool
     logits: bool
     tiled: bool  # J takes several tiles, so the softmax over j reads its maximum and sum
+    near: bool = False  # the samples of a tile lie less than 2^31 numbers apart
     query: bool = True
     slope: bool = False  # rows hold T as well
     width: int = 256  # of a tile of rows
@@ -61,6 +62,17 @@ def tile(P: tl.constexpr, FEATURES: tl.constexpr):
 
 
 @triton.jit
+def at_sample(pointer, b, stride, P: tl.constexpr):
+    """pointer + b stride, if possible in 32 bits from the tile's first sample: 64 bits for each fill the registers."""
+    if P.near:
+        TB: tl.constexpr = P.TB
+        first = tl.program_id(0).to(tl.int64) * TB
+        return pointer + first * stride + (b - first).to(tl.int32) * stride
+    else:
+        return pointer + b * stride
+
+
+@triton.jit
 def pairs(logits, mask, row, b, i, j, strides, P: tl.constexpr):
     """Which rows are not masked, of those that exist; which of their pairs take part [TB, JB, 1]; prior logits.
 
@@ -71,11 +83,12 @@ def pairs(logits, mask, row, b, i, j, strides, P: tl.constexpr):
     JB: tl.constexpr = P.JB
     J: tl.constexpr = P.J
     if P.mask:
-        row = tl.load(mask + b * strides[0] + i * strides[1], mask=row, other=0) != 0
+        row = tl.load(at_sample(mask + i * strides[1], b, strides[0], P), mask=row, other=0) != 0
     allowed = row & (j < J)
     prior = tl.zeros([TB, JB, 1], ACC)
     if P.logits:
-        prior = tl.load(logits + b * strides[2] + i * strides[3] + j * strides[4], mask=allowed, other=0).to(ACC)
+        at = at_sample(logits + i * strides[3], b, strides[2], P) + j * strides[4]
+        prior = tl.load(at, mask=allowed, other=0).to(ACC)
         allowed = allowed & (prior != float("-inf"))
     return row, allowed, prior
 
@@ -90,7 +103,7 @@ def votes(u, weight, b, i, j, x, row, allowed, strides, P: tl.constexpr):
     J: tl.constexpr = P.J
     X: tl.constexpr = P.X
     D: tl.constexpr = P.D
-    at = u + b * strides[5] + i * strides[6]
+    at = at_sample(u + i * strides[6], b, strides[5], P)
     if P.pair:
         h = tl.zeros([TB, JB, XB], ACC)
         w = weight + i * (D * J * X) + j * X + x
