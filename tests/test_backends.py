@@ -104,9 +104,10 @@ WITHOUT_LIBRARY = """
 import sys
 from pathlib import Path
 import torch
+before = set(sys.modules)
 import capsroute
 assert Path(capsroute.__file__).parent == Path("capsroute").resolve()
-heavy = {"sklearn", "matplotlib", "rich", "safetensors", "tqdm", "triton"} & set(sys.modules)
+heavy = {"sklearn", "matplotlib", "rich", "safetensors", "tqdm", "triton"} & (set(sys.modules) - before)
 assert not heavy, f"import capsroute brings {heavy}"
 can, why = capsroute.backends()["cpu"]
 assert not can

@@ -202,7 +202,7 @@ def test_tuning_is_kept_for_the_gpu_and_the_layer(monkeypatch, tmp_path):
     assert tuning.for_shape(torch.device("cpu"), *layer) == tuning.DEFAULT
     tuning.cache_file().write_text('{"a GPU": {"layer": {"no such number": 1}}}')
     tuning.measured.cache_clear()
-    with pytest.raises(ValueError, match="tuning.json is not what `capsroute tune` writes"):
+    with pytest.raises(ValueError, match=r"tuning\.json is not what `capsroute tune` writes"):
         tuning.for_shape(gpu, *layer)
     tuning.measured.cache_clear()
 
@@ -213,3 +213,22 @@ def test_tune_and_gpu_benchmarks_say_that_there_is_no_gpu(capsys):
     for command in (["tune"], ["bench", "--device", "cuda"]):
         assert main(command) == 2
         assert "torch sees no GPU here" in capsys.readouterr().err
+
+
+# On a GPU
+
+
+def test_captures_in_a_cuda_graph(device):
+    """And so waits for nothing and allocates nothing that depends on data."""
+    if device == "cpu":
+        pytest.skip("needs a GPU; that tensors without data can be planned for is shown by the traffic's tests")
+    problem = random_problem((5, 67, 5, 3, 9), dtype=torch.float32, bias=True, logits="BIJ", mask="BI")
+    expected = problem.gradients("triton")
+    grad_v = torch.ones_like(expected["v"])
+    problem.gradients("triton", grad_v)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = problem.gradients("triton", grad_v)
+    graph.replay()
+    for name, x in problem.gradients("triton", grad_v).items():
+        assert torch.equal(found[name], x), name

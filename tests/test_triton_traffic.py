@@ -41,7 +41,8 @@ def edges(monkeypatch):
     monkeypatch.setattr(
         tuning,
         "DEFAULT",
-        tuning.Tuning((1, 4), (1, 4), (1, 4), (1, 1), (1, 4), row=16, tiled=16, work=1, groups=3, programs=2)
+        tuning.Tuning((1, 4), (1, 4), (1, 4), (1, 1), (1, 4), row=16, tiled=16, work=1, groups=3, programs=2),
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
