@@ -26,7 +26,7 @@ def log(caplog, monkeypatch):
 @pytest.fixture
 def no_library(monkeypatch):
     monkeypatch.setattr(_ops, "_loaded", (False, "hidden by the test"))
-    monkeypatch.setattr(_triton, "installed", lambda: (False, "hidden by the test"))
+    monkeypatch.setattr(_triton, "load", lambda: (False, "hidden by the test"))
 
 
 def called(monkeypatch, name: str) -> list:
@@ -107,7 +107,7 @@ import torch
 before = set(sys.modules)
 import capsroute
 assert Path(capsroute.__file__).parent == Path("capsroute").resolve()
-heavy = {"sklearn", "matplotlib", "rich", "safetensors", "tqdm", "triton"} & (set(sys.modules) - before)
+heavy = {"sklearn", "matplotlib", "rich", "safetensors", "triton"} & (set(sys.modules) - before)
 assert not heavy, f"import capsroute brings {heavy}"
 can, why = capsroute.backends()["cpu"]
 assert not can

@@ -42,8 +42,17 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+_loaded: list[tuple[bool, str]] = []
+
+
 def load() -> tuple[bool, str]:
     """Import Triton and define the ops, once; whether that went well, or why not."""
+    if not _loaded:
+        _loaded.append(_load())
+    return _loaded[0]
+
+
+def _load() -> tuple[bool, str]:
     can, why = installed()
     if can:
         try:

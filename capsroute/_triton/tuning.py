@@ -58,8 +58,8 @@ class Tuning:
     fewest: int = 8
 
 
-# One for all: sm_75 to sm_120 have 64 Ki registers for a processor and 255 for a thread, AMD's targets no fewer, and the
-# rules never ask for more shared memory than the 48 KiB that each has.
+# One for all: sm_75 to sm_120 have 64 Ki registers for a processor and 255 for a thread, AMD's targets no fewer, and
+# the rules never ask for more shared memory than the 48 KiB that each has.
 DEFAULT = Tuning()
 
 
