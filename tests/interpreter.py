@@ -68,7 +68,7 @@ class Watch:
 
     def begin(self, tensors: Iterable[torch.Tensor]) -> None:
         spans = sorted((x.data_ptr(), x.data_ptr() + extent(x)) for x in tensors if x.numel())
-        self.first, self.last = (np.array(ends, dtype=np.uint64) for ends in zip(*spans, strict=True))
+        self.first, self.last = np.array(spans, dtype=np.uint64).reshape(-1, 2).T
         self.moved = 0
 
     def access(self, pointers, mask) -> None:
@@ -77,6 +77,7 @@ class Watch:
         self.moved += int(lanes.sum()) * size
         addresses = pointers.data[lanes]
         if addresses.size:
+            assert self.first.size, "a kernel reads or writes, and has no tensors"
             place = np.searchsorted(self.first, addresses, side="right") - 1
             inside = (place >= 0) & (addresses + np.uint64(size) <= self.last[place])
             assert inside.all(), "a kernel reads or writes outside of its tensors"

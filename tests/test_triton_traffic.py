@@ -52,7 +52,7 @@ def test_every_launch_moves_what_its_formula_says(monkeypatch, edges, form, opti
         pytest.skip("J unknown")
     found = launches_of(monkeypatch)
     random_problem((3, 4, 3, 3, 5), form=form, dtype=torch.float32, **COUNTED[options]).gradients("triton")
-    assert len(found) >= 4
+    assert len(found) >= 3
     for launch, moved in found:
         assert moved == launch.traffic, f"{launch.name} {launch.grid}"
 
@@ -68,7 +68,7 @@ def test_the_registrys_shapes_move_what_the_formulas_say(monkeypatch, name):
     found = launches_of(monkeypatch)
     for step in steps:
         step.run()
-    assert len(found) >= 4
+    assert len(found) >= 3
     for launch, moved in found:
         assert moved == launch.traffic, f"{launch.name} {launch.grid}"
 

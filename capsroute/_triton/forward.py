@@ -180,7 +180,8 @@ def finish(p: Problem, parts: Parts, s: Tensor | None, norm: Norm | None, squash
 
 def column_coupling(p: Problem, V: Tensor | None, norm: Norm, coupling: Tensor) -> Launch:
     """The coupling where the softmax runs over i, from its totals."""
-    static, grid, warps = p.forward
+    warps, per_thread = p.tuning.loaded
+    static, grid, warps = p.stream((warps, per_thread // 2))  # with as many as the stream it spilled
     static = replace(static, query=V is not None)
     traffic = p.pair_bytes(grid[1]) + coupling.nbytes + 2 * grid[2] * norm.tops.nbytes
     traffic += p.vote_bytes(grid[1], grid[0]) + grid[2] * p.state_bytes if V is not None else 0

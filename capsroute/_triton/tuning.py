@@ -104,8 +104,11 @@ def tile(tuning: Tuning, shape: tuple[int, int], B: int, J: int, X: int, itemsiz
     outputs = _outputs(tuning, J, features)
     warps, per_thread = shape[0], max(1, shape[1] * 4 // itemsize)
     rows = min(max(1, per_thread * 32 * warps // (outputs * features)), power_of_two(B))
+    warps = _warps(rows * outputs * features, per_thread, warps)
     while rows > tuning.fewest and -(-B // rows) * -(-J // outputs) * groups < tuning.programs:
         rows //= 2
+    # Then the warps remain, but not where one launch makes all passes: it spilled in 8 warps, and not in 4.
+    per_thread = per_thread if groups == 1 else max(1, per_thread // 2)
     return Tile(rows, outputs, features, _warps(rows * outputs * features, per_thread, warps))
 
 
