@@ -35,6 +35,7 @@ def with_tuning(monkeypatch):
 SMALL = {"forward": (1, 2), "loaded": (1, 2), "backward": (1, 2), "between": (1, 1), "held": (1, 4)}
 TILES = {
     "small": {**SMALL, "row": 16, "tiled": 16, "work": 1, "groups": 3, "programs": 4, "fewest": 2},
+    "gradients by j": {"held": (1, 2)},
     "j by j": {"row": 1, "tiled": 1, "work": 1, "groups": 4},
     "large": {},
 }

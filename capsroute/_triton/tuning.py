@@ -120,7 +120,8 @@ def gradient_tile(tuning: Tuning, I: int, J: int, X: int, D: int, itemsize: int)
     outputs = _outputs(tuning, J, features)
     most, per_thread = tuning.held[0], max(1, tuning.held[1] * 4 // itemsize)
     room = per_thread * 32 * most
-    outputs = max(1, min(outputs, room // (features * deep)))
+    while outputs > 1 and outputs * features * deep > room // 2:  # at 32 numbers in 16 warps 16-bit types spilled
+        outputs //= 2
     rows = min(max(1, room // 2 // (outputs * features * deep)), power_of_two(max(I, 1)))
     rows = min(rows, max(1, 4 * tuning.row // (outputs * features)))
     return Tile(rows, outputs, features, _warps(rows * outputs * features * deep, per_thread, most))
