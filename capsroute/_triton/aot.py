@@ -8,12 +8,14 @@ LLVM. Triton keeps what it compiled in its cache, so a second run is short.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +53,23 @@ class Row(NamedTuple):
     case: str
     launch: Launch
     usages: dict[str, Usage]
+
+
+def compiled_rows(named: list[tuple[str, Launch]], targets: Iterable[str]) -> Iterator[Row]:
+    """Compile every launch for every target, in as many processes as there are processors."""
+
+    def usages(index: int) -> dict[str, Usage]:
+        return {target: compiled(named[index][1], target) for target in targets}
+
+    global _usages
+    _usages = usages  # a forked process finds it here; a launch cannot be sent to one
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        for (case, launch), found in zip(named, pool.map(_in_process, range(len(named))), strict=True):
+            yield Row(case, launch, found)
+
+
+def _in_process(index: int) -> dict[str, Usage]:
+    return _usages(index)
 
 
 class _Driver:
@@ -231,17 +250,9 @@ def main(argv: list[str] | None = None) -> int:
     for dtype in (torch.float32,) if args.quick else (torch.float32, torch.bfloat16, torch.float16):
         targets = args.target or (LOW_PRECISION if args.quick or dtype != torch.float32 else tuple(TARGETS))
         rows = []
-        for case, launch in launches(dtype, args.quick):
-            row = Row(case, launch, {target: compiled(launch, target) for target in targets})
-            print(
-                str(dtype)[6:],
-                case,
-                launch.name,
-                *map(_cell, row.usages.values()),
-                sep=" | ",
-                file=sys.stderr,
-                flush=True,
-            )
+        for row in compiled_rows(list(launches(dtype, args.quick)), targets):
+            cells = map(_cell, row.usages.values())
+            print(str(dtype)[6:], row.case, row.launch.name, *cells, sep=" | ", file=sys.stderr, flush=True)
             wrong += problems(row)
             rows.append(row)
         text.append(f"## {str(dtype)[6:]}\n\n{table(rows, targets)}")

@@ -240,7 +240,8 @@ class KeyWeight(NamedTuple):
 
 
 def gradient_tile(p: Problem) -> tuning.Tile:
-    return tuning.gradient_tile(p.tuning, p.I, p.J, p.X, p.D if p.form == "pair" else 1, p.itemsize)
+    narrow = p.u.itemsize < p.itemsize
+    return tuning.gradient_tile(p.tuning, p.I, p.J, p.X, p.D if p.form == "pair" else 1, p.itemsize, narrow)
 
 
 def last_stream(p: Problem, chain: Chain, first: int, detach: bool, needs: Needs, results) -> list[Step]:

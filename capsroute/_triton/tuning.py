@@ -112,15 +112,15 @@ def tile(tuning: Tuning, shape: tuple[int, int], B: int, J: int, X: int, itemsiz
     return Tile(rows, outputs, features, _warps(rows * outputs * features, per_thread, warps))
 
 
-def gradient_tile(tuning: Tuning, I: int, J: int, X: int, D: int, itemsize: int) -> Tile:
+def gradient_tile(tuning: Tuning, I: int, J: int, X: int, D: int, itemsize: int, narrow: bool) -> Tile:
     """The tile of the last stream: as many input capsules as fit the registers with W_i and dW_i, so that V and ds
-    are read for all of them.
+    are read for all of them. Narrow types are converted in registers: with all of those full they spilled.
     """
     features, deep = power_of_two(X), power_of_two(D)
     outputs = _outputs(tuning, J, features)
     most, per_thread = tuning.held[0], max(1, tuning.held[1] * 4 // itemsize)
     room = per_thread * 32 * most
-    while outputs > 1 and outputs * features * deep > room // 2:  # at 32 numbers in 16 warps 16-bit types spilled
+    while outputs > 1 and outputs * features * deep > room // (2 if narrow else 1):
         outputs //= 2
     rows = min(max(1, room // 2 // (outputs * features * deep)), power_of_two(max(I, 1)))
     rows = min(rows, max(1, 4 * tuning.row // (outputs * features)))
