@@ -27,7 +27,7 @@ bench: .venv/installed
 
 gpu-proof: .venv/installed
 	$(BIN)/python -m capsroute._triton.aot --out docs/triton-kernels.md
-	$(BIN)/python -m pytest tests -k triton --interpreted 6
+	$(BIN)/python -m pytest tests/test_triton.py tests/test_triton_traffic.py --interpreted 7
 	$(BIN)/capsroute bench --traffic --case all
 
 gpu-check: .venv/installed

@@ -28,6 +28,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "interpreted(factor): many times what Triton's interpreter takes of other tests")
     config.addinivalue_line("markers", "not_interpreted: about what Triton's interpreter does not have, or is slow at")
     if config.getoption("device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
@@ -61,14 +62,16 @@ def pytest_collection_modifyitems(config, items):
     by_test, left_out = {}, set()
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        if "triton" not in (parameters.get("fused"), parameters.get("backend")):
+        marked = item.get_closest_marker("interpreted")
+        if "triton" not in (parameters.get("fused"), parameters.get("backend")) and not marked:
             continue
         if item.get_closest_marker("not_interpreted"):
             left_out.add(item)
         else:
             by_test.setdefault((item.path, item.originalname), []).append(item)
-    few = config.getoption("interpreted")
     for same in by_test.values():
+        marked = same[0].get_closest_marker("interpreted")
+        few = config.getoption("interpreted") * (marked.args[0] if marked else 1)
         kept = {(2 * k + 1) * len(same) // (2 * few) for k in range(few)} if few else range(len(same))
         left_out.update(item for k, item in enumerate(same) if k not in kept)
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])

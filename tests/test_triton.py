@@ -53,7 +53,7 @@ SIZES = st.tuples(
 def test_every_edge_of_the_tiles(with_tuning, tiles):
     with_tuning(**TILES[tiles])
 
-    @hypothesis.settings(max_examples=8, phases=[hypothesis.Phase.generate])
+    @hypothesis.settings(max_examples=5, phases=[hypothesis.Phase.generate])
     @hypothesis.given(
         sizes=SIZES,
         case=st.sampled_from(cases(EVERY)),
@@ -66,6 +66,7 @@ def test_every_edge_of_the_tiles(with_tuning, tiles):
     check()
 
 
+@pytest.mark.interpreted(2)
 @pytest.mark.parametrize("options", ["all", "in, all", "logits of b, j", "pass, all"])
 @pytest.mark.parametrize("form", ["ijod", "jod", "votes"])
 def test_several_tiles_in_each_direction(with_tuning, form, options):

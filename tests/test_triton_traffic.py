@@ -45,6 +45,7 @@ def edges(monkeypatch):
     )
 
 
+@pytest.mark.interpreted(4)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("options", ["plain", "logits of the layer", "in, bias", "pass, in", "leaky"])
 def test_every_launch_moves_what_its_formula_says(monkeypatch, edges, form, options):
@@ -57,6 +58,7 @@ def test_every_launch_moves_what_its_formula_says(monkeypatch, edges, form, opti
         assert moved == launch.traffic, f"{launch.name} {launch.grid}"
 
 
+@pytest.mark.interpreted(2)
 @pytest.mark.parametrize("name", CASES)
 def test_the_registrys_shapes_move_what_the_formulas_say(monkeypatch, name):
     """With fewer samples and input capsules, which the formulas count exactly."""
