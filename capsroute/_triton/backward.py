@@ -110,8 +110,7 @@ def routing_pass_backward(
         streamed, parts = stream(p, chain, 0, of_weight)
         steps += streamed
         if needs.third:
-            without_bias = replace(p, bias=None)
-            steps.append(finish(without_bias, Parts(parts, None), results[2], None))
+            steps.append(finish(p, Parts(parts, None), results[2], None))
     steps += last_stream(p, chain, 0, False, needs, results)
     if of_weight is not None:
         steps += of_weight.steps(p, chain, 0, False, results[1])
