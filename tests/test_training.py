@@ -157,6 +157,7 @@ def test_shifts_move_images_by_at_most_the_fraction():
         assert offset.max() > 0.8
 
 
+@pytest.mark.not_interpreted
 def test_training_reduces_the_loss_and_reports(few, backend):
     told = []
     options = TrainingOptions(epochs=3, batch_size=32, learning_rate=0.01)
