@@ -1,0 +1,121 @@
+// Between two passes of the backward, for one tile and one output capsule. With pass k from 0:
+//   V_k = sum of squash(s_k') over k' < k,   dV_k = dV_(k+1) + sum over i of db_ij h_ij,
+//   ds_(R-1) = J_squash(s_(R-1))^T grad_v,   ds_(k-1) = J_squash(s_(k-1))^T dV_k
+#pragma once
+
+#include "finish.cuh"
+
+namespace capsroute::cuda {
+
+// What the backward keeps for every pass.
+template <class X>
+struct States {
+  using A = Acc<X>;
+  A* V;       // [R - 1, tile, j, o, lane]: V_1 .. V_(R-1)
+  A* ds;      // [R, tile, j, o, lane]
+  A* query;   // the same as rows: of a shared weight W_j^T V_j, else V itself
+  A* row_ds;  // of a shared weight e_j = W_j^T ds_j, else ds itself
+};
+
+template <class X>
+struct FinishBackward {
+  using A = Acc<X>;
+  Problem p;
+  Layout layout;
+  States<X> states;
+  Array grad_v;
+  const A* s;  // [R, B, J, O]
+  int64_t pass;
+  int64_t chunks;
+  const A* partial;    // of pass `pass`: sums of db_ij h_ij
+  const A* partial_p;  // of a shared weight whose gradient is wanted: sums of p_ij h_ij, or null
+  A* dV;               // [tile, j, o, lane], added up; null where no earlier pass wants it
+  A* sum_db;           // [R, tile, j, row, lane]: with partial_p, the two sums themselves
+  A* sum_p;
+};
+
+// ds of a pass, where `first` is dV or grad_v and `second` is s.
+template <class X>
+CAPSROUTE_DEVICE void back_through_squash(const FinishBackward<X>& a, const Capsule<X>& capsule, int64_t pass) {
+  const Problem& p = a.p;
+  capsule.squash_backward(capsule.second, capsule.first, a.states.ds + pass * a.layout.out_state(p));
+  if (capsule.staged) capsule.to_rows(capsule.first, a.states.row_ds + pass * a.layout.row_state(p));
+}
+
+template <class X>
+CAPSROUTE_DEVICE void read_s(const FinishBackward<X>& a, const Capsule<X>& capsule, int64_t pass) {
+  const Problem& p = a.p;
+  const int64_t row = p.J * p.O;
+  capsule.read(capsule.second, a.s + pass * p.B * row + capsule.j * p.O, row, 1);
+}
+
+// Before the first stream: V of every pass, ds of the last.
+template <class X>
+CAPSROUTE_DEVICE void begin_backward(const FinishBackward<X>& a, int64_t tile, int64_t j, char* memory) {
+  using A = Acc<X>;
+  const Problem& p = a.p;
+  const Capsule<X> capsule(p, a.layout, tile, j, memory);
+  for (int64_t pass = 0; pass + 1 < p.R; ++pass) {
+    read_s(a, capsule, pass);
+    capsule.squash_scale(capsule.second);
+    for (int64_t o = capsule.warp; o < a.layout.out_padded; o += capsule.warps) {
+      A* state = a.states.V + pass * a.layout.out_state(p) + (capsule.out_at + o) * kLanes + capsule.lane;
+      A V = 0;
+      if (CAPSROUTE_WITHIN(o, p.O)) {
+        const int at = column_at(o, capsule.lane);
+        V = capsule.second[at] * capsule.of_lane[capsule.lane] + (pass > 0 ? capsule.first[at] : A(0));
+        capsule.first[at] = V;
+      }
+      store(state, V);
+    }
+    CAPSROUTE_SYNC();
+    if (capsule.staged) capsule.to_rows(capsule.first, a.states.query + pass * a.layout.row_state(p));
+  }
+  read_s(a, capsule, p.R - 1);
+  const int64_t* stride = a.grad_v.stride;
+  capsule.read(capsule.first, static_cast<const X*>(a.grad_v.data) + j * stride[1], stride[0], stride[2]);
+  back_through_squash(a, capsule, p.R - 1);
+}
+
+// The sum of the chunks, kept for the gradient of a shared weight; zeros where the state is padded.
+template <class X>
+CAPSROUTE_DEVICE void keep_sum(const FinishBackward<X>& a, const Capsule<X>& capsule, const Acc<X>* partial,
+                               Acc<X>* sums) {
+  capsule.sum_chunks(partial, a.chunks);
+  for (int64_t f = capsule.warp; CAPSROUTE_WITHIN(f, a.layout.rows); f += capsule.warps) {
+    Acc<X>* state = sums + a.pass * a.layout.row_state(a.p) + (capsule.row_at + f) * kLanes + capsule.lane;
+    store(state, capsule.first[column_at(f, capsule.lane)]);
+  }
+  CAPSROUTE_SYNC();
+}
+
+// After the stream of pass k: dV_k and ds_(k-1); of a shared weight also the sums over i that its gradient is made of.
+template <class X>
+CAPSROUTE_DEVICE void finish_backward(const FinishBackward<X>& a, int64_t tile, int64_t j, char* memory) {
+  using A = Acc<X>;
+  const Problem& p = a.p;
+  const Capsule<X> capsule(p, a.layout, tile, j, memory);
+  if (a.partial_p) {
+    keep_sum(a, capsule, a.partial_p, a.sum_p);
+    if (a.dV) keep_sum(a, capsule, a.partial, a.sum_db);
+  }
+  if (!a.dV) return;
+  capsule.sum_chunks(a.partial, a.chunks);
+  A* x = capsule.first;
+  if (capsule.staged) {
+    capsule.to_outputs();
+    x = capsule.second;
+  }
+  for (int64_t o = capsule.warp; CAPSROUTE_WITHIN(o, p.O); o += capsule.warps) {
+    const int at = column_at(o, capsule.lane);
+    A* state = a.dV + (capsule.out_at + o) * kLanes + capsule.lane;
+    const A dV = x[at] + (a.pass == p.R - 1 ? A(0) : load(state));
+    store(state, dV);
+    capsule.first[at] = dV;
+  }
+  CAPSROUTE_SYNC();
+  read_s(a, capsule, a.pass - 1);
+  back_through_squash(a, capsule, a.pass - 1);
+}
+
+}  // namespace capsroute::cuda
