@@ -1,4 +1,4 @@
-"""Gradients of the fused operator: an autograd Function over the private ops."""
+"""Gradients of the fused operators: autograd Functions over an op set of _ops.py, which is named by its namespace."""
 
 from __future__ import annotations
 
@@ -7,89 +7,161 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _autocast, reference
-from ._ops import ops
 
 
-def route(u, weight, bias, logits, mask, options, return_coupling) -> tuple[Tensor, Tensor]:
-    """v [B, J, O] and, if asked for, the coupling [B, I, J], by the kernels of the tensors' device."""
+def route(namespace, u, weight, bias, logits, mask, options, return_coupling) -> tuple[Tensor, Tensor]:
+    """v [B, J, O] and, if asked for, the coupling [B, I, J]."""
     tensors = (u, weight, bias, logits)
+    if _needs_function(tensors):
+        v, _, _, c = _Route.apply(*tensors, mask, namespace, options, return_coupling)
+    else:
+        v, _, _, c = getattr(torch.ops, namespace).route(*tensors, mask, *_scalars(options), False, return_coupling)
+    return v, c
+
+
+def routing_pass(namespace, u, weight, query, logits, mask, options, return_coupling) -> tuple[Tensor, Tensor]:
+    """s [B, J, O] in the accumulation dtype and, if asked for, the coupling [B, I, J]."""
+    tensors = (u, weight, query, logits)
+    if _needs_function(tensors):
+        s, _, c = _RoutingPass.apply(*tensors, mask, namespace, options, return_coupling)
+    else:
+        s, _, c = getattr(torch.ops, namespace).routing_pass(
+            *tensors, mask, options.coupling == "in", options.leaky, False, return_coupling
+        )
+    return s, c
+
+
+def _needs_function(tensors) -> bool:
+    """Function.apply alone costs 17 to 28 us, so it is used only where a gradient is wanted."""
     wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     # Forward-mode tangents would be dropped silently by the raw op; the Function refuses them.
-    if wants_grad or forward_ad._current_level >= 0:
-        v, _, c = _Route.apply(*tensors, mask, options, return_coupling)
-    else:  # Function.apply alone costs 17 to 28 us
-        v, _, c = ops.route(*tensors, mask, options.iterations, options.leaky, options.eps, False, return_coupling)
-    return v, c
+    return wants_grad or forward_ad._current_level >= 0
+
+
+def _scalars(options: reference.Options) -> tuple[int, bool, bool, float]:
+    return options.iterations, options.coupling == "in", options.leaky, options.eps
 
 
 class _Route(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(u, weight, bias, logits, mask, options, return_coupling):
-        return ops.route(
-            u, weight, bias, logits, mask, options.iterations, options.leaky, options.eps, True, return_coupling
-        )
+    def forward(u, weight, bias, logits, mask, namespace, options, return_coupling):
+        route = getattr(torch.ops, namespace).route
+        return route(u, weight, bias, logits, mask, *_scalars(options), True, return_coupling)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, options, _ = inputs
-        _, s, c = output
-        ctx.mark_non_differentiable(s, c)
-        ctx.save_for_backward(*tensors, s)
-        ctx.options = options
+        *tensors, namespace, options, _ = inputs
+        _, s, norm, c = output
+        ctx.mark_non_differentiable(s, norm, c)
+        ctx.save_for_backward(*tensors, s, norm)
+        ctx.namespace, ctx.options = namespace, options
 
     @staticmethod
     def backward(ctx, grad_v, *_):
-        *tensors, mask, s = ctx.saved_tensors
+        *tensors, mask, s, norm = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:4])
         needs[3] = needs[3] and not ctx.options.detach_coupling
-        grads = _RouteBackward.apply(grad_v, s, *tensors, mask, ctx.options, tuple(needs))
-        return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None)
+        grads = _RouteBackward.apply(grad_v, s, norm, *tensors, mask, ctx.namespace, ctx.options, tuple(needs))
+        return *_where(needs, grads), None, None, None, None
 
 
-class _RouteBackward(torch.autograd.Function):
-    """The backward as a function of its own, so that it can be differentiated once more."""
+class _RoutingPass(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(u, weight, query, logits, mask, namespace, options, return_coupling):
+        routing_pass = getattr(torch.ops, namespace).routing_pass
+        over_inputs = options.coupling == "in"
+        return routing_pass(u, weight, query, logits, mask, over_inputs, options.leaky, True, return_coupling)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, namespace, options, _ = inputs
+        s, norm, c = output
+        ctx.mark_non_differentiable(norm, c)
+        ctx.save_for_backward(*tensors, s, norm)
+        ctx.namespace, ctx.options = namespace, options
+
+    @staticmethod
+    def backward(ctx, grad_s, *_):
+        *tensors, mask, s, norm = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        grads = _RoutingPassBackward.apply(grad_s, s, norm, *tensors, mask, ctx.namespace, ctx.options, needs)
+        return *_where(needs, grads), None, None, None, None
+
+
+class _Backward(torch.autograd.Function):
+    """A backward as a function of its own, so that it can be differentiated once more."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad_v, s, u, weight, bias, logits, mask, options, needs):
-        iterations, _, leaky, detach_coupling, eps = options
-        du, dweight, dbias, dlogits = ops.route_backward(
-            grad_v, s, u, weight, bias, logits, mask, iterations, leaky, eps, detach_coupling, *needs
-        )
-        if dweight.dim() == 4:  # from the kernels' memory order [I, D, J, O]
-            dweight = dweight.permute(0, 2, 3, 1)
-        return du, dweight, dbias, dlogits
-
-    @staticmethod
     def setup_context(ctx, inputs, output):
-        grad_v, _, *tensors, options, needs = inputs
-        ctx.save_for_backward(grad_v, *tensors)
+        grad, _, _, *tensors, _, options, needs = inputs
+        ctx.save_for_backward(grad, *tensors)
         ctx.options, ctx.needs = options, needs
+
+
+class _RouteBackward(_Backward):
+    @staticmethod
+    def forward(grad_v, s, norm, u, weight, bias, logits, mask, namespace, options, needs):
+        route_backward = getattr(torch.ops, namespace).route_backward
+        return _in_logical_order(
+            *route_backward(
+                grad_v, s, norm, u, weight, bias, logits, mask, *_scalars(options), options.detach_coupling, *needs
+            )
+        )
 
     @staticmethod
     def backward(ctx, *cotangents):
-        """Second derivatives are rare: differentiate the reference twice."""
-        grad_v, *tensors, mask = ctx.saved_tensors
-        given = [k for k, x in enumerate(tensors) if x is not None]
-        needed = [k for k in given if ctx.needs[k]]
+        return _second_derivatives(reference.routing, ctx, cotangents)
 
-        def forward(*values):
-            full = [None] * len(tensors)
-            for k, value in zip(given, values, strict=True):
-                full[k] = value
-            return reference.routing(*full, mask, ctx.options)[0]
 
-        def backward(grad_v, *values):
-            grads = dict(zip(given, torch.func.vjp(forward, *values)[1](grad_v), strict=True))
-            return tuple(grads[k] for k in needed)
+class _RoutingPassBackward(_Backward):
+    @staticmethod
+    def forward(grad_s, s, norm, u, weight, query, logits, mask, namespace, options, needs):
+        routing_pass_backward = getattr(torch.ops, namespace).routing_pass_backward
+        over_inputs = options.coupling == "in"
+        return _in_logical_order(
+            *routing_pass_backward(grad_s, s, norm, u, weight, query, logits, mask, over_inputs, options.leaky, *needs)
+        )
 
-        with _autocast.off(grad_v):
-            _, pullback = torch.func.vjp(backward, grad_v, *(tensors[k] for k in given))
-            second = pullback(tuple(cotangents[k] for k in needed))
-        result = [None] * len(tensors)
-        for k, grad in zip(given, second[1:], strict=True):
-            result[k] = grad
-        return second[0], None, *result, None, None, None
+    @staticmethod
+    def backward(ctx, *cotangents):
+        return _second_derivatives(reference.routing_pass, ctx, cotangents)
+
+
+def _in_logical_order(du, dweight, dthird, dlogits):
+    """The weight's gradient from the kernels' memory order [I, D, J, O] to [I, J, O, D]."""
+    return du, dweight.permute(0, 2, 3, 1) if dweight.dim() == 4 else dweight, dthird, dlogits
+
+
+def _where(needs, grads) -> list[Tensor | None]:
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+
+def _second_derivatives(operator, ctx, cotangents):
+    """They are rare: differentiate the reference twice."""
+    grad, *tensors, mask = ctx.saved_tensors
+    given = [k for k, x in enumerate(tensors) if x is not None]
+    needed = [k for k in given if ctx.needs[k]]
+
+    def forward(*values):
+        full = [None] * len(tensors)
+        for k, value in zip(given, values, strict=True):
+            full[k] = value
+        return operator(*full, mask, ctx.options)[0]
+
+    def backward(grad, *values):
+        grads = dict(zip(given, torch.func.vjp(forward, *values)[1](grad), strict=True))
+        return tuple(grads[k] for k in needed)
+
+    with _autocast.off(grad):
+        _, pullback = torch.func.vjp(backward, grad, *(tensors[k] for k in given))
+        second = pullback(tuple(cotangents[k] for k in needed))
+    result = [None] * len(tensors)
+    for k, x in zip(given, second[1:], strict=True):
+        result[k] = x
+    return second[0], None, None, *result, None, None, None, None

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _ops, reference
-from ._autograd import route
+from . import _autograd, _ops, reference
 
 log = logging.getLogger("capsroute")
 
@@ -24,27 +24,36 @@ Verdict = tuple[bool, str]
 class Backend(NamedTuple):
     here: Callable[[], Verdict]
     serves: Callable[[Tensor, reference.Options], Verdict]
-    run: Callable[..., tuple[Tensor, Tensor]]
+    route: Callable[..., tuple[Tensor, Tensor]]
+    routing_pass: Callable[..., tuple[Tensor, Tensor]]
+
+
+def of_ops(namespace: str, here, serves) -> Backend:
+    """The backend that an op set implements."""
+    return Backend(here, serves, partial(_autograd.route, namespace), partial(_autograd.routing_pass, namespace))
 
 
 def _cpu_serves(u: Tensor, options: reference.Options) -> Verdict:
     if u.device.type != "cpu":
         return False, f"the input capsules are on {u.device}, not on the CPU"
-    if options.coupling != "out":
-        return False, 'it has no kernel for coupling="in" yet'
     return _ops.cpu_library()
 
 
-def _run_reference(u, weight, bias, logits, mask, options, return_coupling):
+def _route_by_reference(u, weight, bias, logits, mask, options, return_coupling):
     return reference.routing(u, weight, bias, logits, mask, options)
 
 
+def _pass_by_reference(u, weight, query, logits, mask, options, return_coupling):
+    return reference.routing_pass(u, weight, query, logits, mask, options)
+
+
 BACKENDS = {
-    "cpu": Backend(_ops.cpu_library, _cpu_serves, route),
+    "cpu": of_ops("capsroute", _ops.cpu_library, _cpu_serves),
     "reference": Backend(
         lambda: (True, "plain PyTorch, on any device"),
         lambda u, options: (True, "it serves every call"),
-        _run_reference,
+        _route_by_reference,
+        _pass_by_reference,
     ),
 }
 
@@ -67,15 +76,15 @@ def _log_once(message: str) -> None:
         log.info(message)
 
 
-def choose(name: str, u: Tensor, options: reference.Options) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The function that serves the call: the first willing backend for "auto", else the named one or an error."""
+def choose(name: str, u: Tensor, options: reference.Options) -> Backend:
+    """The backend that serves the call: the first willing one for "auto", else the named one or an error."""
     if name == "auto":
         refused = ""
         for candidate, backend in BACKENDS.items():
             can, why = backend.serves(u, options)
             if can:
                 _log_once(f"backend {candidate}: {why}{refused}")
-                return backend.run
+                return backend
             refused += f"; not {candidate}: {why}"
     if name not in BACKENDS:
         expected = ", ".join(f'"{known}"' for known in ("auto", *BACKENDS))
@@ -83,4 +92,4 @@ def choose(name: str, u: Tensor, options: reference.Options) -> Callable[..., tu
     can, why = BACKENDS[name].serves(u, options)
     if not can:
         raise RuntimeError(f'backend="{name}" cannot serve this call: {why}')
-    return BACKENDS[name].run
+    return BACKENDS[name]

@@ -41,13 +41,24 @@ def check_options(iterations: int, coupling: str, leaky: bool, detach_coupling: 
         raise TypeError(f"iterations must be an int, got {type(iterations).__name__}")
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
+    check_flag("detach_coupling", detach_coupling)
+    check_coupling(coupling, leaky)
+    check_eps(eps)
+
+
+def check_coupling(coupling: str, leaky: bool) -> None:
     if coupling not in COUPLINGS:
         raise ValueError(f'coupling must be "out" (softmax over j) or "in" (softmax over i), got {coupling!r}')
     check_flag("leaky", leaky)
-    check_flag("detach_coupling", detach_coupling)
     if leaky and coupling == "in":
         raise ValueError('leaky must be False with coupling="in": a leak is defined for the softmax over j only')
-    check_eps(eps)
+
+
+def check_scale(scale: float) -> None:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a float, got {type(scale).__name__}: multiply the query by a tensor instead")
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be finite, got {scale}")
 
 
 def check_input(u: Tensor) -> None:
@@ -101,6 +112,17 @@ def check_bias(bias: Tensor, out_capsules: int | None, out_features: int, u: Ten
         raise ValueError(f"bias must be [J, O] with {known}, got {_show(bias.shape)}")
     if bias.shape[0] == 0:
         raise ValueError(f"bias must be [J, O] with J >= 1, got {_show(bias.shape)}")
+
+
+def check_query(query: Tensor, lead: list[int], out_capsules: int | None, out_features: int, u: Tensor) -> int:
+    """J, which the query decides where nothing else does."""
+    check_parameter("query", query, "[*, J, O]", u)
+    if out_capsules is None:
+        out_capsules = query.shape[-2] if query.dim() >= 2 else 0
+        if out_capsules == 0:
+            raise ValueError(f"query must be [*, J, O] with J >= 1, got {_show(query.shape)}")
+    check_broadcast("query", query, (*lead, out_capsules, out_features), "[*, J, O]")
+    return out_capsules
 
 
 def check_broadcast(name: str, value: Tensor, target: tuple[int, ...], letters: str) -> None:

@@ -1,8 +1,8 @@
-"""The private dispatcher ops, and the library that holds their kernels.
+"""The private dispatcher ops, and the library that holds the C++ kernels.
 
-`capsroute::route` is the whole operator for coupling="out": with a weight, capsule_linear; without,
-dynamic_routing of the votes given as `u`. `capsroute::route_backward` is its backward. Here are their
-schemas, their shapes (fake kernels) and their rule for vmap; the kernels are in csrc.
+An op set is a namespace of torch.ops with four ops: `route`, the whole operator; `routing_pass`, one pass of
+it; and the backward of each. Here are their schemas, their shapes (fake kernels) and their rules for vmap.
+A backend implements a set: the C++ libraries implement `capsroute`, each for its device.
 """
 
 from __future__ import annotations
@@ -13,58 +13,56 @@ import torch
 
 from .reference import accumulation_dtype, out_capsules
 
-# u [B, I, D] or votes [B, I, J, O]; weight [I, J, O, D], [J, O, D] or [O, D]; bias [J, O];
-# logits [B|1, I|1, J]; mask [B|1, I|1]
-_PROBLEM = "Tensor u, Tensor? weight, Tensor? bias, Tensor? logits, Tensor? mask, int iterations, bool leaky, float eps"
-# v [B, J, O]; s [R, B, J, O] before squash, empty unless save; coupling [B, I, J], empty unless asked for
-torch.library.define(
-    "capsroute::route", f"({_PROBLEM}, bool save, bool return_coupling) -> (Tensor v, Tensor s, Tensor coupling)"
+# u [B, I, D] or votes [B, I, J, O]; weight [I, J, O, D], [J, O, D] or [O, D]; bias [J, O]; query [B, J, O] in
+# the accumulation dtype; logits [B|1, I|1, J]; mask [B|1, I|1]; over_inputs: the softmax runs over i, not j
+_ROUTE = (
+    "Tensor u, Tensor? weight, Tensor? bias, Tensor? logits, Tensor? mask, "
+    "int iterations, bool over_inputs, bool leaky, float eps"
 )
-# Gradients in the tensors' own shapes, but [I, D, J, O] for a weight [I, J, O, D]; empty where not needed.
-torch.library.define(
-    "capsroute::route_backward",
-    f"(Tensor grad_v, Tensor s, {_PROBLEM}, bool detach_coupling, bool need_u, bool need_weight, bool need_bias, "
-    "bool need_logits) -> (Tensor u, Tensor weight, Tensor bias, Tensor logits)",
-)
-torch.library.define("capsroute::cpu_capability", "() -> str")
-ops = torch.ops.capsroute
-
-LIBRARY = Path(__file__).with_name("libcapsroute.so")
-
-
-def _load() -> tuple[bool, str]:
-    if not LIBRARY.exists():
-        return False, (
-            "the C++ kernels were not built: install capsroute where g++ and torch are present, "
-            "and without CAPSROUTE_NO_EXT=1"
-        )
-    try:
-        torch.ops.load_library(LIBRARY)
-    except OSError as error:
-        return False, f"the C++ kernels could not be loaded: {error}"
-    return True, f"C++ kernels for {ops.cpu_capability()}"
+_PASS = "Tensor u, Tensor? weight, Tensor? query, Tensor? logits, Tensor? mask, bool over_inputs, bool leaky"
+_SCHEMAS = {
+    # v [B, J, O]; s [R, B, J, O] before squash, in the accumulation dtype, empty unless save; norm [2, R, B, J]
+    # the largest logit over i and the sum of exp(logit - largest), empty unless save and over_inputs;
+    # coupling [B, I, J] of the last pass, empty unless asked for
+    "route": f"({_ROUTE}, bool save, bool return_coupling) -> (Tensor v, Tensor s, Tensor norm, Tensor coupling)",
+    # Gradients in the tensors' own shapes, but [I, D, J, O] for a weight [I, J, O, D]; empty where not needed.
+    "route_backward": f"(Tensor grad_v, Tensor s, Tensor norm, {_ROUTE}, bool detach_coupling, bool need_u, "
+    "bool need_weight, bool need_bias, bool need_logits) -> (Tensor u, Tensor weight, Tensor bias, Tensor logits)",
+    # s [B, J, O] in the accumulation dtype; norm [2, 1, B, J], coupling as above
+    "routing_pass": f"({_PASS}, bool save, bool return_coupling) -> (Tensor s, Tensor norm, Tensor coupling)",
+    "routing_pass_backward": f"(Tensor grad_s, Tensor s, Tensor norm, {_PASS}, bool need_u, bool need_weight, "
+    "bool need_query, bool need_logits) -> (Tensor u, Tensor weight, Tensor query, Tensor logits)",
+}
 
 
-_loaded = _load()
+def define(namespace: str) -> None:
+    """Define an op set; whoever calls this also implements it."""
+    for name, schema in _SCHEMAS.items():
+        torch.library.define(f"{namespace}::{name}", schema)
+        torch.library.register_fake(f"{namespace}::{name}", _FAKES[name])
+        torch.library.register_vmap(f"{namespace}::{name}", _one_by_one(getattr(getattr(torch.ops, namespace), name)))
 
 
-def cpu_library() -> tuple[bool, str]:
-    """Whether the library of CPU kernels is loaded, and for which instruction set, or why not."""
-    return _loaded
-
-
-@torch.library.register_fake("capsroute::route")
-def _(u, weight, bias, logits, mask, iterations, leaky, eps, save, return_coupling):
-    outputs = out_capsules(u, weight, bias, logits)
-    v = (*u.shape[:1], outputs, u.shape[3] if weight is None else weight.shape[-2])
+def _fake_route(u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps, save, return_coupling):
+    v = (u.shape[0], out_capsules(u, weight, bias, logits), u.shape[3] if weight is None else weight.shape[-2])
+    norm, coupling = _fake_extras(u, iterations, v[1], save and over_inputs, return_coupling)
     s = u.new_empty((iterations, *v) if save else (0,), dtype=accumulation_dtype(u.dtype))
-    coupling = u.new_empty((*u.shape[:2], outputs) if return_coupling else (0,))
-    return u.new_empty(v), s, coupling
+    return u.new_empty(v), s, norm, coupling
 
 
-@torch.library.register_fake("capsroute::route_backward")
-def _(grad_v, s, u, weight, bias, logits, mask, iterations, leaky, eps, detach_coupling, *needs):
-    tensors = u, weight, bias, logits
+def _fake_routing_pass(u, weight, query, logits, mask, over_inputs, leaky, save, return_coupling):
+    s = (u.shape[0], out_capsules(u, weight, query, logits), u.shape[3] if weight is None else weight.shape[-2])
+    norm, coupling = _fake_extras(u, 1, s[1], save and over_inputs, return_coupling)
+    return u.new_empty(s, dtype=accumulation_dtype(u.dtype)), norm, coupling
+
+
+def _fake_extras(u, iterations, outputs, has_norm, has_coupling):
+    norm = u.new_empty((2, iterations, u.shape[0], outputs) if has_norm else (0,), dtype=accumulation_dtype(u.dtype))
+    return norm, u.new_empty((*u.shape[:2], outputs) if has_coupling else (0,))
+
+
+def _fake_backward(grad, s, norm, u, weight, third, logits, mask, *options):
+    tensors, needs = (u, weight, third, logits), options[-4:]
     shapes = [() if x is None else x.shape for x in tensors]
     if weight is not None and weight.dim() == 4:
         inputs, outputs, out_features, in_features = weight.shape
@@ -72,6 +70,14 @@ def _(grad_v, s, u, weight, bias, logits, mask, iterations, leaky, eps, detach_c
     return tuple(
         x.new_empty(shape) if need else u.new_empty(0) for x, shape, need in zip(tensors, shapes, needs, strict=True)
     )
+
+
+_FAKES = {
+    "route": _fake_route,
+    "route_backward": _fake_backward,
+    "routing_pass": _fake_routing_pass,
+    "routing_pass_backward": _fake_backward,
+}
 
 
 def _one_by_one(op):
@@ -88,5 +94,28 @@ def _one_by_one(op):
     return rule
 
 
-torch.library.register_vmap("capsroute::route", _one_by_one(ops.route))
-torch.library.register_vmap("capsroute::route_backward", _one_by_one(ops.route_backward))
+define("capsroute")
+torch.library.define("capsroute::cpu_capability", "() -> str")
+
+LIBRARY = Path(__file__).with_name("libcapsroute.so")
+
+
+def _load() -> tuple[bool, str]:
+    if not LIBRARY.exists():
+        return False, (
+            "the C++ kernels were not built: install capsroute where g++ and torch are present, "
+            "and without CAPSROUTE_NO_EXT=1"
+        )
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return False, f"the C++ kernels could not be loaded: {error}"
+    return True, f"C++ kernels for {torch.ops.capsroute.cpu_capability()}"
+
+
+_loaded = _load()
+
+
+def cpu_library() -> tuple[bool, str]:
+    """Whether the library of CPU kernels is loaded, and for which instruction set, or why not."""
+    return _loaded

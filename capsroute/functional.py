@@ -66,31 +66,9 @@ def capsule_linear(
         RuntimeError: if an explicit backend cannot serve the call, with the reason.
     """
     _checks.check_options(iterations, coupling, leaky, detach_coupling, eps)
-    _checks.check_input(u)
-    _checks.check_tensor("weight", weight, "[I, J, O, D], [J, O, D] or [O, D]")
-    u, weight = _autocast.cast(u), _autocast.cast(weight)
-    _checks.check_weight(weight, u)
-    *lead, inputs, _ = u.shape
-    outputs = weight.shape[-3] if weight.dim() > 2 else None
-    if outputs is None and logits is None and bias is None:
-        raise ValueError(
-            "logits or bias must be given with weight [O, D], which does not say what J is "
-            "(and all output capsules would be identical)"
-        )
-    if outputs is None and logits is not None:
-        _checks.check_parameter("logits", logits, "[*, I, J]", u)
-        outputs = logits.shape[-1] if logits.dim() else 0
-        if outputs == 0:
-            raise ValueError(f"logits must be [*, I, J] with J >= 1, got {list(logits.shape)}")
-    return _route(
-        u,
-        weight,
-        (lead, inputs, outputs, weight.shape[-2]),
-        (bias, logits, mask),
-        reference.Options(iterations, coupling, leaky, detach_coupling, eps),
-        return_coupling,
-        backend,
-    )
+    u, weight, sizes = _with_weight(u, weight, logits, bias, "bias")
+    options = reference.Options(iterations, coupling, leaky, detach_coupling, eps)
+    return _route(u, weight, sizes, (bias, logits, mask), options, return_coupling, backend)
 
 
 def dynamic_routing(
@@ -123,17 +101,84 @@ def dynamic_routing(
         TypeError, ValueError, RuntimeError: as in :func:`capsule_linear`.
     """
     _checks.check_options(iterations, coupling, leaky, detach_coupling, eps)
-    _checks.check_votes(votes)
-    *lead, inputs, outputs, features = votes.shape
-    return _route(
-        _autocast.cast(votes),
-        None,
-        (lead, inputs, outputs, features),
-        (bias, logits, mask),
-        reference.Options(iterations, coupling, leaky, detach_coupling, eps),
-        return_coupling,
-        backend,
-    )
+    votes, sizes = _with_votes(votes)
+    options = reference.Options(iterations, coupling, leaky, detach_coupling, eps)
+    return _route(votes, None, sizes, (bias, logits, mask), options, return_coupling, backend)
+
+
+def routing_pass(
+    u: Tensor,
+    weight: Tensor,
+    query: Tensor | None,
+    *,
+    scale: float = 1.0,
+    logits: Tensor | None = None,
+    mask: Tensor | None = None,
+    coupling: str = "out",
+    leaky: bool = False,
+    return_coupling: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""One pass of routing, the unit that most published routings are made of.
+
+    With the votes :math:`h_{ij} = W_{ij} u_i`, which the fused backends never store::
+
+        c_ij = softmax over j (or i) of (scale h_ij . query_j + logits_ij)
+        s_j  = sum over i of c_ij h_ij
+
+    :func:`capsule_linear` is R of these with ``query`` the sum of the outputs so far, a bias and
+    :func:`squash` between them. With another query, scale, normaliser or nonlinearity it is another
+    routing; with ``coupling="in"`` and a weight ``[J, O, D]`` it is attention of J queries over I keys.
+
+    Args:
+        u: input capsules ``[*, I, D]``. float32, float64, bfloat16 or float16.
+        weight: ``[I, J, O, D]``, or shared, ``[J, O, D]`` or ``[O, D]`` (then J comes from ``logits``,
+            else from ``query``). The dtype of ``u``.
+        query: what votes are compared with, broadcast to ``[*, J, O]``; None means zero. The dtype of
+            ``u`` or float32.
+        scale: of the agreement h . query, a finite number.
+        logits, mask, coupling, leaky, return_coupling, backend: as in :func:`capsule_linear`.
+
+    Returns:
+        s ``[*, J, O]`` in the dtype of ``u``; with ``return_coupling`` also c ``[*, I, J]``, which carries
+        no gradient. Every tensor but ``mask`` has a gradient.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in :func:`capsule_linear`.
+    """
+    _checks.check_coupling(coupling, leaky)
+    u, weight, sizes = _with_weight(u, weight, logits, query, "query")
+    return _pass(u, weight, sizes, (query, scale, logits, mask), (coupling, leaky), return_coupling, backend)
+
+
+def votes_pass(
+    votes: Tensor,
+    query: Tensor | None,
+    *,
+    scale: float = 1.0,
+    logits: Tensor | None = None,
+    mask: Tensor | None = None,
+    coupling: str = "out",
+    leaky: bool = False,
+    return_coupling: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One pass of routing over votes that are given: :func:`routing_pass` without a weight.
+
+    Args:
+        votes: ``[*, I, J, O]``; any number of leading dimensions, any strides.
+        query, scale, logits, mask, coupling, leaky, return_coupling, backend: as in
+            :func:`routing_pass`.
+
+    Returns:
+        s ``[*, J, O]`` in the dtype of ``votes``; with ``return_coupling`` also c ``[*, I, J]``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in :func:`capsule_linear`.
+    """
+    _checks.check_coupling(coupling, leaky)
+    votes, sizes = _with_votes(votes)
+    return _pass(votes, None, sizes, (query, scale, logits, mask), (coupling, leaky), return_coupling, backend)
 
 
 def squash(s: Tensor, dim: int = -1, eps: float = 1e-9) -> Tensor:
@@ -157,32 +202,87 @@ def squash(s: Tensor, dim: int = -1, eps: float = 1e-9) -> Tensor:
     return reference.squash(s.to(reference.accumulation_dtype(s.dtype)), dim, eps).to(s.dtype)
 
 
+def _with_weight(u, weight, logits, outputs, name):
+    """u and weight, checked and cast, and (leading dimensions, I, J or None, O).
+
+    A weight [O, D] does not say what J is: then it is that of the logits, else of `outputs`, the bias or query.
+    """
+    _checks.check_input(u)
+    _checks.check_tensor("weight", weight, "[I, J, O, D], [J, O, D] or [O, D]")
+    u, weight = _autocast.cast(u), _autocast.cast(weight)
+    _checks.check_weight(weight, u)
+    *lead, inputs, _ = u.shape
+    out_capsules = weight.shape[-3] if weight.dim() > 2 else None
+    if out_capsules is None and logits is None and outputs is None:
+        raise ValueError(
+            f"logits or {name} must be given with weight [O, D], which does not say what J is "
+            "(and all output capsules would be identical)"
+        )
+    if out_capsules is None and logits is not None:
+        _checks.check_parameter("logits", logits, "[*, I, J]", u)
+        out_capsules = logits.shape[-1] if logits.dim() else 0
+        if out_capsules == 0:
+            raise ValueError(f"logits must be [*, I, J] with J >= 1, got {list(logits.shape)}")
+    return u, weight, (lead, inputs, out_capsules, weight.shape[-2])
+
+
+def _with_votes(votes):
+    _checks.check_votes(votes)
+    *lead, inputs, outputs, features = votes.shape
+    return _autocast.cast(votes), (lead, inputs, outputs, features)
+
+
 def _route(u, weight, sizes, parameters, options, return_coupling, backend):
-    """Bring everything to the form of the backends, one batch dimension, and call the chosen one."""
     lead, inputs, outputs, features = sizes
     bias, logits, mask = parameters
-    _checks.check_flag("return_coupling", return_coupling)
     if bias is not None:
         _checks.check_bias(bias, outputs, features, u)
         outputs = bias.shape[0]
+    logits, mask = _one_batch(u, lead, inputs, outputs, logits, mask)
+    run = _backends.choose(backend, u, options).route
+    return _run(run, u, lead, (weight, bias, logits, mask), options, return_coupling)
+
+
+def _pass(u, weight, sizes, parameters, normaliser, return_coupling, backend):
+    lead, inputs, outputs, features = sizes
+    query, scale, logits, mask = parameters
+    _checks.check_scale(scale)
+    if query is not None:
+        outputs = _checks.check_query(query, lead, outputs, features, u)
+        query = _flatten_lead(query, lead, math.prod(lead), 2).expand(math.prod(lead), outputs, features)
+        query = query.to(reference.accumulation_dtype(u.dtype))
+        query = query if scale == 1 else query * scale
+    logits, mask = _one_batch(u, lead, inputs, outputs, logits, mask)
+    options = reference.Options(1, *normaliser)
+    run = _backends.choose(backend, u, options).routing_pass
+    result = _run(run, u, lead, (weight, query, logits, mask), options, return_coupling)
+    return (result[0].to(u.dtype), result[1]) if return_coupling else result.to(u.dtype)
+
+
+def _one_batch(u, lead, inputs, outputs, logits, mask):
+    """logits and mask, checked, as [B or 1, I or 1, J] and [B or 1, I or 1]: the form of the backends."""
     batch = math.prod(lead)
     if logits is not None:
         _checks.check_parameter("logits", logits, "[*, I, J]", u)
         _checks.check_broadcast("logits", logits, (*lead, inputs, outputs), "[*, I, J]")
-        logits = _flatten_lead(logits, lead, batch, 2)
-        logits = logits.expand(-1, -1, outputs)
+        logits = _flatten_lead(logits, lead, batch, 2).expand(-1, -1, outputs)
     if mask is not None:
         _checks.check_mask(mask, (*lead, inputs), u)
         mask = _flatten_lead(mask, lead, batch, 1)
+    return logits, mask
+
+
+def _run(run, u, lead, parameters, options, return_coupling):
+    """Call a backend with one batch dimension, and give its results the caller's leading ones."""
+    _checks.check_flag("return_coupling", return_coupling)
     if len(lead) != 1:
-        u = u.reshape(batch, *u.shape[len(lead) :])
-    run = _backends.choose(backend, u, options)
+        u = u.reshape(math.prod(lead), *u.shape[len(lead) :])
     with _autocast.off(u):
-        v, c = run(u, weight, bias, logits, mask, options, return_coupling)
+        outputs, c = run(u, *parameters, options, return_coupling)
     if len(lead) != 1:
-        v = v.reshape(*lead, *v.shape[1:])
+        outputs = outputs.reshape(*lead, *outputs.shape[1:])
         c = c.reshape(*lead, *c.shape[1:]) if return_coupling else c
-    return (v, c) if return_coupling else v
+    return (outputs, c) if return_coupling else outputs
 
 
 def _flatten_lead(x: Tensor, lead: list[int], batch: int, kept: int) -> Tensor:

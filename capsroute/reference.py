@@ -35,13 +35,13 @@ def squash(s: Tensor, dim: int = -1, eps: float = 1e-9) -> Tensor:
     return n2 / (1 + n2) * s / (n2 + eps).sqrt()
 
 
-def out_capsules(u: Tensor, weight: Tensor | None, bias: Tensor | None, logits: Tensor | None) -> int:
-    """J. A weight [O, D] does not know it: then it comes from the logits, else from the bias."""
+def out_capsules(u: Tensor, weight: Tensor | None, outputs: Tensor | None, logits: Tensor | None) -> int:
+    """J. A weight [O, D] does not know it: then it comes from the logits, else from a bias or query [*, J, O]."""
     if weight is None:
         return u.shape[2]
     if weight.dim() > 2:
         return weight.shape[-3]
-    return bias.shape[0] if logits is None else logits.shape[-1]
+    return outputs.shape[-2] if logits is None else logits.shape[-1]
 
 
 def make_votes(u: Tensor, weight: Tensor, out_capsules: int) -> Tensor:
@@ -56,6 +56,8 @@ def make_votes(u: Tensor, weight: Tensor, out_capsules: int) -> Tensor:
 
 def softmax(b: Tensor, forbidden: Tensor | None, coupling: str, leaky: bool) -> Tensor:
     """c [B, I, J] from b [B, I, J]; a forbidden pair, and a row of nothing else, couples with 0."""
+    if forbidden is not None:
+        b = b.masked_fill(forbidden, -torch.inf)
     if leaky:
         return torch.softmax(F.pad(b, (0, 1)), -1)[..., :-1]
     dim = -1 if coupling == "out" else -2
@@ -74,6 +76,60 @@ def forbidden_pairs(logits: Tensor | None, mask: Tensor | None, coupling: str) -
     return forbidden
 
 
+class Stream:
+    """What every pass runs over: the votes h [B, I, J, O], and logits and mask on the way to the coupling."""
+
+    def __init__(self, u, weight, logits, mask, out_capsules: int, coupling: str, leaky: bool):
+        compute = accumulation_dtype(u.dtype)
+        u = u.to(compute)
+        logits = None if logits is None else logits.to(compute)
+        if mask is not None:  # select, do not multiply: a masked NaN must not reach anything
+            u = u.masked_fill(~mask.reshape(*mask.shape, *(1,) * (u.dim() - 2)), 0)
+            logits = None if logits is None else logits.masked_fill(~mask.unsqueeze(-1), 0)
+        votes = u if weight is None else make_votes(u, weight.to(compute), out_capsules)
+        forbidden = forbidden_pairs(logits, mask, coupling)
+        if forbidden is not None:
+            forbidden = forbidden.expand(votes.shape[:-1])
+            votes = votes.masked_fill(forbidden.unsqueeze(-1), 0)
+        self.votes, self.mask, self.forbidden = votes, mask, forbidden
+        self.coupling, self.leaky = coupling, leaky
+        self.logits = votes.new_zeros(votes.shape[:-1]) if logits is None else logits.expand(votes.shape[:-1])
+
+    def couple(self, b: Tensor) -> Tensor:
+        """c [B, I, J] from the logits b [B, I, J]: normalised, and 0 where masked or forbidden."""
+        c = softmax(b, self.forbidden, self.coupling, self.leaky)
+        return c if self.mask is None else c.masked_fill(~self.mask.unsqueeze(-1), 0)
+
+
+def agreement(votes: Tensor, query: Tensor) -> Tensor:
+    """h_ij . q_j, [B, I, J]."""
+    return torch.einsum("bijo,bjo->bij", votes, query)
+
+
+def weighted_sum(c: Tensor, votes: Tensor) -> Tensor:
+    """s_j = sum over i of c_ij h_ij, [B, J, O]."""
+    return torch.einsum("bij,bijo->bjo", c, votes)
+
+
+def routing_pass(
+    u: Tensor,  # [B, I, D], or the votes [B, I, J, O] where weight is None
+    weight: Tensor | None,  # [I, J, O, D], [J, O, D], [O, D]
+    query: Tensor | None,  # [B, J, O]
+    logits: Tensor | None,  # [B or 1, I or 1, J]
+    mask: Tensor | None,  # [B or 1, I or 1], True where the input capsule takes part
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """One pass: c = softmax(h . query + logits), s = sum over i of c h.
+
+    Returns s [B, J, O] in the accumulation dtype and the coupling [B, I, J], which carries no gradient.
+    """
+    outputs = out_capsules(u, weight, query, logits)
+    stream = Stream(u, weight, logits, mask, outputs, options.coupling, options.leaky)
+    b = stream.logits if query is None else stream.logits + agreement(stream.votes, query)
+    c = stream.couple(b)
+    return weighted_sum(c, stream.votes), c.detach().to(u.dtype)
+
+
 def routing(
     u: Tensor,  # [B, I, D], or the votes [B, I, J, O] where weight is None
     weight: Tensor | None,  # [I, J, O, D], [J, O, D], [O, D]
@@ -87,37 +143,19 @@ def routing(
     Returns v [B, J, O] and the coupling of the last pass [B, I, J], which carries no gradient.
     """
     iterations, coupling, leaky, detach_coupling, eps = options
-    dtype, compute = u.dtype, accumulation_dtype(u.dtype)
-    u = u.to(compute)
-    bias = None if bias is None else bias.to(compute)
-    logits = None if logits is None else logits.to(compute)
-    if mask is not None:  # select, do not multiply: a masked NaN must not reach anything
-        u = u.masked_fill(~mask.reshape(*mask.shape, *(1,) * (u.dim() - 2)), 0)
-        logits = None if logits is None else logits.masked_fill(~mask.unsqueeze(-1), 0)
-    if weight is None:
-        votes = u
-    else:
-        votes = make_votes(u, weight.to(compute), out_capsules(u, weight, bias, logits))
-    forbidden = forbidden_pairs(logits, mask, coupling)
-    if forbidden is not None:
-        forbidden = forbidden.expand(votes.shape[:-1])
-        votes = votes.masked_fill(forbidden.unsqueeze(-1), 0)
-
-    b = votes.new_zeros(votes.shape[:-1]) if logits is None else logits.expand(votes.shape[:-1])
+    stream = Stream(u, weight, logits, mask, out_capsules(u, weight, bias, logits), coupling, leaky)
+    bias = None if bias is None else bias.to(stream.votes.dtype)
+    b = stream.logits
     for k in range(1, iterations + 1):
         last = k == iterations
-        if forbidden is not None:
-            b = b.masked_fill(forbidden, -torch.inf)
-        c = softmax(b, forbidden, coupling, leaky)  # [B, I, J]
-        if mask is not None:
-            c = c.masked_fill(~mask.unsqueeze(-1), 0)
-        h, beta = votes, bias
+        c = stream.couple(b)  # [B, I, J]
+        h, beta = stream.votes, bias
         if detach_coupling:  # the coupling is a constant: only the last weighted sum is differentiated
             c, h = c.detach(), h if last else h.detach()
             beta = beta if last or beta is None else beta.detach()
-        s = torch.einsum("bij,bijo->bjo", c, h)  # [B, J, O]
+        s = weighted_sum(c, h)  # [B, J, O]
         s = s if beta is None else s + beta
         v = squash(s, -1, eps)
         if not last:
-            b = b + torch.einsum("bijo,bjo->bij", h, v)
-    return v.to(dtype), c.detach().to(dtype)
+            b = b + agreement(h, v)
+    return v.to(u.dtype), c.detach().to(u.dtype)

@@ -12,7 +12,7 @@ from problems import Problem
 
 
 def route(problem: Problem, grad_v: np.ndarray) -> dict[str, np.ndarray]:
-    """v [B, J, O], coupling [B, I, J] of the last pass, and the gradients of <v, grad_v>, by name."""
+    """v [B, J, O] (of a pass s), coupling [B, I, J] of the last pass, and the gradients of <v, grad_v>, by name."""
     given = {name: x.double().numpy() for name, x in problem.tensors.items()}
     batch, outputs, features = grad_v.shape
     inputs = given["votes"].shape[1] if "votes" in given else given["u"].shape[1]
@@ -27,13 +27,18 @@ def route(problem: Problem, grad_v: np.ndarray) -> dict[str, np.ndarray]:
     v, coupling, grads = [], [], []
     for b in range(batch):
         votes = given["votes"][b] if weight is None else votes_of(given["u"][b], weight)
-        sample = Sample(votes, bias, logits[b], np.flatnonzero(mask[b]), **problem.options)
+        active = np.flatnonzero(mask[b])
+        if "query" in given:
+            query = np.broadcast_to(given["query"], grad_v.shape)[b]
+            sample = Pass(votes, bias, logits[b], active, query, **problem.options)
+        else:
+            sample = Sample(votes, bias, logits[b], active, **problem.options)
         v.append(sample.v)
         coupling.append(sample.coupling)
         grads.append(sample.backward(grad_v[b]))
 
-    dvotes, dbias, dlogits = (np.stack(parts) for parts in zip(*grads, strict=True))
-    full = {"votes": dvotes, "bias": dbias.sum(0), "logits": dlogits}
+    dvotes, doutputs, dlogits = (np.stack(parts) for parts in zip(*grads, strict=True))
+    full = {"votes": dvotes, "bias": doutputs.sum(0), "query": doutputs, "logits": dlogits}
     if weight is not None:
         full["u"] = (dvotes[..., None] * weight).sum((2, 3))
         full["weight"] = (dvotes[..., None] * given["u"][:, :, None, None]).sum(0)
@@ -141,3 +146,21 @@ class Sample:
             dquery = dquery + (db[..., None] * h).sum(0)
             ds = squash_vjp(s[k - 1], dquery, eps)
         return dvotes, dbias, dlogits
+
+
+class Pass(Sample):
+    """One sample's single pass from a given query: its v is s."""
+
+    def __init__(self, votes, bias, logits, active, query, scale=1.0, coupling="out", leaky=False):
+        self.votes, self.bias, self.logits, self.active = votes, bias, logits, [int(i) for i in active]
+        self.direction, self.leaky, self.query = coupling, leaky, scale * query
+        self.scale = scale
+        self.coupling = self.couple(logits + (votes * self.query).sum(-1))
+        self.v = self.weighted_sum(self.coupling)
+
+    def backward(self, g: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Gradients of votes, query and logits."""
+        p, t = self.coupling, (self.votes * g).sum(-1)
+        db = p * (t - (p * t).sum(1 if self.direction == "out" else 0, keepdims=True))
+        dvotes = p[..., None] * g + db[..., None] * self.query
+        return dvotes, self.scale * (db[..., None] * self.votes).sum(0), db

@@ -48,9 +48,29 @@ OPTIONS = {
         "eps": 1e-3,
     },
 }
-OPTIONS_IN = {
-    f"in, {name}": {**options, "coupling": "in"} for name, options in OPTIONS.items() if not options.get("leaky")
+OPTIONS_IN = {  # a leak is defined for the softmax over j only
+    f"in, {name}": {**{key: x for key, x in options.items() if key != "leaky"}, "coupling": "in"}
+    for name, options in OPTIONS.items()
+    if not name.startswith("leaky")
 }
+
+# One pass by itself: where there is a query.
+PASSES = {
+    "pass": {"query": "BJO"},
+    "pass, scaled": {"query": "BJO", "scale": 0.7, "logits": "1IJ"},
+    "pass, one query": {"query": "JO", "mask": "BI", "leaky": True},
+    "pass, in": {"query": "BJO", "coupling": "in"},
+    "pass, all": {"query": "BJO", "scale": -0.5, "logits": "BIJ", "forbid": True, "mask": "BI", "leaky": True},
+    "pass, all, in": {
+        "query": "1JO",
+        "scale": 3.0,
+        "logits": "BIJ",
+        "forbid": True,
+        "mask": "BI",
+        "coupling": "in",
+    },
+}
+EVERY = OPTIONS | OPTIONS_IN | PASSES
 
 # B, I, D, J, O so large that the cpu kernels change their ways: they make the votes of a weight [I, J, O, D]
 # anew in every pass, and the backward takes the batch in chunks, or makes the coupling anew.
@@ -62,7 +82,7 @@ def cases(options: dict[str, dict], forms: Iterable[str] = FORMS) -> list[tuple[
     return [
         (form, name)
         for form, name in itertools.product(forms, options)
-        if form != "od" or options[name].get("bias") or options[name].get("logits", "").endswith("J")
+        if form != "od" or {"bias", "query"} & options[name].keys() or options[name].get("logits", "").endswith("J")
     ]
 
 
@@ -75,7 +95,10 @@ class Problem:
     options: dict = field(default_factory=dict)
 
     def run(self, backend: str, **changes):
-        call = capsroute.dynamic_routing if "votes" in self.tensors else capsroute.capsule_linear
+        if "query" in self.tensors:
+            call = capsroute.votes_pass if "votes" in self.tensors else capsroute.routing_pass
+        else:
+            call = capsroute.dynamic_routing if "votes" in self.tensors else capsroute.capsule_linear
         return call(**{**self.tensors, "mask": self.mask, **self.options, "backend": backend, **changes})
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Problem:
@@ -112,6 +135,7 @@ def random_problem(
     bias: bool = False,
     logits: str | None = None,  # its shape in letters, 1 where it broadcasts
     mask: str | None = None,  # likewise
+    query: str | None = None,  # likewise; then the problem is one pass
     forbid: bool = False,
     dtype: torch.dtype = torch.float64,
     parameters: torch.dtype | None = None,  # of bias and logits; as dtype if not given
@@ -138,6 +162,8 @@ def random_problem(
             b = b.masked_fill(torch.rand(b.shape, generator=generator) < 0.3, -torch.inf)
             b[(slice(0, 1),) * (b.dim() - 1)] = -torch.inf  # all of the first row
         tensors["logits"] = b
+    if query:
+        tensors["query"] = normal(query, parameters or dtype)
     keep = None
     if mask:
         keep = torch.rand([length[letter] for letter in mask], generator=generator) < 0.7

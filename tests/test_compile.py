@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import FORMS, OPTIONS, Problem, cotangent, random_problem
+from problems import EVERY, FORMS, Problem, cotangent, random_problem
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
@@ -24,6 +24,8 @@ def permuted(x: Tensor | None) -> Tensor | None:
     return x if x is None else x.permute(dims).contiguous().permute(dims)
 
 
+NAMESPACES = {"cpu": "capsroute"}  # the op set of each fused backend
+
 CHECKED = [
     ("ijod", "plain"),
     ("ijod", "one pass"),
@@ -33,26 +35,37 @@ CHECKED = [
     ("od", "mask of the layer"),
     ("votes", "leaky"),
     ("votes", "all"),
+    ("ijod", "in, all"),
+    ("ijod", "pass, all"),
+    ("jod", "pass, in"),
+    ("od", "pass"),
+    ("votes", "pass, all, in"),
 ]
 
 
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, permuted])
 @pytest.mark.parametrize(("form", "options"), CHECKED)
 def test_ops_pass_opcheck(fused, form, options, layout):
-    problem = random_problem((3, 5, 2, 3, 4), form=form, dtype=torch.float32, **OPTIONS[options])
+    problem = random_problem((3, 5, 2, 3, 4), form=form, dtype=torch.float32, **EVERY[options])
     given = {name: x if name in ("weight", "bias") else add_lead(x) for name, x in problem.tensors.items()}
-    tensors = [given.get("u", given.get("votes")), *(given.get(name) for name in ("weight", "bias", "logits"))]
+    one_pass = "query" in given
+    tensors = [given.get("u", given.get("votes")), given.get("weight")]
+    tensors += [given["query"].expand(3, -1, -1) if one_pass else given.get("bias"), given.get("logits")]
     mask = None if problem.mask is None else torch.atleast_2d(problem.mask)
     arguments = [None if x is None else layout(x) for x in (*tensors, mask)]
-    scalars = problem.options.get("iterations", 3), problem.options.get("leaky", False), 1e-9
-    ops = torch.ops.capsroute
+    options = problem.options.get("coupling") == "in", problem.options.get("leaky", False)
+    scalars = options if one_pass else (problem.options.get("iterations", 3), *options, 1e-9)
+    ops = getattr(torch.ops, NAMESPACES[fused])
+    forward, backward = (ops.routing_pass, ops.routing_pass_backward) if one_pass else (ops.route, ops.route_backward)
     for save, return_coupling in [(False, True), (True, False)]:
-        torch.library.opcheck(ops.route.default, (*arguments, *scalars, save, return_coupling))
-    v, s, _ = ops.route(*arguments, *scalars, True, False)
+        torch.library.opcheck(forward.default, (*arguments, *scalars, save, return_coupling))
+    v, *s, norm, _ = forward(*arguments, *scalars, True, False)
     every = tuple(x is not None for x in tensors)
-    for detach, needs in [(False, every), (True, (every[0], False, every[2], False))]:
-        backward = (layout(cotangent(v)), s, *arguments, *scalars, detach, *needs)
-        torch.library.opcheck(ops.route_backward.default, backward)
+    flags = [every] if one_pass else [(False, *every), (True, every[0], False, every[2], False)]
+    for needs in flags:
+        torch.library.opcheck(
+            backward.default, (layout(cotangent(v)), v if one_pass else s[0], norm, *arguments, *scalars, *needs)
+        )
 
 
 def add_lead(x: Tensor) -> Tensor:
@@ -66,7 +79,10 @@ def layer(u: Tensor, weight: Tensor, backend: str, **options) -> Tensor:
     return capsroute.capsule_linear(u, weight, backend=backend, **options)
 
 
-@pytest.mark.parametrize(("form", "options"), [("ijod", "plain"), *((form, "all") for form in FORMS)])
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [("ijod", "plain"), ("ijod", "in, all"), ("jod", "pass, all"), *((form, "all") for form in FORMS)],
+)
 def test_compile_is_one_graph_and_does_not_recompile_for_another_batch(fused, form, options):
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -76,7 +92,7 @@ def test_compile_is_one_graph_and_does_not_recompile_for_another_batch(fused, fo
 
     graphs = set()
     for batch in (2, 4, 7):
-        problem = random_problem((batch, 9, 3, 6, 5), form=form, dtype=torch.float32, **OPTIONS[options])
+        problem = random_problem((batch, 9, 3, 6, 5), form=form, dtype=torch.float32, **EVERY[options])
         leaves = problem.map(lambda x: x.requires_grad_()).tensors
         v = compiled(leaves, problem.mask, problem.options)
         graphs.add(counter.frame_count)

@@ -4,19 +4,14 @@ import math
 
 import pytest
 import torch
-from problems import FORMS, FUSED, Problem, cotangent, random_problem
+from problems import FORMS, Problem, cotangent, random_problem
 from torch.testing import assert_close
 
 import capsroute
 
 NAN, INF = math.nan, math.inf
 
-# Each backend with each coupling that it serves.
-with_coupling = pytest.mark.parametrize(
-    ("backend", "coupling"),
-    [("reference", "out"), ("reference", "in"), *((name, "out") for name in FUSED)],
-    indirect=["backend"],
-)
+with_coupling = pytest.mark.parametrize("coupling", ["out", "in"])
 
 
 def by_sample(problem: Problem) -> str:

@@ -3,15 +3,13 @@
 import definition
 import pytest
 import torch
-from problems import OPTIONS, OPTIONS_IN, Problem, cases, cotangent, random_problem
+from problems import EVERY, Problem, cases, cotangent, random_problem
 from torch.testing import assert_close
 
-ALL = OPTIONS | OPTIONS_IN
 
-
-@pytest.mark.parametrize(("form", "options"), cases(ALL))
+@pytest.mark.parametrize(("form", "options"), cases(EVERY))
 def test_agrees_with_the_definition_in_loops(form, options):
-    problem = random_problem((3, 5, 2, 3, 4), form=form, **ALL[options])
+    problem = random_problem((3, 5, 2, 3, 4), form=form, **EVERY[options])
     assert_agrees_with_the_definition(problem)
 
 
@@ -36,10 +34,11 @@ def assert_agrees_with_the_definition(problem: Problem) -> None:
             assert_close(found[name].numpy(), value, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("third", [{"bias": True}, {"query": "BJO", "scale": 2.0}], ids=lambda x: next(iter(x)))
 @pytest.mark.parametrize("coupling", ["out", "in"])
 @pytest.mark.parametrize("form", ["ijod", "jod", "od", "votes"])
-def test_gradients_agree_with_finite_differences(form, coupling):
-    problem = random_problem((2, 4, 2, 3, 3), form=form, bias=True, logits="IJ", mask="BI", coupling=coupling)
+def test_gradients_agree_with_finite_differences(form, coupling, third):
+    problem = random_problem((2, 4, 2, 3, 3), form=form, logits="IJ", mask="BI", coupling=coupling, **third)
     assert torch.autograd.gradcheck(*problem.as_function("reference"))
 
 

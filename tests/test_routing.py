@@ -7,22 +7,23 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from judge import assert_as_exact_as_the_reference
-from problems import FORMS, LARGE, OPTIONS, Problem, cases, cotangent, random_problem
+from problems import EVERY, FORMS, LARGE, Problem, cases, cotangent, random_problem
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("form", "options"), cases(OPTIONS))
+@pytest.mark.parametrize(("form", "options"), cases(EVERY))
 def test_every_option(fused, form, options, dtype):
-    problem = random_problem((5, 67, 5, 3, 9), form=form, dtype=dtype, **OPTIONS[options])
+    problem = random_problem((5, 67, 5, 3, 9), form=form, dtype=dtype, **EVERY[options])
     assert_as_exact_as_the_reference(problem, fused)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", FORMS)
-def test_bias_and_logits_in_float32(fused, form, dtype):
-    options = {**OPTIONS["all"], "parameters": torch.float32}
+@pytest.mark.parametrize("options", ["all", "pass, all", "pass, all, in"])
+def test_bias_logits_and_query_in_float32(fused, options, form, dtype):
+    options = {**EVERY[options], "parameters": torch.float32}
     assert_as_exact_as_the_reference(random_problem((5, 67, 5, 3, 9), form=form, dtype=dtype, **options), fused)
 
 
@@ -39,22 +40,27 @@ SIZES = st.tuples(
 
 @hypothesis.given(
     sizes=SIZES,
-    case=st.sampled_from(cases(OPTIONS)),
+    case=st.sampled_from(cases(EVERY)),
     dtype=st.sampled_from(DTYPES),
     iterations=st.integers(1, 4),
 )
 @hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 def test_sizes_at_the_edges_of_vectors_and_blocks(fused, sizes, case, dtype, iterations):
-    form, options = case
-    problem = random_problem(sizes, form=form, dtype=dtype, **{**OPTIONS[options], "iterations": iterations})
+    form, options = case[0], EVERY[case[1]]
+    options = options if "query" in options else {**options, "iterations": iterations}
+    problem = random_problem(sizes, form=form, dtype=dtype, **options)
     assert_as_exact_as_the_reference(problem, fused)
 
 
-@pytest.mark.parametrize("options", ["all", "all, detached"])
+LARGE_OPTIONS = {name: {**EVERY[name], "iterations": 3} for name in ["all", "all, detached", "in, all"]}
+LARGE_OPTIONS |= {name: EVERY[name] for name in ["pass, all", "pass, all, in"]}
+
+
+@pytest.mark.parametrize("options", LARGE_OPTIONS)
 @pytest.mark.parametrize("form", ["ijod", "jod", "votes"])
 @pytest.mark.parametrize("sizes", LARGE.values(), ids=LARGE)
 def test_large_sizes(fused, sizes, form, options):
-    problem = random_problem(sizes, form=form, dtype=torch.float32, **{**OPTIONS[options], "iterations": 3})
+    problem = random_problem(sizes, form=form, dtype=torch.float32, **LARGE_OPTIONS[options])
     assert_as_exact_as_the_reference(problem, fused)
 
 

@@ -1,7 +1,6 @@
 // The backward of the whole operator: its two parts, and what is summed over the batch beside them.
 #pragma once
 
-#include "forward.h"
 #include "row_gradients.h"
 
 namespace capsroute::CAPSROUTE_ISA {

@@ -2,6 +2,7 @@
 // e^k = ds^k and q^k = V^k (W^T ds^k and W^T V^k where the weight is shared), for k = R .. 1:
 //   p^k_ij = softmax over j of (logits_ij + h_ij . q^(k-1)_j),  t_ij = h_ij . e^k_j,
 //   db^k_ij = p^k_ij (t_ij - sum over j of p^k_ij t_ij),
+//             or, where the softmax runs over i, p^k_ij (t_ij - (s^k_j - bias_j) . ds^k_j),
 //   dV^(k-1)_j = dV^k_j + sum over i of db^k_ij h_ij,  ds^(k-1) = J_squash(s^(k-1))^T dV^(k-1).
 // Then, for every i,
 //   dh_ij = sum over k of (p^k_ij e^k_j + db^k_ij q^(k-1)_j),
@@ -11,7 +12,7 @@
 // the second by input capsules, so that each dW_ij has one owner who adds it up in one order.
 #pragma once
 
-#include "stream.h"
+#include "forward.h"
 
 namespace capsroute::CAPSROUTE_ISA {
 
@@ -30,12 +31,15 @@ struct BackwardPlan {
   BackwardPlan(const Layout<X>& layout, const Backward& out) : layout(layout), p(layout.p), out(out) {
     const int64_t R = p.R;
     detach = out.detach_coupling;
+    given = p.query.data ? 1 : 0;
     logits_by_row = out.logits && out.logits_I == p.I;
     logits_by_sum = out.logits && !logits_by_row;
-    terms = detach ? minimum(R, 2) : 2 * R - 1;
+    terms = detach ? 1 + queried(R) : 2 * R - 1 + given;
     used_terms = detach ? 1 : terms;
-    slots = (detach ? R > 1 : 2 * (R - 1)) + logits_by_row;
-    const int64_t vectors = terms * (layout.outputs() + (layout.shared ? 2 * layout.sums() : 0)) * int64_t(sizeof(A));
+    slots = (detach ? int64_t(queried(R)) : 2 * (R - 1 + given)) + logits_by_row;
+    means = p.over_inputs ? pad<A>(R * p.J) : 0;
+    const int64_t vectors =
+        (terms * (layout.outputs() + (layout.shared ? 2 * layout.sums() : 0)) + means) * int64_t(sizeof(A));
     const int64_t pairs = slots * layout.blocks * layout.lanes() * int64_t(sizeof(A));
     keep_pairs = (vectors + pairs) * minimum(kFewestKept, p.B) <= kChunkBytes;
     const int64_t bytes = p.form == Weight::pair ? kChunkBytes : kSmallChunkBytes;
@@ -45,30 +49,35 @@ struct BackwardPlan {
 
     const bool needs_sums = layout.shared && out.weight;
     if (detach)
-      last_pass = needs_sums || (keep_pairs && R > 1) ? R : R + 1;
+      last_pass = needs_sums || (keep_pairs && queried(R)) ? R : R + 1;
     else
-      last_pass = needs_sums || out.logits ? 1 : 2;  // pass 1 couples without looking at rows
+      last_pass = needs_sums || out.logits || given ? 1 : 2;  // a pass 1 without a query does not look at rows
   }
 
-  // Indices among the terms of dh: e^1 .. e^R, q^1 .. q^(R-1); if detached e^R, then q^(R-1), which
-  // dh does not use.
+  // Whether pass k compares rows with a query q^(k-1). That is zero for k = 1, unless it was given.
+  bool queried(int64_t k) const { return k > first_queried() - 1; }
+  int64_t first_queried() const { return given ? 1 : 2; }
+  // Indices among the terms of dh: e^1 .. e^R, then q^(first_queried() - 1) .. q^(R-1); if detached e^R, then
+  // q^(R-1), which dh does not use.
   int64_t e(int64_t k) const { return detach ? 0 : k - 1; }
-  int64_t q(int64_t k) const { return detach ? 1 : p.R + k - 1; }
-  // Slots of p^k and db^k for k > 1: p^1 needs no rows, and q^0 is zero.
-  bool first_is_uniform() const { return !detach || p.R == 1; }  // whether dh uses p^1
-  int64_t p_slot(int64_t k) const { return detach ? 0 : 2 * (k - 2); }
-  int64_t db_slot(int64_t k) const { return 2 * (k - 2) + 1; }
+  int64_t q(int64_t k) const { return detach ? 1 : p.R + k - 1 + given; }
+  // Slots of p^k and db^k for the queried k: another p^1 needs no rows.
+  bool uses_unqueried() const { return !queried(detach ? p.R : 1); }  // whether dh does
+  int64_t p_slot(int64_t k) const { return detach ? 0 : 2 * (k - first_queried()); }
+  int64_t db_slot(int64_t k) const { return 2 * (k - first_queried()) + 1; }
   int64_t logits_slot() const { return slots - 1; }
 
   const Layout<X>& layout;
   const Problem& p;
   const Backward& out;
   bool detach;
+  int64_t given;                      // 1 if V^0 is, else 0
   bool logits_by_row, logits_by_sum;  // dlogits: for every i, or summed over i with each pass
   bool keep_pairs;
   int64_t last_pass;          // the passes R .. last_pass are streamed
   int64_t terms, used_terms;  // kept, and used by dh
   int64_t slots;              // numbers kept for every [I, J]
+  int64_t means;              // numbers kept for a softmax over i: (s^k_j - bias_j) . ds^k_j
   int64_t chunk;              // samples
 };
 
@@ -82,6 +91,7 @@ struct Kept {
     outputs = carver.take<A>(vectors * layout.outputs());
     rows = layout.shared ? carver.take<A>(vectors * layout.sums()) : outputs;
     sums = layout.shared ? carver.take<A>(vectors * layout.sums()) : nullptr;
+    means = carver.take<A>(plan.chunk * plan.means);
     pairs = plan.keep_pairs ? carver.take<A>(plan.chunk * layout.blocks * block_pairs()) : nullptr;
     logit_sums = plan.logits_by_sum ? carver.take<A>(plan.chunk * pad<A>(plan.p.J)) : nullptr;
   }
@@ -90,6 +100,7 @@ struct Kept {
   A* output(int64_t n, int64_t term) const { return outputs + (n * plan.terms + term) * layout.outputs(); }
   A* row(int64_t n, int64_t term) const { return rows + (n * plan.terms + term) * layout.sums(); }
   A* sum(int64_t n, int64_t term) const { return sums + (n * plan.terms + term) * layout.sums(); }
+  A* mean(int64_t n, int64_t k) const { return means + n * plan.means + (k - 1) * plan.p.J; }
   A* pair(int64_t n, int64_t i0) const { return pairs + (n * layout.blocks + i0 / W<A>)*block_pairs(); }
 
   const BackwardPlan<X>& plan;
@@ -97,6 +108,7 @@ struct Kept {
   A* outputs;     // [n][term][J, O]: ds^k and V^k
   A* rows;        // [n][term][J, F]: e^k and q^k
   A* sums;        // [n][term][J, F]: sum over i of p^k_ij u_i and of db^k_ij u_i, for a shared weight
+  A* means;       // [n][k][J], for a softmax over i
   A* pairs;       // [n][block][slot][J, W]
   A* logit_sums;  // [n][J]
 };

@@ -5,6 +5,13 @@
 
 namespace capsroute::CAPSROUTE_ISA {
 
+// A [J, O] in the accumulation type and padded.
+template <class From, class X>
+void widen_outputs(Acc<X>* to, const From* from, int64_t j_stride, int64_t o_stride, const Layout<X>& layout) {
+  for (int64_t j = 0; j < layout.p.J; ++j)
+    widen(to + j * layout.O, from + j * j_stride, o_stride, layout.p.O, layout.O);
+}
+
 // The bias [J, O] in the accumulation type and padded, or null.
 template <class X>
 const Acc<X>* widen_bias(const Layout<X>& layout, Carver& carver) {
@@ -12,14 +19,21 @@ const Acc<X>* widen_bias(const Layout<X>& layout, Carver& carver) {
   const Problem& p = layout.p;
   if (!p.bias.data) return nullptr;
   A* bias = carver.take<A>(layout.outputs());
-  for (int64_t j = 0; carver.base && j < p.J; ++j) {
-    const int64_t at = j * p.bias.stride[0];
-    if (p.bias.dtype == p.u.dtype)
-      widen(bias + j * layout.O, static_cast<const X*>(p.bias.data) + at, p.bias.stride[1], p.O, layout.O);
-    else
-      widen(bias + j * layout.O, static_cast<const float*>(p.bias.data) + at, p.bias.stride[1], p.O, layout.O);
-  }
+  if (!carver.base) return bias;
+  const int64_t* stride = p.bias.stride;
+  if (p.bias.dtype == p.u.dtype)
+    widen_outputs(bias, static_cast<const X*>(p.bias.data), stride[0], stride[1], layout);
+  else
+    widen_outputs(bias, static_cast<const float*>(p.bias.data), stride[0], stride[1], layout);
   return bias;
+}
+
+// V^0 of sample b, [J, O] padded: the query, or zeros.
+template <class X>
+void read_query(const Problem& p, int64_t b, Acc<X>* V, const Layout<X>& layout) {
+  if (!p.query.data) return set_zero(V, layout.outputs());
+  const int64_t* stride = p.query.stride;
+  widen_outputs(V, static_cast<const Acc<X>*>(p.query.data) + b * stride[0], stride[1], stride[2], layout);
 }
 
 template <class X>
@@ -32,54 +46,78 @@ class ForwardStream {
         p_(layout.p),
         layout_(layout),
         bias_(widen_bias(layout, carver)),
-        stream_(layout, layout.p.B, layout.p.R, carver, parallel) {
+        // With a softmax over i the coupling is known only after the last pass, and takes a step of its own.
+        steps_(layout.p.R + (layout.p.over_inputs && out.coupling)),
+        stream_(layout, layout.p.B, steps_, carver, parallel),
+        state_(layout.sums() + (layout.p.over_inputs ? 2 * pad<A>(layout.p.J) : 0)) {
     const Schedule& schedule = stream_.schedule;
-    total_ = carver.take<A>(schedule.slots * schedule.tile * layout.sums());
+    total_ = carver.take<A>(schedule.slots * schedule.tile * state_);
     s_ = layout.shared ? carver.take<A>(schedule.slots * layout.outputs()) : nullptr;
     V_ = carver.take<A>(schedule.slots * schedule.tile * layout.outputs());
     v_ = carver.take<A>(schedule.slots * layout.outputs());
     query_ = layout.shared ? carver.take<A>(schedule.slots * schedule.tile * layout.sums()) : V_;
-    partial_ = carver.take<A>(schedule.partials * schedule.tile * layout.sums());
+    partial_ = carver.take<A>(schedule.partials * schedule.tile * state_);
   }
 
-  void run(const Parallel& parallel) { run_stream(*this, stream_.schedule, p_.R, parallel); }
+  void run(const Parallel& parallel) { run_stream(*this, stream_.schedule, steps_, parallel); }
 
-  void begin(const Tile& tile) { set_zero(of_tile(V_, tile, layout_.outputs()), tile.count * layout_.outputs()); }
+  void begin(const Tile& tile) {
+    for (int64_t n = 0; n < tile.count; ++n) {
+      A* V = of_tile(V_, tile, layout_.outputs()) + n * layout_.outputs();
+      read_query(p_, tile.first + n, V, layout_);
+      if (p_.query.data && layout_.shared)
+        stream_.to_rows(V, of_tile(query_, tile, layout_.sums()) + n * layout_.sums());
+    }
+  }
 
   // partial_j = sum over the group's i of c_ij (row of i, j)
   void group(const Tile& tile, int64_t step, int64_t group, int64_t partial, int64_t part) {
     const typename Stream<X>::Scratch scratch = stream_.scratch(part);
-    const int64_t sums = layout_.sums();
-    const A* query = step > 0 ? of_tile(query_, tile, sums) : nullptr;
-    A* sum = partial_ + partial * stream_.schedule.tile * sums;
-    set_zero(sum, tile.count * sums);
+    const int64_t sums = layout_.sums(), J = p_.J, F = layout_.F;
+    const A* queries = queried(step) ? of_tile(query_, tile, sums) : nullptr;
+    A *sum = partial_ + partial * stream_.schedule.tile * state_, *c = scratch.coupling;
+    if (step < p_.R) clear(sum, tile.count);
     stream_.for_blocks(tile, 0, group, step == 0, scratch, [&](int64_t n, int64_t i0, const Block<A>& block) {
-      couple(block, query ? query + n * sums : nullptr, p_.J, layout_.F, p_.leaky, scratch.coupling);
-      add_block(block, scratch.coupling, p_.J, layout_.F, sum + n * sums);
-      if (out_.coupling && step == p_.R - 1) write_coupling(tile.first + n, i0, scratch.coupling);
+      const A* query = queries ? queries + n * sums : nullptr;
+      if (step == p_.R) {
+        const Online<A> all = online(of_tile(total_, tile, state_), n);
+        couple_inputs(block, query, J, F, all.highest, all.total, c);
+      } else {
+        if (p_.over_inputs)
+          couple_online(block, query, J, F, online(sum, n), c);
+        else
+          couple(block, query, J, F, p_.leaky, c);
+        add_block(block, c, J, F, sum + n * state_);
+      }
+      if (out_.coupling && step == steps_ - 1) write_coupling(tile.first + n, i0, c);
     });
   }
 
-  void fold(const Tile& tile, int64_t, int64_t partial, bool first) {
-    const int64_t sums = layout_.sums();
-    fold_sum(of_tile(total_, tile, sums), partial_ + partial * stream_.schedule.tile * sums, tile.count * sums, first);
+  void fold(const Tile& tile, int64_t step, int64_t partial, bool first) {
+    if (step == p_.R) return;
+    A *total = of_tile(total_, tile, state_), *sum = partial_ + partial * stream_.schedule.tile * state_;
+    if (first || !p_.over_inputs) return fold_sum(total, sum, tile.count * state_, first);
+    for (int64_t n = 0; n < tile.count; ++n) join_online(online(total, n), online(sum, n), p_.J, layout_.F);
   }
 
   // s = W total + bias, v = squash(s), V = V + v
   void finish(const Tile& tile, int64_t step) {
+    if (step == p_.R) return;
     for (int64_t n = 0; n < tile.count; ++n) {
       A* V = of_tile(V_, tile, layout_.outputs()) + n * layout_.outputs();
-      A* s = of_tile(total_, tile, layout_.sums()) + n * layout_.sums();
+      A* s = of_tile(total_, tile, state_) + n * state_;
       A* v = v_ + tile.slot * layout_.outputs();
+      if (p_.over_inputs) normalise(online(of_tile(total_, tile, state_), n), step, tile.first + n);
       if (layout_.shared) {
         A* outputs = s_ + tile.slot * layout_.outputs();
         stream_.to_outputs(s, outputs);
         s = outputs;
       }
       if (bias_) fold_sum(s, bias_, layout_.outputs(), false);
-      for (int64_t j = 0; j < p_.J; ++j) squash(s + j * layout_.O, v + j * layout_.O, layout_.O, p_.eps);
       const int64_t b = tile.first + n;
       if (out_.s) write(static_cast<A*>(out_.s) + (step * p_.B + b) * p_.J * p_.O, s);
+      if (step == p_.R - 1 && !out_.v) continue;
+      for (int64_t j = 0; j < p_.J; ++j) squash(s + j * layout_.O, v + j * layout_.O, layout_.O, p_.eps);
       if (step == p_.R - 1) {
         write(static_cast<X*>(out_.v) + b * p_.J * p_.O, v);
       } else {
@@ -92,6 +130,32 @@ class ForwardStream {
  private:
   A* of_tile(A* states, const Tile& tile, int64_t size) const {
     return states + tile.slot * stream_.schedule.tile * size;
+  }
+
+  bool queried(int64_t step) const { return p_.query.data || minimum(step, p_.R - 1) > 0; }
+
+  Online<A> online(A* states, int64_t n) const {
+    A* sums = states + n * state_;
+    return {sums, sums + layout_.sums(), sums + layout_.sums() + pad<A>(p_.J)};
+  }
+
+  void clear(A* states, int64_t count) const {
+    set_zero(states, count * state_);
+    for (int64_t n = 0; p_.over_inputs && n < count; ++n)
+      for (int64_t j = 0; j < p_.J; ++j) online(states, n).highest[j] = -A(__builtin_inf());
+  }
+
+  // The sums over i of exp(logit - highest) h_ij become those of c_ij h_ij; an output capsule without inputs gets 0.
+  void normalise(const Online<A>& online, int64_t step, int64_t b) const {
+    A* norm = static_cast<A*>(out_.norm) + (step * p_.B + b) * p_.J;
+    for (int64_t j = 0; j < p_.J; ++j) {
+      const A scale = online.total[j] == 0 ? 0 : 1 / online.total[j];
+      for (int64_t f = j * layout_.F; f < (j + 1) * layout_.F; f += W<A>)
+        store(online.sums + f, load(online.sums + f) * scale);
+      if (!out_.norm) continue;
+      norm[j] = online.total[j] == 0 ? 0 : online.highest[j];
+      norm[p_.R * p_.B * p_.J + j] = online.total[j];
+    }
   }
 
   // Padded [J, O] to dense.
@@ -110,7 +174,9 @@ class ForwardStream {
   const Problem& p_;
   const Layout<X>& layout_;
   const A* bias_;
+  const int64_t steps_;
   Stream<X> stream_;
+  const int64_t state_;  // of one sample: the sums over i, and of a softmax over i its largest logits and totals
   A *total_, *s_, *V_, *v_, *query_, *partial_;
 };
 

@@ -15,6 +15,7 @@ class LogitStream {
         layout_(plan.layout),
         p_(plan.p),
         kept_(kept),
+        bias_(layout_.p.over_inputs ? widen_bias(layout_, carver) : nullptr),
         stream_(layout_, plan.chunk, plan.p.R - plan.last_pass + 1, carver, parallel),
         sums_((layout_.shared ? 2 : 1) * layout_.sums() + (plan.logits_by_sum ? pad<A>(plan.p.J) : 0)) {
     const Schedule& schedule = stream_.schedule;
@@ -38,7 +39,8 @@ class LogitStream {
     A *s = s_ + tile.slot * layout_.outputs(), *v = v_ + tile.slot * layout_.outputs();
     for (int64_t n = 0; n < tile.count; ++n) {
       A* V = dV(tile, n);  // free until the end of this loop
-      set_zero(V, layout_.outputs());
+      read_query(p_, first_ + tile.first + n, V, layout_);
+      if (plan_.given && (!plan_.detach || p_.R == 1)) keep(tile.first + n, plan_.q(0), V);
       for (int64_t k = 1; k < p_.R; ++k) {
         read_s(tile.first + n, k, s);
         for (int64_t j = 0; j < p_.J; ++j) squash(s + j * layout_.O, v + j * layout_.O, layout_.O, p_.eps);
@@ -46,8 +48,7 @@ class LogitStream {
         if (!plan_.detach || k == p_.R - 1) keep(tile.first + n, plan_.q(k), V);
       }
       set_zero(V, layout_.outputs());
-      read_grad(tile.first + n, v);
-      keep_ds(tile.first + n, p_.R, v, s);
+      read_last(tile.first + n, v, s);
     }
   }
 
@@ -72,17 +73,21 @@ class LogitStream {
     for (int64_t n = 0; n < tile.count; ++n) {
       const A *logit_sum = total(tile, n), *coupled = logit_sum + sums;
       if (layout_.shared) {
-        if (k > 1 && !plan_.detach) fold_sum(kept_.sum(tile.first + n, plan_.q(k - 1)), logit_sum, sums, true);
+        if (plan_.queried(k) && !plan_.detach)
+          fold_sum(kept_.sum(tile.first + n, plan_.q(k - 1)), logit_sum, sums, true);
         fold_sum(kept_.sum(tile.first + n, plan_.e(k)), coupled, sums, true);
       }
       if (plan_.logits_by_sum) {
         const int64_t J = pad<A>(p_.J);
         fold_sum(kept_.logit_sums + (tile.first + n) * J, total(tile, n) + sums_ - J, J, step == 0);
       }
-      if (k == 1 || plan_.detach) continue;
+      if (!plan_.queried(k) || plan_.detach) continue;
       if (layout_.shared) stream_.to_outputs(logit_sum, v);
       fold_sum(dV(tile, n), layout_.shared ? v : logit_sum, outputs, false);
-      keep_ds(tile.first + n, k - 1, dV(tile, n), s);
+      if (k > 1)
+        keep_ds(tile.first + n, k - 1, dV(tile, n), s);
+      else if (plan_.out.query)
+        write_query(tile.first + n, dV(tile, n));
     }
   }
 
@@ -91,16 +96,29 @@ class LogitStream {
   void pass(int64_t n, int64_t k, const Block<A>& block, A* pairs, const typename Stream<X>::Scratch& scratch,
             A* sums) const {
     const int64_t J = p_.J, F = layout_.F, lanes = layout_.lanes();
-    A* c = pairs && k > 1 ? pairs + plan_.p_slot(k) * lanes : scratch.coupling;
-    couple(block, k > 1 ? kept_.row(n, plan_.q(k - 1)) : nullptr, J, F, p_.leaky, c);
+    const bool queried = plan_.queried(k);
+    A* c = pairs && queried ? pairs + plan_.p_slot(k) * lanes : scratch.coupling;
+    couple_again(n, k, block, c);
     if (sums && layout_.shared) add_block(block, c, J, F, sums + layout_.sums());
-    if (plan_.detach || (k == 1 && !plan_.out.logits)) return;
-    A* db = pairs && k > 1 ? pairs + plan_.db_slot(k) * lanes : scratch.gradient;
-    couple_backward(block, c, kept_.row(n, plan_.e(k)), J, F, db);
-    if (sums && k > 1) add_block(block, db, J, F, sums);
+    if (plan_.detach || !(queried || plan_.out.logits)) return;
+    A* db = pairs && queried ? pairs + plan_.db_slot(k) * lanes : scratch.gradient;
+    const A* e = kept_.row(n, plan_.e(k));
+    if (p_.over_inputs)
+      couple_inputs_backward(block, c, e, J, F, kept_.mean(n, k), db);
+    else
+      couple_backward(block, c, e, J, F, db);
+    if (sums && queried) add_block(block, db, J, F, sums);
     if (sums && plan_.logits_by_sum)
       for (int64_t j = 0; j < J; ++j) sums[sums_ - pad<A>(J) + j] += sum_lanes(load(db + j * W<A>));
     if (pairs && plan_.logits_by_row) fold_sum(pairs + plan_.logits_slot() * lanes, db, lanes, k == p_.R);
+  }
+
+  // p^k of a block, as the forward had it.
+  void couple_again(int64_t n, int64_t k, const Block<A>& block, A* c) const {
+    const A* query = plan_.queried(k) ? kept_.row(n, plan_.q(k - 1)) : nullptr;
+    if (!p_.over_inputs) return couple(block, query, p_.J, layout_.F, p_.leaky, c);
+    const A* highest = static_cast<const A*>(plan_.out.norm) + ((k - 1) * p_.B + first_ + n) * p_.J;
+    couple_inputs(block, query, p_.J, layout_.F, highest, highest + p_.R * p_.B * p_.J, c);
   }
 
  private:
@@ -109,13 +127,27 @@ class LogitStream {
 
   void read_s(int64_t n, int64_t k, A* s) const {
     const A* from = static_cast<const A*>(plan_.out.s) + ((k - 1) * p_.B + first_ + n) * p_.J * p_.O;
-    for (int64_t j = 0; j < p_.J; ++j) widen(s + j * layout_.O, from + j * p_.O, 1, p_.O, layout_.O);
+    widen_outputs(s, from, p_.O, 1, layout_);
   }
 
-  void read_grad(int64_t n, A* grad) const {
-    const int64_t* stride = plan_.out.grad_v.stride;
-    const X* from = static_cast<const X*>(plan_.out.grad_v.data) + (first_ + n) * stride[0];
-    for (int64_t j = 0; j < p_.J; ++j) widen(grad + j * layout_.O, from + j * stride[1], stride[2], p_.O, layout_.O);
+  // ds^R, from the gradient of v or as it is given.
+  void read_last(int64_t n, A* grad, A* s) const {
+    const bool squashed = plan_.out.grad_v.data;
+    const Array& from = squashed ? plan_.out.grad_v : plan_.out.grad_s;
+    const int64_t *stride = from.stride, at = (first_ + n) * stride[0];
+    if (squashed) {
+      widen_outputs(grad, static_cast<const X*>(from.data) + at, stride[1], stride[2], layout_);
+      keep_ds(n, p_.R, grad, s);
+    } else {
+      widen_outputs(grad, static_cast<const A*>(from.data) + at, stride[1], stride[2], layout_);
+      keep(n, plan_.e(p_.R), grad);
+      if (p_.over_inputs) keep_means(n, p_.R, s);
+    }
+  }
+
+  void write_query(int64_t n, const A* dV) const {
+    A* to = static_cast<A*>(plan_.out.query) + (first_ + n) * p_.J * p_.O;
+    for (int64_t j = 0; j < p_.J; ++j) narrow(to + j * p_.O, dV + j * layout_.O, p_.O);
   }
 
   void keep(int64_t n, int64_t term, const A* outputs) const {
@@ -132,12 +164,28 @@ class LogitStream {
       squash_backward(s + at, g + at, ds + at, layout_.O, p_.eps);
     }
     if (layout_.shared) stream_.to_rows(ds, kept_.row(n, plan_.e(k)));
+    if (p_.over_inputs) keep_means(n, k, s);
+  }
+
+  // (s^k_j - bias_j) . ds^k_j = sum over i of p^k_ij t_ij
+  void keep_means(int64_t n, int64_t k, A* s) const {
+    const A* ds = kept_.output(n, plan_.e(k));
+    read_s(n, k, s);
+    for (int64_t j = 0; j < p_.J; ++j) {
+      Vec<A> sum = all<A>(0);
+      for (int64_t o = j * layout_.O; o < (j + 1) * layout_.O; o += W<A>) {
+        const Vec<A> own = bias_ ? load(s + o) - load(bias_ + o) : load(s + o);
+        sum += own * load(ds + o);
+      }
+      kept_.mean(n, k)[j] = sum_lanes(sum);
+    }
   }
 
   const BackwardPlan<X>& plan_;
   const Layout<X>& layout_;
   const Problem& p_;
   const Kept<X>& kept_;
+  const A* bias_;  // for a softmax over i
   const Stream<X> stream_;
   const int64_t sums_;  // of one sample: sum of db_ij h_ij, if shared of p_ij u_i, if by sum of db_ij
   int64_t first_ = 0;

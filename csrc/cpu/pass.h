@@ -40,6 +40,86 @@ void couple(const Block<A> block, const A* q, int64_t J, int64_t F, bool leaky, 
   }
 }
 
+// What a softmax over i is made of as the stream goes by, for one sample: for every j the largest logit so far, the
+// sum over i of exp(logit - largest), and the sum over i of exp(logit - largest) h_ij.
+template <class A>
+struct Online {
+  A* sums;     // [J, F]
+  A* highest;  // [J]
+  A* total;    // [J]
+};
+
+// exp(from - to) where from <= to; the largest of no logits is -inf.
+template <class A>
+CAPSROUTE_INLINE A rescale(A from, A to) {
+  return exp_negative<A>(all<A>(from == to ? A(0) : from - to))[0];
+}
+
+// Softmax over i, on the way: c_ij = exp(logits_ij + h_ij . q_j - highest_j), to c[j, lane], for the largest logit up
+// to and with this block, to which total and sums are brought.
+template <class A>
+void couple_online(const Block<A> block, const A* q, int64_t J, int64_t F, const Online<A>& online, A* c) {
+  const Mask<A> live = block.live != 0;
+  const Vec<A> never = all<A>(-A(__builtin_inf()));
+  for (int64_t j = 0; j < J; ++j) {
+    Vec<A> logit = q ? dot_rows(block.rows + j * block.column, block.row, q + j * F, F) : all<A>(0);
+    if (block.prior) logit += load(block.prior + j * W<A>);
+    logit = live ? logit : never;
+    if (block.forbids) logit = load(block.prior + j * W<A>) == never ? never : logit;
+    A highest = online.highest[j];
+    for (int64_t l = 0; l < W<A>; ++l) highest = logit[l] > highest ? logit[l] : highest;
+    if (highest > online.highest[j]) {
+      const A scale = rescale(online.highest[j], highest);
+      online.highest[j] = highest, online.total[j] *= scale;
+      A* sums = online.sums + j * F;
+      for (int64_t f = 0; f < F; f += W<A>) store(sums + f, load(sums + f) * scale);
+    }
+    const Vec<A> share = exp_negative<A>(highest == never[0] ? logit : logit - highest);
+    online.total[j] += sum_lanes(share);
+    store(c + j * W<A>, share);
+  }
+}
+
+// Joins what two parts of the stream found.
+template <class A>
+void join_online(const Online<A>& to, const Online<A>& from, int64_t J, int64_t F) {
+  for (int64_t j = 0; j < J; ++j) {
+    const A highest = to.highest[j] > from.highest[j] ? to.highest[j] : from.highest[j];
+    const A own = rescale(to.highest[j], highest), other = rescale(from.highest[j], highest);
+    to.highest[j] = highest, to.total[j] = to.total[j] * own + from.total[j] * other;
+    for (int64_t f = j * F; f < (j + 1) * F; f += W<A>)
+      store(to.sums + f, load(to.sums + f) * own + load(from.sums + f) * other);
+  }
+}
+
+// The same softmax over i again, where the largest logit and the total are known.
+template <class A>
+void couple_inputs(const Block<A> block, const A* q, int64_t J, int64_t F, const A* highest, const A* total, A* c) {
+  const Mask<A> live = block.live != 0;
+  for (int64_t j = 0; j < J; ++j) {
+    Vec<A> logit = q ? dot_rows(block.rows + j * block.column, block.row, q + j * F, F) : all<A>(0);
+    Mask<A> used = live;
+    if (block.prior) {
+      const Vec<A> prior = load(block.prior + j * W<A>);
+      logit += prior;
+      used &= prior != -A(__builtin_inf());
+    }
+    const A scale = total[j] == 0 ? 0 : 1 / total[j];
+    store(c + j * W<A>, used ? exp_negative<A>(logit - highest[j]) * scale : all<A>(0));
+  }
+}
+
+// Its logits' gradient: with t_ij = h_ij . e_j and mean_j = sum over i of c_ij t_ij = (s_j - bias_j) . e_j,
+//   db_ij = c_ij (t_ij - mean_j).
+template <class A>
+void couple_inputs_backward(const Block<A> block, const A* c, const A* e, int64_t J, int64_t F, const A* mean, A* db) {
+  for (int64_t j = 0; j < J; ++j) {
+    const Vec<A> t = dot_rows(block.rows + j * block.column, block.row, e + j * F, F);
+    const Vec<A> share = load(c + j * W<A>);
+    store(db + j * W<A>, share == 0 ? all<A>(0) : share * (t - mean[j]));
+  }
+}
+
 // With t_ij = h_ij . e_j, the gradient of the logits: db_ij = c_ij (t_ij - sum over j of c_ij t_ij).
 template <class A>
 void couple_backward(const Block<A> block, const A* c, const A* e, int64_t J, int64_t F, A* db) {

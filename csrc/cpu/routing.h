@@ -5,6 +5,7 @@
 // R routing iterations. One pass over the input capsules is
 //   c_ij = softmax over j of (logits_ij + h_ij . V_j),   s_j = sum over i of c_ij h_ij,
 // with V^0 = 0 and V^k = V^(k-1) + squash(s^k), so the state between passes is V [B, J, O] alone.
+// A routing pass by itself is R = 1 from V^0 = query, without squash: then s is the result, not v.
 #pragma once
 
 #include <cstdint>
@@ -30,31 +31,38 @@ struct Array {
 struct Problem {
   int64_t B, I, D, J, O, R;
   Weight form;
-  Array u;       // [b, i, d], or the votes [b, i, j, o]
-  Array weight;  // [i, j, o, d], stride 0 where it is shared; the dtype of u
-  Array bias;    // [j, o]
-  Array logits;  // [b, i, j]
-  Array mask;    // [b, i] of bytes, 0 where the input capsule is masked
+  Array u;           // [b, i, d], or the votes [b, i, j, o]
+  Array weight;      // [i, j, o, d], stride 0 where it is shared; the dtype of u
+  Array bias;        // [j, o]
+  Array logits;      // [b, i, j]
+  Array mask;        // [b, i] of bytes, 0 where the input capsule is masked
+  Array query;       // [b, j, o], V^0 in the accumulation type; null means zero
+  bool over_inputs;  // the softmax runs over the input capsules i, not over j
   bool leaky;
   double eps;
 };
 
 // Outputs are dense. The accumulation type is float64 for float64, else float32.
 struct Forward {
-  void* v;         // [B, J, O]
+  void* v;         // [B, J, O], or null: no squash after the last pass
   void* s;         // [R, B, J, O] in the accumulation type, or null
-  void* coupling;  // [B, I, J], or null
+  void* norm;      // over_inputs: [2, R, B, J] in the accumulation type, the largest logit over i and the sum over i
+                   // of exp(logit - largest); or null
+  void* coupling;  // [B, I, J] of the last pass, or null
 };
 
 struct Backward {
-  Array grad_v;   // [b, j, o]
+  Array grad_v;   // [b, j, o] of the dtype of u, or null, and then
+  Array grad_s;   // [b, j, o] of s^R in the accumulation type
   const void* s;  // what Forward saved
+  const void* norm;
   bool detach_coupling;
   int64_t logits_B, logits_I;  // 1 or B, 1 or I: the dimensions that the logits themselves have
   void* u;                     // as Problem::u, or null where not wanted; so the others
   void* weight;                // [I, D, J, O], [J, O, D] or [O, D]
   void* bias;                  // [J, O], the dtype of Problem::bias
   void* logits;                // [logits_B, logits_I, J], the dtype of Problem::logits
+  void* query;                 // [B, J, O] in the accumulation type
 };
 
 // Runs body(context, part) for part = 0 .. parts-1, at most `threads` of them at a time.

@@ -51,7 +51,7 @@ class RowGradients {
 
  private:
   struct Scratch {
-    A* uniform;             // [kSubBatch][J, W]: p^1
+    A* uniform;             // [kSubBatch][J, W]: p^1 where it has no query
     A* pairs;               // [kSubBatch][slot][J, W], where they are not kept
     const A** coefficient;  // [used_terms]
     A* dh;                  // [kSubLanes<A>][kSubBatch][J, F]
@@ -84,7 +84,7 @@ class RowGradients {
       for (int64_t n = 0; n < samples; ++n) {
         A* uniform = scratch.uniform + n * layout_.lanes();
         blocks[n] = logits_.stream().rows.lanes(first + m + n, i0, uniform);
-        couple<A>(blocks[n], nullptr, p_.J, layout_.F, p_.leaky, uniform);
+        if (plan_.uses_unqueried()) logits_.couple_again(m + n, 1, blocks[n], uniform);
       }
       if (plan_.logits_by_row) logit_gradients(first, m, samples, i0, scratch);
       for (int64_t l = 0; rows && l < lanes; l += kSubLanes<A>)
@@ -107,7 +107,7 @@ class RowGradients {
       for (int64_t n = 0; n < some; ++n) {
         const Block<A> block =
             stream.rows.block(first + m + n0 + n, i0, own.rows.staged + n * layout_.block_size(), own.rows.prior);
-        const int64_t last = plan_.detach ? p_.R : (plan_.logits_by_row ? 1 : 2);
+        const int64_t last = plan_.detach ? p_.R : (plan_.logits_by_row ? 1 : plan_.first_queried());
         for (int64_t k = p_.R; k >= last; --k)
           logits_.pass(m + n0 + n, k, block, pairs(m, n0 + n, i0, scratch), own, nullptr);
       }
@@ -140,8 +140,8 @@ class RowGradients {
       const A* kept = pairs(m, n, i0, scratch);
       const A** coefficient = scratch.coefficient;
       if (plan_.detach) coefficient[0] = kept + plan_.p_slot(p_.R) * layout_.lanes();
-      if (plan_.first_is_uniform()) coefficient[0] = scratch.uniform + n * layout_.lanes();
-      for (int64_t k = 2; !plan_.detach && k <= p_.R; ++k) {
+      if (plan_.uses_unqueried()) coefficient[0] = scratch.uniform + n * layout_.lanes();
+      for (int64_t k = plan_.first_queried(); !plan_.detach && k <= p_.R; ++k) {
         coefficient[plan_.e(k)] = kept + plan_.p_slot(k) * layout_.lanes();
         coefficient[plan_.q(k - 1)] = kept + plan_.db_slot(k) * layout_.lanes();
       }

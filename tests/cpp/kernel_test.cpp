@@ -219,7 +219,7 @@ Result run(const Case& c, const Values& x, const Vector& grad, DType dtype, int6
   if (c.mask) p.mask = {x.mask.data(), DType::float32, {c.I, 1, 0, 0}};
 
   Store v(dtype, c.B * c.J * c.O), s(accumulated, c.R * c.B * c.J * c.O), coupling(dtype, c.B * c.I * c.J);
-  const Forward out{v.bytes.get(), s.bytes.get(), coupling.bytes.get()};
+  const Forward out{v.bytes.get(), s.bytes.get(), nullptr, coupling.bytes.get()};
   const Parallel parallel = threads(thread_count);
   Scratch forward(tested::kernels.forward_scratch(p, out, thread_count));
   tested::kernels.forward(p, out, forward.start, parallel);
