@@ -71,14 +71,15 @@ class Backpropagation {
         carver_{static_cast<char*>(scratch)} {
     launcher_.pack_weight(carver_);
     const int64_t out_state = layout_.out_state(p), row_state = layout_.row_state(p);
-    states_.V = carver_.take<A>((p.R - 1) * out_state);
+    states_.V = carver_.take<A>(p.R * out_state);
     states_.ds = carver_.take<A>(p.R * out_state);
-    states_.query = staged_ ? carver_.take<A>((p.R - 1) * row_state) : states_.V;
+    states_.query = staged_ ? carver_.take<A>(p.R * row_state) : states_.V;
     states_.row_ds = staged_ ? carver_.take<A>(p.R * row_state) : states_.ds;
     dV_ = carver_.take<A>(out_state);
     partial_ = carver_.take<A>(split_.chunks * row_state);
     statistics_ = carver_.take<A>(p.R * launcher_.statistics_size());
-    if (split_.groups > 1) group_statistics_ = carver_.take<A>(split_.groups * launcher_.statistics_size());
+    if (split_.groups > 1 && !p.over_inputs)
+      group_statistics_ = carver_.take<A>(split_.groups * launcher_.statistics_size());
     if (shared_weight_gradient()) {
       partial_p_ = carver_.take<A>(split_.chunks * row_state);
       sum_p_ = carver_.take<A>(p.R * row_state);
@@ -113,7 +114,8 @@ class Backpropagation {
   void carve_gradients() {
     gradients_ = {p_, layout_, split_, states_, launcher_.weight, statistics_, out_.detach_coupling};
     gradients_.all_tiles = source_of(p_) == Source::made && out_.weight;
-    gradients_.split = Split::of(p_, layout_.row_slices, kMaxSlices, gradients_.all_tiles ? 1 : layout_.tiles, 2 * kBlocks);
+    gradients_.split =
+        Split::of(p_, layout_.row_slices, kMaxSlices, gradients_.all_tiles ? 1 : layout_.tiles, 2 * kBlocks);
     gradients_.du = static_cast<X*>(out_.u);
     const bool groups = gradients_.split.groups > 1 && source_of(p_) != Source::given;
     if (out_.u && groups) gradients_.du_groups = carver_.take<A>(gradients_.split.groups * p_.B * p_.I * p_.D);
@@ -132,24 +134,27 @@ class Backpropagation {
   }
 
   void streams() const {
-    FinishBackward<X> finish{p_, layout_, states_, out_.grad_v, static_cast<const A*>(out_.s)};
+    FinishBackward<X> finish{p_, layout_, states_, out_.grad_v, out_.grad_s, static_cast<const A*>(out_.s)};
+    finish.norm = static_cast<const A*>(out_.norm), finish.statistics = statistics_;
     finish.chunks = split_.chunks, finish.partial = partial_, finish.partial_p = partial_p_;
     finish.sum_p = sum_p_, finish.sum_db = sum_db_;
-    const int64_t shared = finish_shared_bytes<X>(p_, layout_);
-    launcher_.run("begin_backward", begin_backward_kernel<X>, layout_.tiles * p_.J, kFinishThreads, shared, finish);
+    const int64_t shared = finish_shared_bytes<X>(p_, layout_), blocks = layout_.tiles * p_.J;
+    launcher_.run("begin_backward", begin_backward_kernel<X>, blocks, kFinishThreads, shared, finish);
 
     Pass<X> pass{p_, layout_, split_, launcher_.weight};
     for (int64_t k = p_.R - 1; k >= first_pass_; --k) {
-      const bool earlier = k > first_pass_, sums = earlier || partial_p_;
-      if (!sums && k == 0 && !p_.logits.data) return;  // p is uniform, and db is not wanted
-      pass.query = k > 0 ? states_.query + (k - 1) * layout_.row_state(p_) : nullptr;
+      finish.dV = k > first_pass_ ? dV_ : nullptr;
+      finish.dquery = k == 0 ? static_cast<A*>(out_.query) : nullptr;
+      const bool sums = finish.dV || finish.dquery || partial_p_;
+      if (!sums && (uniform(p_, k) || p_.over_inputs)) return;  // p is known without
+      pass.query = k > 0 || p_.query.data ? states_.query + k * layout_.row_state(p_) : nullptr;
       pass.gradient = states_.row_ds + k * layout_.row_state(p_);
       pass.statistics = statistics_ + k * launcher_.statistics_size();
       pass.partial = sums ? partial_ : nullptr, pass.partial_p = partial_p_;
       launcher_.template run_pass<Direction::backward>(pass, group_statistics_);
       if (!sums) return;
-      finish.pass = k, finish.dV = earlier ? dV_ : nullptr;
-      launcher_.run("finish_backward", finish_backward_kernel<X>, layout_.tiles * p_.J, kFinishThreads, shared, finish);
+      finish.pass = k;
+      launcher_.run("finish_backward", finish_backward_kernel<X>, blocks, kFinishThreads, shared, finish);
     }
   }
 

@@ -2,7 +2,7 @@
 // Columns of shared memory hold one number for each feature and lane.
 #pragma once
 
-#include "plan.cuh"
+#include "pass.cuh"
 
 namespace capsroute::cuda {
 
@@ -35,15 +35,40 @@ class Capsule {
     first = reinterpret_cast<A*>(memory), second = first + size, of_lane = second + size;
   }
 
-  // first = sum over the chunks of the partial sums, in order
-  CAPSROUTE_DEVICE void sum_chunks(const A* partial, int64_t chunks) const {
+  // first = sum over the chunks of the partial sums, in order; where statistics are given, each times exp(m_c - m) / z
+  CAPSROUTE_DEVICE void sum_chunks(const A* partial, int64_t chunks, const A* statistics = nullptr, A m = 0,
+                                   A r = 1) const {
     for (int64_t f = warp; CAPSROUTE_WITHIN(f, layout_.rows); f += warps) {
       A sum = 0;
-      for (int64_t c = 0; CAPSROUTE_WITHIN(c, chunks); ++c)
-        sum += load(partial + c * layout_.row_state(p_) + (row_at + f) * kLanes + lane);
-      first[column_at(f, lane)] = sum;
+      for (int64_t c = 0; CAPSROUTE_WITHIN(c, chunks); ++c) {
+        const A x = load(partial + c * layout_.row_state(p_) + (row_at + f) * kLanes + lane);
+        if (!statistics)
+          sum += x;
+        else if (load(of_chunk(statistics, c) + kLanes) != 0)
+          sum += x * exp(load(of_chunk(statistics, c)) - m);
+      }
+      first[column_at(f, lane)] = sum * r;
     }
     CAPSROUTE_SYNC();
+  }
+
+  // m and z of a chunk, over inputs
+  CAPSROUTE_DEVICE const A* of_chunk(const A* statistics, int64_t chunk) const {
+    return statistics_at(statistics, chunk * layout_.tiles + tile, p_.J, j, lane);
+  }
+
+  // The chunks' softmax as one: m = max m_c, z = sum over c of z_c exp(m_c - m)
+  CAPSROUTE_DEVICE void join_chunks(const A* statistics, int64_t chunks, A& m, A& z) const {
+    m = -infinity<A>(), z = 0;
+    for (int64_t c = 0; CAPSROUTE_WITHIN(c, chunks); ++c) {
+      const A own = load(of_chunk(statistics, c));
+      if (load(of_chunk(statistics, c) + kLanes) != 0 && own > m) m = own;
+    }
+    if (m == -infinity<A>()) m = 0;
+    for (int64_t c = 0; c < chunks; ++c) {
+      const A own = load(of_chunk(statistics, c) + kLanes);
+      if (own != 0) z += own * exp(load(of_chunk(statistics, c)) - m);
+    }
   }
 
   // second = W_j first: from rows to outputs
@@ -65,6 +90,15 @@ class Capsule {
       store(state + (row_at + d) * kLanes + lane, sum);
     }
     CAPSROUTE_SYNC();
+  }
+
+  // V = query, and of a shared weight its rows; zeros where padded
+  CAPSROUTE_DEVICE void read_query(A* V, A* rows) const {
+    const int64_t* stride = p_.query.stride;
+    read(first, static_cast<const A*>(p_.query.data) + j * stride[1], stride[0], stride[2]);
+    for (int64_t o = warp; o < layout_.out_padded; o += warps)
+      store(V + (out_at + o) * kLanes + lane, CAPSROUTE_WITHIN(o, p_.O) ? first[column_at(o, lane)] : A(0));
+    if (staged) to_rows(first, rows);
   }
 
   // column = x[b, o] for the tile's b, from memory whose strides these are; zeros past the batch
@@ -155,13 +189,23 @@ struct Finish {
   Problem p;
   Layout layout;
   int64_t chunks;
-  const A* partial;  // [chunk, tile, j, row, lane]
-  A* V;              // [tile, j, o, lane]
-  A* query;          // of a shared weight, W_j^T V_j: [tile, j, row, lane]
-  A* s;              // [R, B, J, O], or null
-  X* v;              // [B, J, O]
-  int64_t pass;      // of a launch of its own
+  const A* partial;           // [chunk, tile, j, row, lane]
+  const A* chunk_statistics;  // over inputs: [chunk, tile, j, 3, lane]
+  A* statistics;              // over inputs: [tile, j, 3, lane], m and 1/z are left here
+  A* V;                       // [tile, j, o, lane]
+  A* query;                   // of a shared weight, W_j^T V_j: [tile, j, row, lane]
+  A* s;                       // [R, B, J, O], or null
+  A* norm;                    // [2, R, B, J], or null
+  X* v;                       // [B, J, O], or null
+  int64_t pass;               // of a launch of its own
 };
+
+// V^0 = query, before the first pass.
+template <class X>
+CAPSROUTE_DEVICE void begin(const Finish<X>& a, int64_t tile, int64_t j, char* memory) {
+  const Capsule<X> capsule(a.p, a.layout, tile, j, memory);
+  capsule.read_query(a.V, a.query);
+}
 
 template <class X>
 CAPSROUTE_DEVICE void finish(const Finish<X>& a, int64_t pass, int64_t tile, int64_t j, char* memory) {
@@ -169,15 +213,30 @@ CAPSROUTE_DEVICE void finish(const Finish<X>& a, int64_t pass, int64_t tile, int
   const Problem& p = a.p;
   const Capsule<X> capsule(p, a.layout, tile, j, memory);
   const int lane = capsule.lane;
-  capsule.sum_chunks(a.partial, a.chunks);
+  if (p.over_inputs) {
+    A m, z;
+    capsule.join_chunks(a.chunk_statistics, a.chunks, m, z);
+    const A r = z != 0 ? 1 / z : A(0);
+    capsule.sum_chunks(a.partial, a.chunks, a.chunk_statistics, m, r);
+    if (capsule.warp == 0) {
+      A* all = statistics_at(a.statistics, tile, p.J, j, lane);
+      store(all, m), store(all + kLanes, r);
+      const int64_t b = tile * kLanes + lane, to = (pass * p.B + b) * p.J + j;
+      if (a.norm && CAPSROUTE_WITHIN(b, p.B)) store(a.norm + to, m), store(a.norm + p.R * p.B * p.J + to, z);
+    }
+  } else {
+    capsule.sum_chunks(a.partial, a.chunks);
+  }
   if (capsule.staged) capsule.to_outputs();
   A* s = capsule.staged ? capsule.second : capsule.first;
   if (p.bias.data) {
-    for (int64_t o = capsule.warp; CAPSROUTE_WITHIN(o, p.O); o += capsule.warps) s[column_at(o, lane)] += capsule.bias(o);
+    for (int64_t o = capsule.warp; CAPSROUTE_WITHIN(o, p.O); o += capsule.warps)
+      s[column_at(o, lane)] += capsule.bias(o);
     CAPSROUTE_SYNC();
   }
-  capsule.squash_scale(s);
   if (a.s) capsule.write(a.s + pass * p.B * p.J * p.O, s, static_cast<const A*>(nullptr));
+  if (!a.v) return;
+  capsule.squash_scale(s);
   if (pass == p.R - 1) {
     capsule.write(a.v, s, capsule.of_lane);
     return;

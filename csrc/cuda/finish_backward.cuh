@@ -11,7 +11,7 @@ namespace capsroute::cuda {
 template <class X>
 struct States {
   using A = Acc<X>;
-  A* V;       // [R - 1, tile, j, o, lane]: V_1 .. V_(R-1)
+  A* V;       // [R, tile, j, o, lane]; V_0 only where there is a query
   A* ds;      // [R, tile, j, o, lane]
   A* query;   // the same as rows: of a shared weight W_j^T V_j, else V itself
   A* row_ds;  // of a shared weight e_j = W_j^T ds_j, else ds itself
@@ -23,8 +23,11 @@ struct FinishBackward {
   Problem p;
   Layout layout;
   States<X> states;
-  Array grad_v;
-  const A* s;  // [R, B, J, O]
+  Array grad_v;  // else there is grad_s
+  Array grad_s;
+  const A* s;     // [R, B, J, O]
+  const A* norm;  // over inputs: [2, R, B, J]
+  A* statistics;  // over inputs: [R, tile, j, 3, lane] are left here
   int64_t pass;
   int64_t chunks;
   const A* partial;    // of pass `pass`: sums of db_ij h_ij
@@ -32,13 +35,24 @@ struct FinishBackward {
   A* dV;               // [tile, j, o, lane], added up; null where no earlier pass wants it
   A* sum_db;           // [R, tile, j, row, lane]: with partial_p, the two sums themselves
   A* sum_p;
+  A* dquery;  // [B, J, O], or null
 };
 
-// ds of a pass, where `first` is dV or grad_v and `second` is s.
+// What follows from ds of a pass, the column `first`, where `second` is s: its rows and, over inputs, the statistics.
 template <class X>
-CAPSROUTE_DEVICE void back_through_squash(const FinishBackward<X>& a, const Capsule<X>& capsule, int64_t pass) {
+CAPSROUTE_DEVICE void use_ds(const FinishBackward<X>& a, const Capsule<X>& capsule, int64_t pass) {
+  using A = Acc<X>;
   const Problem& p = a.p;
-  capsule.squash_backward(capsule.second, capsule.first, a.states.ds + pass * a.layout.out_state(p));
+  const int lane = capsule.lane;
+  if (p.over_inputs && capsule.warp == 0) {
+    const int64_t b = capsule.tile * kLanes + lane, at = (pass * p.B + b) * p.J + capsule.j;
+    A m = 0, z = 0, mean = 0;
+    if (CAPSROUTE_WITHIN(b, p.B)) m = load(a.norm + at), z = load(a.norm + p.R * p.B * p.J + at);
+    for (int64_t o = 0; CAPSROUTE_WITHIN(o, p.O); ++o)
+      mean += (capsule.second[column_at(o, lane)] - capsule.bias(o)) * capsule.first[column_at(o, lane)];
+    A* all = statistics_at(a.statistics, pass * a.layout.tiles + capsule.tile, p.J, capsule.j, lane);
+    store(all, m), store(all + kLanes, z != 0 ? 1 / z : A(0)), store(all + 2 * kLanes, mean);
+  }
   if (capsule.staged) capsule.to_rows(capsule.first, a.states.row_ds + pass * a.layout.row_state(p));
 }
 
@@ -55,26 +69,40 @@ CAPSROUTE_DEVICE void begin_backward(const FinishBackward<X>& a, int64_t tile, i
   using A = Acc<X>;
   const Problem& p = a.p;
   const Capsule<X> capsule(p, a.layout, tile, j, memory);
+  const int64_t out_state = a.layout.out_state(p), row_state = a.layout.row_state(p);
+  if (p.query.data) {
+    capsule.read_query(a.states.V, a.states.query);
+    CAPSROUTE_SYNC();
+  }
   for (int64_t pass = 0; pass + 1 < p.R; ++pass) {
     read_s(a, capsule, pass);
     capsule.squash_scale(capsule.second);
     for (int64_t o = capsule.warp; o < a.layout.out_padded; o += capsule.warps) {
-      A* state = a.states.V + pass * a.layout.out_state(p) + (capsule.out_at + o) * kLanes + capsule.lane;
       A V = 0;
       if (CAPSROUTE_WITHIN(o, p.O)) {
         const int at = column_at(o, capsule.lane);
         V = capsule.second[at] * capsule.of_lane[capsule.lane] + (pass > 0 ? capsule.first[at] : A(0));
         capsule.first[at] = V;
       }
-      store(state, V);
+      store(a.states.V + (pass + 1) * out_state + (capsule.out_at + o) * kLanes + capsule.lane, V);
     }
     CAPSROUTE_SYNC();
-    if (capsule.staged) capsule.to_rows(capsule.first, a.states.query + pass * a.layout.row_state(p));
+    if (capsule.staged) capsule.to_rows(capsule.first, a.states.query + (pass + 1) * row_state);
   }
   read_s(a, capsule, p.R - 1);
-  const int64_t* stride = a.grad_v.stride;
-  capsule.read(capsule.first, static_cast<const X*>(a.grad_v.data) + j * stride[1], stride[0], stride[2]);
-  back_through_squash(a, capsule, p.R - 1);
+  const int64_t last = p.R - 1;
+  if (a.grad_v.data) {
+    const int64_t* stride = a.grad_v.stride;
+    capsule.read(capsule.first, static_cast<const X*>(a.grad_v.data) + j * stride[1], stride[0], stride[2]);
+    capsule.squash_backward(capsule.second, capsule.first, a.states.ds + last * out_state);
+  } else {
+    const int64_t* stride = a.grad_s.stride;
+    capsule.read(capsule.first, static_cast<const A*>(a.grad_s.data) + j * stride[1], stride[0], stride[2]);
+    for (int64_t o = capsule.warp; o < a.layout.out_padded; o += capsule.warps)
+      store(a.states.ds + last * out_state + (capsule.out_at + o) * kLanes + capsule.lane,
+            CAPSROUTE_WITHIN(o, p.O) ? capsule.first[column_at(o, capsule.lane)] : A(0));
+  }
+  use_ds(a, capsule, last);
 }
 
 // The sum of the chunks, kept for the gradient of a shared weight; zeros where the state is padded.
@@ -89,7 +117,8 @@ CAPSROUTE_DEVICE void keep_sum(const FinishBackward<X>& a, const Capsule<X>& cap
   CAPSROUTE_SYNC();
 }
 
-// After the stream of pass k: dV_k and ds_(k-1); of a shared weight also the sums over i that its gradient is made of.
+// After the stream of pass k: dV_k, then ds_(k-1) or, of the first pass, the query's gradient; of a shared weight also
+// the sums over i that its gradient is made of.
 template <class X>
 CAPSROUTE_DEVICE void finish_backward(const FinishBackward<X>& a, int64_t tile, int64_t j, char* memory) {
   using A = Acc<X>;
@@ -97,14 +126,15 @@ CAPSROUTE_DEVICE void finish_backward(const FinishBackward<X>& a, int64_t tile, 
   const Capsule<X> capsule(p, a.layout, tile, j, memory);
   if (a.partial_p) {
     keep_sum(a, capsule, a.partial_p, a.sum_p);
-    if (a.dV) keep_sum(a, capsule, a.partial, a.sum_db);
+    keep_sum(a, capsule, a.partial, a.sum_db);
   }
-  if (!a.dV) return;
+  if (!a.dV && !a.dquery) return;
   capsule.sum_chunks(a.partial, a.chunks);
-  A* x = capsule.first;
-  if (capsule.staged) {
-    capsule.to_outputs();
-    x = capsule.second;
+  if (capsule.staged) capsule.to_outputs();
+  const A* x = capsule.staged ? capsule.second : capsule.first;
+  if (!a.dV) {
+    capsule.write(a.dquery, x, static_cast<const A*>(nullptr));
+    return;
   }
   for (int64_t o = capsule.warp; CAPSROUTE_WITHIN(o, p.O); o += capsule.warps) {
     const int at = column_at(o, capsule.lane);
@@ -115,7 +145,8 @@ CAPSROUTE_DEVICE void finish_backward(const FinishBackward<X>& a, int64_t tile, 
   }
   CAPSROUTE_SYNC();
   read_s(a, capsule, a.pass - 1);
-  back_through_squash(a, capsule, a.pass - 1);
+  capsule.squash_backward(capsule.second, capsule.first, a.states.ds + (a.pass - 1) * a.layout.out_state(p));
+  use_ds(a, capsule, a.pass - 1);
 }
 
 }  // namespace capsroute::cuda

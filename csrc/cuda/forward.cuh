@@ -34,6 +34,13 @@ finish_kernel(CAPSROUTE_ARGUMENT Finish<X> a) {
   finish(a, a.pass, block_index() % a.layout.tiles, block_index() / a.layout.tiles, memory);
 }
 
+template <class X>
+CAPSROUTE_KERNEL(kFinishThreads)
+begin_kernel(CAPSROUTE_ARGUMENT Finish<X> a) {
+  CAPSROUTE_SHARED(memory);
+  begin(a, block_index() % a.layout.tiles, block_index() / a.layout.tiles, memory);
+}
+
 // All passes of a tile, where a block has all of i and of j.
 template <class X>
 struct Route {
@@ -47,8 +54,12 @@ route_kernel(CAPSROUTE_ARGUMENT Route<X> a) {
   CAPSROUTE_SHARED(memory);
   const int64_t tile = block_index();
   Pass<X> now = a.pass;
+  for (int64_t j = 0; j < now.p.J && now.p.query.data; ++j) {
+    begin(a.finish, tile, j, memory);
+    CAPSROUTE_SYNC();
+  }
   for (int64_t k = 0; k < now.p.R; ++k) {
-    now.query = k == 0 ? nullptr : a.pass.query;
+    now.query = k == 0 && !now.p.query.data ? nullptr : a.pass.query;
     now.coupling = k == now.p.R - 1 ? a.pass.coupling : nullptr;
     pass<X, source, Direction::forward>(now, tile, 0, 0, memory);
     CAPSROUTE_SYNC();
@@ -92,9 +103,7 @@ struct Launcher {
     run(name, kernel, divide_up(count, kElementThreads), kElementThreads, 0, arguments);
   }
 
-  int threads(const Split& split) const {
-    return int(maximum(kMinWarps, split.outputs * layout.row_slices)) * kLanes;
-  }
+  int threads(const Split& split) const { return int(maximum(kMinWarps, split.outputs * layout.row_slices)) * kLanes; }
 
   // A weight [I, J, O, D] is read in place if it lies as [I, D, J, O] in whole slices, else copied.
   void pack_weight(Carver& carver) {
@@ -121,7 +130,7 @@ struct Launcher {
       auto pass = [&](const char* name, const Pass<X>& arguments) {
         run(name, pass_kernel<X, source, direction>, blocks, threads(a.split), shared, arguments);
       };
-      if (a.split.groups > 1) {
+      if (a.split.groups > 1 && !p.over_inputs) {
         Pass<X> first = a;
         first.partial = nullptr, first.coupling = nullptr, first.group_statistics = group_statistics;
         pass("statistics", first);
@@ -129,11 +138,11 @@ struct Launcher {
                      Merge<X>{p, layout.tiles, a.split.groups, direction == Direction::backward, group_statistics,
                               a.statistics});
       }
-      if (a.split.groups == 1 || a.partial) pass("pass", a);
+      if (a.split.groups == 1 || p.over_inputs || a.partial) pass("pass", a);
     });
   }
 
-  int64_t statistics_size() const { return layout.tiles * p.I * kStatistics * kLanes; }
+  int64_t statistics_size() const { return layout.tiles * (p.over_inputs ? p.J : p.I) * kStatistics * kLanes; }
 };
 
 template <class X>
@@ -151,17 +160,22 @@ int64_t forward(const Problem& p, const Forward& out, void* scratch, void* strea
   finish.partial = pass.partial = carver.take<A>(split.chunks * layout.row_state(p));
   finish.V = carver.take<A>(layout.out_state(p));
   finish.query = source_of(p) == Source::staged ? carver.take<A>(layout.row_state(p)) : finish.V;
-  finish.s = static_cast<A*>(out.s), finish.v = static_cast<X*>(out.v);
-  A* group_statistics = nullptr;
-  if (split.groups > 1) {
-    pass.statistics = carver.take<A>(launcher.statistics_size());
+  finish.s = static_cast<A*>(out.s), finish.v = static_cast<X*>(out.v), finish.norm = static_cast<A*>(out.norm);
+  A *statistics = nullptr, *group_statistics = nullptr;
+  if (split.groups > 1 || p.over_inputs) statistics = carver.take<A>(launcher.statistics_size());
+  if (p.over_inputs) {
+    finish.chunk_statistics = pass.chunk_statistics = carver.take<A>(split.chunks * launcher.statistics_size());
+    finish.statistics = statistics;
+  } else if (split.groups > 1) {
     group_statistics = carver.take<A>(split.groups * launcher.statistics_size());
+    pass.statistics = statistics;
   }
   if (!scratch) return carver.used;
 
   const int64_t finish_shared = finish_shared_bytes<X>(p, layout);
+  X* coupling = static_cast<X*>(out.coupling);
   if (split.groups == 1 && split.chunks == 1) {
-    pass.query = finish.query, pass.coupling = static_cast<X*>(out.coupling);
+    pass.query = finish.query, pass.coupling = p.over_inputs ? nullptr : coupling;
     with_source(source_of(p), [&](auto constant) {
       constexpr Source source = decltype(constant)::value;
       const int64_t units = split.outputs * layout.row_slices;
@@ -169,14 +183,21 @@ int64_t forward(const Problem& p, const Forward& out, void* scratch, void* strea
                    maximum(pass_shared_bytes<X, source, Direction::forward>(units), finish_shared),
                    Route<X>{pass, finish});
     });
-    return carver.used;
+  } else {
+    const int64_t blocks = layout.tiles * p.J;
+    if (p.query.data) launcher.run("begin", begin_kernel<X>, blocks, kFinishThreads, finish_shared, finish);
+    for (int64_t k = 0; k < p.R; ++k) {
+      pass.query = k == 0 && !p.query.data ? nullptr : finish.query;
+      pass.coupling = k == p.R - 1 && !p.over_inputs ? coupling : nullptr;
+      launcher.template run_pass<Direction::forward>(pass, group_statistics);
+      finish.pass = k;
+      launcher.run("finish", finish_kernel<X>, blocks, kFinishThreads, finish_shared, finish);
+    }
   }
-  for (int64_t k = 0; k < p.R; ++k) {
-    pass.query = k == 0 ? nullptr : finish.query;
-    pass.coupling = k == p.R - 1 ? static_cast<X*>(out.coupling) : nullptr;
-    launcher.template run_pass<Direction::forward>(pass, group_statistics);
-    finish.pass = k;
-    launcher.run("finish", finish_kernel<X>, layout.tiles * p.J, kFinishThreads, finish_shared, finish);
+  if (coupling && p.over_inputs) {  // it is known only now; V is still that of the last pass
+    pass.query = p.R == 1 && !p.query.data ? nullptr : finish.query;
+    pass.statistics = statistics, pass.partial = nullptr, pass.coupling = coupling;
+    launcher.template run_pass<Direction::forward>(pass, nullptr);
   }
   return carver.used;
 }

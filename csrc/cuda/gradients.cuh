@@ -11,6 +11,11 @@
 
 namespace capsroute::cuda {
 
+// Is the coupling of pass k the same for all j, whatever the votes?
+CAPSROUTE_ANYWHERE bool uniform(const Problem& p, int64_t k) {
+  return k == 0 && !p.logits.data && !p.query.data && !p.over_inputs;
+}
+
 template <class X>
 struct Gradients {
   using A = Acc<X>;
@@ -19,7 +24,7 @@ struct Gradients {
   Split split;
   States<X> states;
   const X* weight;      // [I, D, J, O padded] for Source::made
-  const A* statistics;  // [R, tile, i, 3, lane]
+  const A* statistics;  // [R, tile, i, 3, lane], over inputs [R, tile, j, 3, lane]
   bool detach_coupling;
   bool all_tiles;  // one block for all tiles
   A* du_groups;    // [group, B, I, D], or null: there is one group
@@ -107,7 +112,7 @@ class GradientStream {
       A e[K], q[K];
       clear(e), clear(q);
       if (active) load_slice(e, a_.states.row_ds + k * state, at, place_.lane);
-      if (active && k > 0) load_slice(q, a_.states.query + (k - 1) * state, at, place_.lane);
+      if (active && (k > 0 || p_.query.data)) load_slice(q, a_.states.query + k * state, at, place_.lane);
       A logit[N], target[N];
       CAPSROUTE_UNROLL
       for (int n = 0; n < N; ++n) logit[n] = dot(h[n], q), target[n] = dot(h[n], e);
@@ -130,11 +135,12 @@ class GradientStream {
 
   // p and db of pass k from the statistics that the streams left
   CAPSROUTE_DEVICE void couple_again(int64_t k, int64_t i, A logit, A target, A& p, A& db) const {
-    if (k == 0 && !p_.logits.data) {  // no stream was needed: uniform, and nobody wants db
+    if (uniform(p_, k)) {  // no stream was needed, and nobody wants db
       p = 1 / A(p_.leaky ? p_.J + 1 : p_.J), db = 0;
       return;
     }
-    const A* all = a_.statistics + ((k * a_.layout.tiles + place_.tile) * p_.I + i) * kStatistics * kLanes + place_.lane;
+    const int64_t count = p_.over_inputs ? p_.J : p_.I, index = p_.over_inputs ? place_.j : i;
+    const A* all = statistics_at(a_.statistics, k * a_.layout.tiles + place_.tile, count, index, place_.lane);
     const A share = exp(logit - load(all));
     p = share != 0 ? share * load(all + kLanes) : A(0);
     db = a_.detach_coupling || p == 0 ? A(0) : p * (target - load(all + 2 * kLanes));

@@ -2,6 +2,9 @@
 //   forward:   c_ij = softmax over j of (logits_ij + h_ij . q_j),   s_j = sum over i of c_ij h_ij
 //   backward:  p_ij likewise, t_ij = h_ij . e_j, db_ij = p_ij (t_ij - sum over j of p_ij t_ij),
 //              dq_j = sum over i of db_ij h_ij
+// Over inputs the softmax runs over i: an online softmax in registers, rescaled as the maximum grows. Where it is known
+// already (in the backward, and for the returned coupling) p follows from it, and with ds the mean of t:
+//   sum over i of p_ij t_ij = (s_j - bias_j) . ds_j
 // A lane is a sample and a warp a slice of an output capsule, so only logits cross warps, through shared memory.
 // Where a block does not have all of j, a first pass leaves the softmax's statistics of each group, and merge()
 // makes them one.
@@ -14,8 +17,14 @@ namespace capsroute::cuda {
 enum class Direction { forward, backward };
 
 // Of the softmax of one (b, i): the maximum m, z = sum over j of exp(b_ij - m) and sum over j of exp(b_ij - m) t_ij.
-// Merged, 1/z and the mean of t take the place of the sums. In memory [tile, i, statistic, lane].
+// Merged, 1/z and the mean of t take the place of the sums. In memory [tile, i, statistic, lane]; over inputs, where a
+// softmax belongs to one (b, j), [tile, j, statistic, lane].
 constexpr int kStatistics = 3;
+
+template <class A>
+CAPSROUTE_DEVICE A* statistics_at(A* statistics, int64_t tile, int64_t count, int64_t index, int lane) {
+  return statistics + (tile * count + index) * kStatistics * kLanes + lane;
+}
 
 template <class X>
 struct Pass {
@@ -23,14 +32,16 @@ struct Pass {
   Problem p;
   Layout layout;
   Split split;
-  const X* weight;     // [I, D, J, O padded] for Source::made
-  const A* query;      // [tile, j, row, lane], or null: zero
-  const A* gradient;   // likewise, e of the backward
-  A* partial;          // [chunk, tile, j, row, lane], or null: only statistics are wanted
-  A* partial_p;        // backward of a shared weight, or null: sum over i of p_ij h_ij, likewise
-  A* group_statistics; // [group, tile, i, 3, lane], or null: this pass does not leave them
-  A* statistics;       // [tile, i, 3, lane] of all j: read where there are groups, else left for the gradients, or null
-  X* coupling;         // [B, I, J], or null
+  const X* weight;      // [I, D, J, O padded] for Source::made
+  const A* query;       // [tile, j, row, lane], or null: zero
+  const A* gradient;    // likewise, e of the backward
+  A* partial;           // [chunk, tile, j, row, lane], or null: the sums are not wanted
+  A* partial_p;         // backward of a shared weight, or null: sum over i of p_ij h_ij, likewise
+  A* group_statistics;  // [group, tile, i, 3, lane], or null: this pass does not leave them
+  A* statistics;  // [tile, i, 3, lane] of all j: read where there are groups, else left for the gradients, or null;
+                  // over inputs [tile, j, 3, lane], known, or null
+  A* chunk_statistics;  // over inputs, where not known: [chunk, tile, j, 3, lane], m and z of the chunk
+  X* coupling;          // [B, I, J], or null
 };
 
 // Shared memory of a pass: the stages, then twice the logits [n, slice, lane] and, in the backward, t.
@@ -38,11 +49,6 @@ template <class X, Source source, Direction direction>
 int64_t pass_shared_bytes(int64_t units) {
   const int64_t exchange = kInputs * units * kLanes * int64_t(sizeof(Acc<X>));
   return Rows<X, source>::shared_bytes(units) + 2 * (direction == Direction::backward ? 2 : 1) * exchange;
-}
-
-template <class A>
-CAPSROUTE_DEVICE A* statistics_at(A* statistics, int64_t tile, int64_t inputs, int64_t i, int lane) {
-  return statistics + (tile * inputs + i) * kStatistics * kLanes + lane;
 }
 
 // The softmax over the group's j of input capsule i, by one thread for its lane. l holds the logits and t the h . e
@@ -129,6 +135,12 @@ CAPSROUTE_DEVICE void pass(const Pass<X>& a, int64_t tile, int64_t chunk, int64_
   clear(q), clear(e), clear(sum), clear(sum_p);
   if (place.active && a.query) load_slice(q, a.query, at, place.lane);
   if (place.active && backward) load_slice(e, a.gradient, at, place.lane);
+  A m = -infinity<A>(), z = 0, mean = 0;  // over inputs
+  const bool known = p.over_inputs && a.statistics;
+  if (known && place.active) {
+    const A* all = statistics_at(a.statistics, place.tile, p.J, place.j, place.lane);
+    m = load(all), z = load(all + kLanes), mean = backward ? load(all + 2 * kLanes) : A(0);
+  }
 
   MyRows rows(p, a.layout, a.weight, place, last, capacity, memory);
   if (first < last) rows.begin(first);
@@ -138,23 +150,26 @@ CAPSROUTE_DEVICE void pass(const Pass<X>& a, int64_t tile, int64_t chunk, int64_
     rows.make(h, i, i + N);
     A* logits = exchange + half * (backward ? 2 : 1) * N * size;
     A* targets = logits + (backward ? N * size : 0);
+    bool used[N];
     CAPSROUTE_UNROLL
     for (int n = 0; n < N; ++n) {
+      used[n] = false;
       if (!place.active || !CAPSROUTE_WITHIN(i + n, last)) continue;
-      const bool live = takes_part(p, place.b, i + n);
-      A logit = prior_logit<X>(p, place, i + n, live), target = 0;
-      if (!live || logit == -infinity<A>()) {
-        clear(h[n]);  // whatever it holds
-        logit = place.slice == 0 ? logit : A(0);
-      } else {
-        logit = (place.slice == 0 ? logit : A(0)) + dot(h[n], q);
+      used[n] = takes_part(p, place.b, i + n);
+      A logit = prior_logit<X>(p, place, i + n, used[n]), target = 0;
+      used[n] = used[n] && logit != -infinity<A>();
+      logit = place.slice == 0 ? logit : A(0);
+      if (used[n]) {
+        logit += dot(h[n], q);
         if constexpr (backward) target = dot(h[n], e);
+      } else {
+        clear(h[n]);  // whatever it holds
       }
       logits[n * size + place.warp * kLanes + place.lane] = logit;
       if constexpr (backward) targets[n * size + place.warp * kLanes + place.lane] = target;
     }
     CAPSROUTE_SYNC();
-    for (int n = place.warp; n < N; n += place.warps)
+    for (int n = place.warp; n < N && !p.over_inputs; n += place.warps)
       if (CAPSROUTE_WITHIN(i + n, last))
         couple<X, direction>(a, place, group, i + n, logits + n * size, targets + n * size);
     wait_copies();
@@ -162,17 +177,41 @@ CAPSROUTE_DEVICE void pass(const Pass<X>& a, int64_t tile, int64_t chunk, int64_
     CAPSROUTE_UNROLL
     for (int n = 0; n < N; ++n) {
       if (!place.active || !CAPSROUTE_WITHIN(i + n, last)) continue;
-      const A c = logits[n * size + place.leader * kLanes + place.lane];
+      const int own = n * size + place.leader * kLanes + place.lane;
+      A c = logits[own], share = backward ? targets[own] : A(0);
+      if (p.over_inputs) {
+        for (int s = 1; s < a.layout.row_slices; ++s) {
+          c += logits[own + s * kLanes];
+          if constexpr (backward) share += targets[own + s * kLanes];
+        }
+        if (known) {
+          const A target = share;
+          share = used[n] ? exp(c - m) * z : A(0);
+          c = !backward ? share : used[n] && share != 0 ? share * (target - mean) : A(0);
+          if (!backward && a.coupling && place.slice == 0 && CAPSROUTE_WITHIN(place.b, p.B))
+            store(a.coupling + (place.b * p.I + i + n) * p.J + place.j, from_acc<X>(c));
+        } else if (used[n]) {
+          const A highest = c > m ? c : m, scale = exp(m - highest);
+          CAPSROUTE_UNROLL
+          for (int k = 0; k < K; ++k) sum[k] *= scale;
+          m = highest, c = exp(c - highest), z = z * scale + c;
+        } else {
+          c = 0;
+        }
+      }
       CAPSROUTE_UNROLL
       for (int k = 0; k < K; ++k) sum[k] += c * h[n][k];
       if constexpr (with_p) {
-        const A share = targets[n * size + place.leader * kLanes + place.lane];
         CAPSROUTE_UNROLL
         for (int k = 0; k < K; ++k) sum_p[k] += share * h[n][k];
       }
     }
   }
   if (!place.active || !a.partial) return;
+  if (p.over_inputs && !known && place.slice == 0) {
+    A* own = statistics_at(a.chunk_statistics, chunk * a.layout.tiles + place.tile, p.J, place.j, place.lane);
+    store(own, m), store(own + kLanes, z);
+  }
   const int64_t to = chunk * a.layout.row_state(p) + at * kLanes + place.lane;
   CAPSROUTE_UNROLL
   for (int k = 0; k < K; ++k) {

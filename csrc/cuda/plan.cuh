@@ -12,11 +12,11 @@
 
 namespace capsroute::cuda {
 
-constexpr int kInputs = 2;      // input capsules at a time: their votes stay in registers through the softmax
-constexpr int kDepth = 8;       // features of input capsules in a stage of shared memory
-constexpr int kWarps = 16;      // slices of a block, at most
-constexpr int kMinWarps = 4;    // warps of a block, at least: the others help to stage
-constexpr int kMaxSlices = 8;   // of one output capsule
+constexpr int kInputs = 2;          // input capsules at a time: their votes stay in registers through the softmax
+constexpr int kDepth = 8;           // features of input capsules in a stage of shared memory
+constexpr int kWarps = 16;          // slices of a block, at most
+constexpr int kMinWarps = 4;        // warps of a block, at least: the others help to stage
+constexpr int kMaxSlices = 8;       // of one output capsule
 constexpr int kPitch = kLanes + 4;  // of a row of inputs in shared memory: 16-byte rows, few bank conflicts
 constexpr int64_t kBlocks = 128;    // enough for a device; more would only add partial sums
 constexpr int64_t kOneLaunch = 64;  // with no more input capsules than this, one block runs all the passes of a tile

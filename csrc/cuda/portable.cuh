@@ -32,15 +32,15 @@
 #define CAPSROUTE_DEVICE inline
 #define CAPSROUTE_ANYWHERE inline
 #define CAPSROUTE_UNROLL
-#define CAPSROUTE_SYNC()                                          \
-  do {                                                            \
+#define CAPSROUTE_SYNC()                                                            \
+  do {                                                                              \
     static const int site = capsroute::emulation::barrier_site(__FILE__, __LINE__); \
-    capsroute::emulation::barrier(site);                          \
+    capsroute::emulation::barrier(site);                                            \
   } while (false)
-#define CAPSROUTE_WITHIN(index, count)                                                       \
-  ([&] {                                                                                     \
-    static const int site = capsroute::emulation::bound_site(__FILE__, __LINE__, #index);   \
-    return (index) < (count) + (capsroute::emulation::loosened(site) ? 1 : 0);               \
+#define CAPSROUTE_WITHIN(index, count)                                                    \
+  ([&] {                                                                                  \
+    static const int site = capsroute::emulation::bound_site(__FILE__, __LINE__, #index); \
+    return (index) < (count) + (capsroute::emulation::loosened(site) ? 1 : 0);            \
   }())
 #define CAPSROUTE_SHARED(name) char* name = capsroute::emulation::shared_memory()
 #endif

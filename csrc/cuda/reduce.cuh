@@ -185,7 +185,8 @@ CAPSROUTE_DEVICE void shared_weight_gradient(const SharedWeightGradient<X>& a, c
   auto add = [&](const A* outputs, const A* rows, int64_t tile, int64_t j) {
     for (int e = thread_index(); e < kSquare * kLanes; e += thread_count()) {
       const int f = e / kLanes, lane = e % kLanes;
-      const int64_t o = (tile * p.J + j) * layout.out_padded + o0 + f, d = (tile * p.J + j) * layout.row_padded + d0 + f;
+      const int64_t o = (tile * p.J + j) * layout.out_padded + o0 + f,
+                    d = (tile * p.J + j) * layout.row_padded + d0 + f;
       left[f * kRow + lane] = CAPSROUTE_WITHIN(o0 + f, p.O) ? load(outputs + o * kLanes + lane) : A(0);
       right[f * kRow + lane] = CAPSROUTE_WITHIN(d0 + f, p.D) ? load(rows + d * kLanes + lane) : A(0);
     }
@@ -197,8 +198,8 @@ CAPSROUTE_DEVICE void shared_weight_gradient(const SharedWeightGradient<X>& a, c
     for (int64_t k = a.first_pass; k < p.R; ++k)
       for (int64_t j = one ? 0 : matrix; j <= (one ? p.J - 1 : matrix); ++j) {
         add(a.states.ds + k * layout.out_state(p), a.sum_p + k * layout.row_state(p), tile, j);
-        if (k > 0 && a.sum_db)
-          add(a.states.V + (k - 1) * layout.out_state(p), a.sum_db + k * layout.row_state(p), tile, j);
+        if (a.sum_db && (k > 0 || p.query.data))
+          add(a.states.V + k * layout.out_state(p), a.sum_db + k * layout.row_state(p), tile, j);
       }
   if (CAPSROUTE_WITHIN(o0 + own_o, p.O) && CAPSROUTE_WITHIN(d0 + own_d, p.D))
     store(a.dweight + ((part * matrices + matrix) * p.O + o0 + own_o) * p.D + d0 + own_d, sum);

@@ -133,9 +133,7 @@ class Rows {
   CAPSROUTE_ANYWHERE static int weight_bytes(int64_t units) {
     return source == Source::made ? int(units) * N * kDepth * K * int(sizeof(X)) : 0;
   }
-  CAPSROUTE_DEVICE char* stage(int index) const {
-    return memory_ + index * (weight_bytes(units_) + kInputBytes);
-  }
+  CAPSROUTE_DEVICE char* stage(int index) const { return memory_ + index * (weight_bytes(units_) + kInputBytes); }
   CAPSROUTE_DEVICE A* inputs(int index, int row) const { return reinterpret_cast<A*>(stage(index)) + row * kPitch; }
   CAPSROUTE_DEVICE X* weights(int index, int row) const {
     return reinterpret_cast<X*>(stage(index) + kInputBytes) + row * units_ * K;
