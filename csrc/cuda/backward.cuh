@@ -24,8 +24,8 @@ template <class X, Source source>
 CAPSROUTE_KERNEL(kMaxSlices* kLanes)
 gradients_kernel(CAPSROUTE_ARGUMENT Gradients<X> a) {
   CAPSROUTE_SHARED(memory);
-  const int64_t block = block_index(), tiles = a.all_tiles ? 1 : a.layout.tiles, rest = block / tiles;
-  GradientStream<X, source>(a, block % tiles, rest % a.split.chunks, rest / a.split.chunks, memory).run();
+  const int block = block_index(), tiles = a.all_tiles ? 1 : int(a.layout.tiles), chunks = int(a.split.chunks);
+  GradientStream<X, source>(a, block % tiles, block / tiles % chunks, block / tiles / chunks, memory).run();
 }
 
 template <class X>
@@ -67,7 +67,7 @@ class Backpropagation {
         layout_(launcher_.layout),
         staged_(source_of(p) == Source::staged),
         first_pass_(out.detach_coupling ? p.R - 1 : 0),
-        split_(Split::of(p, layout_.row_slices, kWarps, layout_.tiles, kBlocks)),
+        split_(Split::of(p, layout_.row_slices, most_warps<A>(Direction::backward), layout_.tiles, kBlocks)),
         carver_{static_cast<char*>(scratch)} {
     launcher_.pack_weight(carver_);
     const int64_t out_state = layout_.out_state(p), row_state = layout_.row_state(p);
@@ -150,9 +150,14 @@ class Backpropagation {
       pass.query = k > 0 || p_.query.data ? states_.query + k * layout_.row_state(p_) : nullptr;
       pass.gradient = states_.row_ds + k * layout_.row_state(p_);
       pass.statistics = statistics_ + k * launcher_.statistics_size();
-      pass.partial = sums ? partial_ : nullptr, pass.partial_p = partial_p_;
+      pass.partial = sums ? partial_ : nullptr;
       launcher_.template run_pass<Direction::backward>(pass, group_statistics_);
       if (!sums) return;
+      if (partial_p_) {  // the sums that the forward made, once more
+        Pass<X> again = pass;
+        again.gradient = nullptr, again.partial = partial_p_;
+        launcher_.template run_pass<Direction::forward>(again, nullptr);
+      }
       finish.pass = k;
       launcher_.run("finish_backward", finish_backward_kernel<X>, blocks, kFinishThreads, shared, finish);
     }
@@ -163,7 +168,7 @@ class Backpropagation {
       constexpr Source source = decltype(constant)::value;
       const Split& split = gradients_.split;
       const int64_t tiles = gradients_.all_tiles ? 1 : layout_.tiles;
-      const GradientsMemory<X, source> memory(split.outputs * layout_.row_slices);
+      const GradientsMemory<X, source> memory(split.units);
       launcher_.run("gradients", gradients_kernel<X, source>, tiles * split.chunks * split.groups,
                     launcher_.threads(split), memory.bytes, gradients_);
     });

@@ -137,16 +137,17 @@ class Capsule {
   // the form that neither overflows nor cancels for |s| up to 1e18 in float.
   CAPSROUTE_DEVICE void squash_backward(const A* s, A* g, A* state) const {
     if (warp == 0) {
-      const A n2 = product(s, s, 1), r = sqrt(n2 + A(p_.eps)), f = n2 / (1 + n2) / r;
-      of_lane[lane] = r, of_lane[kLanes + lane] = f;
-      of_lane[2 * kLanes + lane] = (2 * r / (1 + n2) / (1 + n2) - f) * product(s, g, r);
+      const A n2 = product(s, s, 1), r = sqrt(n2 + A(p_.eps)), inverse = 1 / r, q = 1 / (1 + n2);
+      const A f = n2 * q * inverse;
+      of_lane[lane] = inverse, of_lane[kLanes + lane] = f;
+      of_lane[2 * kLanes + lane] = (2 * r * q * q - f) * product(s, g, inverse);
     }
     CAPSROUTE_SYNC();
     for (int64_t o = warp; o < layout_.out_padded; o += warps) {
       A ds = 0;
       if (CAPSROUTE_WITHIN(o, p_.O)) {
         const int at = column_at(o, lane);
-        ds = g[at] * of_lane[kLanes + lane] + s[at] / of_lane[lane] * of_lane[2 * kLanes + lane];
+        ds = g[at] * of_lane[kLanes + lane] + s[at] * of_lane[lane] * of_lane[2 * kLanes + lane];
         g[at] = ds;
       }
       store(state + (out_at + o) * kLanes + lane, ds);
@@ -166,10 +167,10 @@ class Capsule {
   A *first, *second, *of_lane;
 
  private:
-  // sum over o of x_o / r * y_o
-  CAPSROUTE_DEVICE A product(const A* x, const A* y, A r) const {
+  // sum over o of scale x_o y_o
+  CAPSROUTE_DEVICE A product(const A* x, const A* y, A scale) const {
     A sum = 0;
-    for (int64_t o = 0; CAPSROUTE_WITHIN(o, p_.O); ++o) sum += x[column_at(o, lane)] / r * y[column_at(o, lane)];
+    for (int64_t o = 0; CAPSROUTE_WITHIN(o, p_.O); ++o) sum += x[column_at(o, lane)] * scale * y[column_at(o, lane)];
     return sum;
   }
 

@@ -46,12 +46,13 @@ CAPSROUTE_DEVICE void use_ds(const FinishBackward<X>& a, const Capsule<X>& capsu
   const int lane = capsule.lane;
   if (p.over_inputs && capsule.warp == 0) {
     const int64_t b = capsule.tile * kLanes + lane, at = (pass * p.B + b) * p.J + capsule.j;
+    A* all = statistics_at(a.statistics, pass * a.layout.tiles + capsule.tile, p.J, capsule.j, lane);
     A m = 0, z = 0, mean = 0;
     if (CAPSROUTE_WITHIN(b, p.B)) m = load(a.norm + at), z = load(a.norm + p.R * p.B * p.J + at);
+    store(all, m), store(all + kLanes, z != 0 ? 1 / z : A(0));
     for (int64_t o = 0; CAPSROUTE_WITHIN(o, p.O); ++o)
       mean += (capsule.second[column_at(o, lane)] - capsule.bias(o)) * capsule.first[column_at(o, lane)];
-    A* all = statistics_at(a.statistics, pass * a.layout.tiles + capsule.tile, p.J, capsule.j, lane);
-    store(all, m), store(all + kLanes, z != 0 ? 1 / z : A(0)), store(all + 2 * kLanes, mean);
+    store(all + 2 * kLanes, mean);
   }
   if (capsule.staged) capsule.to_rows(capsule.first, a.states.row_ds + pass * a.layout.row_state(p));
 }

@@ -5,12 +5,13 @@
 
 namespace capsroute::cuda {
 
-template <class X, Source source, Direction direction>
-CAPSROUTE_KERNEL(kWarps* kLanes)
+template <class X, Source source, Direction direction, bool over_inputs>
+CAPSROUTE_KERNEL(most_warps<Acc<X>>(direction) * kLanes)
 pass_kernel(CAPSROUTE_ARGUMENT Pass<X> a) {
   CAPSROUTE_SHARED(memory);
-  const int64_t block = block_index(), tile = block % a.layout.tiles, rest = block / a.layout.tiles;
-  pass<X, source, direction>(a, tile, rest % a.split.chunks, rest / a.split.chunks, memory);
+  const int block = block_index(), tiles = int(a.layout.tiles), chunks = int(a.split.chunks);
+  pass<X, source, direction, over_inputs>(a, a.query, a.coupling, block % tiles, block / tiles % chunks,
+                                          block / tiles / chunks, memory);
 }
 
 constexpr int kFinishThreads = 256, kElementThreads = 256, kSumThreads = 128;
@@ -41,7 +42,7 @@ begin_kernel(CAPSROUTE_ARGUMENT Finish<X> a) {
   begin(a, block_index() % a.layout.tiles, block_index() / a.layout.tiles, memory);
 }
 
-// All passes of a tile, where a block has all of i and of j.
+// All passes of a tile, where a block has all of i and of j and the softmax runs over j.
 template <class X>
 struct Route {
   Pass<X> pass;
@@ -49,21 +50,21 @@ struct Route {
 };
 
 template <class X, Source source>
-CAPSROUTE_KERNEL(kWarps* kLanes)
+CAPSROUTE_KERNEL(most_warps<Acc<X>>(Direction::forward) * kLanes)
 route_kernel(CAPSROUTE_ARGUMENT Route<X> a) {
   CAPSROUTE_SHARED(memory);
-  const int64_t tile = block_index();
-  Pass<X> now = a.pass;
-  for (int64_t j = 0; j < now.p.J && now.p.query.data; ++j) {
+  const int tile = block_index();
+  const Problem& p = a.pass.p;
+  for (int64_t j = 0; j < p.J && p.query.data; ++j) {
     begin(a.finish, tile, j, memory);
     CAPSROUTE_SYNC();
   }
-  for (int64_t k = 0; k < now.p.R; ++k) {
-    now.query = k == 0 && !now.p.query.data ? nullptr : a.pass.query;
-    now.coupling = k == now.p.R - 1 ? a.pass.coupling : nullptr;
-    pass<X, source, Direction::forward>(now, tile, 0, 0, memory);
+  for (int64_t k = 0; k < p.R; ++k) {
+    const Acc<X>* query = k == 0 && !p.query.data ? nullptr : a.pass.query;
+    X* coupling = k == p.R - 1 ? a.pass.coupling : nullptr;
+    pass<X, source, Direction::forward, false>(a.pass, query, coupling, tile, 0, 0, memory);
     CAPSROUTE_SYNC();
-    for (int64_t j = 0; j < now.p.J; ++j) {
+    for (int64_t j = 0; j < p.J; ++j) {
       finish(a.finish, k, tile, j, memory);
       CAPSROUTE_SYNC();
     }
@@ -103,7 +104,7 @@ struct Launcher {
     run(name, kernel, divide_up(count, kElementThreads), kElementThreads, 0, arguments);
   }
 
-  int threads(const Split& split) const { return int(maximum(kMinWarps, split.outputs * layout.row_slices)) * kLanes; }
+  int threads(const Split& split) const { return int(maximum(kMinWarps, split.units)) * kLanes; }
 
   // A weight [I, J, O, D] is read in place if it lies as [I, D, J, O] in whole slices, else copied.
   void pack_weight(Carver& carver) {
@@ -120,17 +121,19 @@ struct Launcher {
     if (packed) for_elements("pack", pack_kernel<X>, count, Pack<X>{p, layout, packed});
   }
 
-  // A pass over all of i; where there are groups of j, first their statistics.
+  // A pass over all of i; where there are groups of j, first their statistics, unless they are known.
   template <Direction direction>
   void run_pass(Pass<X> a, A* group_statistics) const {
     with_source(source_of(p), [&](auto constant) {
       constexpr Source source = decltype(constant)::value;
       const int64_t blocks = layout.tiles * a.split.chunks * a.split.groups;
-      const int64_t shared = pass_shared_bytes<X, source, direction>(a.split.outputs * layout.row_slices);
+      const int64_t shared = pass_shared_bytes<X, source, direction>(a.split.units);
       auto pass = [&](const char* name, const Pass<X>& arguments) {
-        run(name, pass_kernel<X, source, direction>, blocks, threads(a.split), shared, arguments);
+        auto kernel =
+            p.over_inputs ? pass_kernel<X, source, direction, true> : pass_kernel<X, source, direction, false>;
+        run(name, kernel, blocks, threads(a.split), shared, arguments);
       };
-      if (a.split.groups > 1 && !p.over_inputs) {
+      if (group_statistics) {
         Pass<X> first = a;
         first.partial = nullptr, first.coupling = nullptr, first.group_statistics = group_statistics;
         pass("statistics", first);
@@ -153,8 +156,8 @@ int64_t forward(const Problem& p, const Forward& out, void* scratch, void* strea
   Carver carver{static_cast<char*>(scratch)};
   launcher.pack_weight(carver);
 
-  const bool small = p.I <= kOneLaunch;
-  const Split split = Split::of(p, layout.row_slices, kWarps, layout.tiles, small ? 1 : kBlocks);
+  const Split split =
+      Split::of(p, layout.row_slices, most_warps<A>(Direction::forward), layout.tiles, p.I <= kOneLaunch ? 1 : kBlocks);
   Pass<X> pass{p, layout, split, launcher.weight};
   Finish<X> finish{p, layout, split.chunks};
   finish.partial = pass.partial = carver.take<A>(split.chunks * layout.row_state(p));
@@ -174,13 +177,12 @@ int64_t forward(const Problem& p, const Forward& out, void* scratch, void* strea
 
   const int64_t finish_shared = finish_shared_bytes<X>(p, layout);
   X* coupling = static_cast<X*>(out.coupling);
-  if (split.groups == 1 && split.chunks == 1) {
-    pass.query = finish.query, pass.coupling = p.over_inputs ? nullptr : coupling;
+  if (split.groups == 1 && split.chunks == 1 && !p.over_inputs) {
+    pass.query = finish.query, pass.coupling = coupling;
     with_source(source_of(p), [&](auto constant) {
       constexpr Source source = decltype(constant)::value;
-      const int64_t units = split.outputs * layout.row_slices;
       launcher.run("route", route_kernel<X, source>, layout.tiles, launcher.threads(split),
-                   maximum(pass_shared_bytes<X, source, Direction::forward>(units), finish_shared),
+                   maximum(pass_shared_bytes<X, source, Direction::forward>(split.units), finish_shared),
                    Route<X>{pass, finish});
     });
   } else {

@@ -38,7 +38,7 @@ struct Gradients {
 template <class X, Source source>
 struct GradientsMemory {
   using A = Acc<X>;
-  static constexpr int K = kFeatures<A>;
+  static constexpr int K = kFeatures<A>, kDepth = cuda::kDepth<A>;
   static constexpr int kSums = source == Source::made ? kDepth : source == Source::staged ? K : 0;  // for a slice
   int64_t rows, exchange, sums, dh, bytes;
 
@@ -56,29 +56,28 @@ class GradientStream {
  public:
   using A = Acc<X>;
   using MyRows = Rows<X, source>;
-  static constexpr int N = kInputs, K = MyRows::K;
+  static constexpr int N = kInputs, K = MyRows::K, kDepth = MyRows::kDepth;
 
-  CAPSROUTE_DEVICE GradientStream(const Gradients<X>& a, int64_t tile, int64_t chunk, int64_t group, char* memory)
+  CAPSROUTE_DEVICE GradientStream(const Gradients<X>& a, int tile, int chunk, int group, char* memory)
       : a_(a),
         p_(a.p),
         group_(group),
-        units_(int(a.split.outputs * a.layout.row_slices)),
-        first_(chunk * a.split.inputs),
-        last_(minimum(a.p.I, first_ + a.split.inputs)),
+        first_(chunk * int(a.split.inputs)),
+        last_(int(minimum(a.p.I, first_ + a.split.inputs))),
         place_(a.p, a.layout, a.split, tile, group),
-        rows_(a.p, a.layout, a.weight, place_, last_, units_, memory) {
-    const GradientsMemory<X, source> m(units_);
+        rows_(a.p, a.layout, a.split, a.weight, place_, last_, memory) {
+    const GradientsMemory<X, source> m(a.split.units);
     exchange_ = reinterpret_cast<A*>(memory + m.rows);
     sums_ = reinterpret_cast<A*>(memory + m.rows + m.exchange);
     dh_ = reinterpret_cast<A*>(memory + m.rows + m.exchange + m.sums);
   }
 
   CAPSROUTE_DEVICE void run() {
-    const int64_t begin = a_.all_tiles ? 0 : place_.tile, end = a_.all_tiles ? a_.layout.tiles : place_.tile + 1;
-    for (int64_t tile = begin; tile < end; ++tile) {
+    const int begin = a_.all_tiles ? 0 : place_.tile, end = a_.all_tiles ? int(a_.layout.tiles) : place_.tile + 1;
+    for (int tile = begin; tile < end; ++tile) {
       place_.at_tile(tile);
       if (first_ < last_) rows_.begin(first_);
-      for (int64_t i = first_; i < last_; i += N) {
+      for (int i = first_; i < last_; i += N) {
         A h[N][K], dh[N][K];
         rows_.make(h, i, source == Source::made ? last_ : i + N);
         votes_gradient(h, dh, i);
@@ -95,7 +94,7 @@ class GradientStream {
 
  private:
   // dh of input capsules i .. i + N - 1, and dlogits
-  CAPSROUTE_DEVICE void votes_gradient(const A (&h)[N][K], A (&dh)[N][K], int64_t i) {
+  CAPSROUTE_DEVICE void votes_gradient(const A (&h)[N][K], A (&dh)[N][K], int i) {
     const int64_t at = place_.template column<K>(p_, a_.layout.row_padded), state = a_.layout.row_state(p_);
     const bool active = place_.active;
     A dlogits[N], prior[N];
@@ -108,7 +107,7 @@ class GradientStream {
       prior[n] = prior_logit<X>(p_, place_, i + n, live[n]);
       live[n] = live[n] && prior[n] != -infinity<A>();  // of a forbidden pair nothing may be used, NaN or not
     }
-    for (int64_t k = p_.R - 1; k >= (a_.detach_coupling ? p_.R - 1 : 0); --k) {
+    for (int k = int(p_.R) - 1; k >= (a_.detach_coupling ? p_.R - 1 : 0); --k) {
       A e[K], q[K];
       clear(e), clear(q);
       if (active) load_slice(e, a_.states.row_ds + k * state, at, place_.lane);
@@ -134,7 +133,7 @@ class GradientStream {
   }
 
   // p and db of pass k from the statistics that the streams left
-  CAPSROUTE_DEVICE void couple_again(int64_t k, int64_t i, A logit, A target, A& p, A& db) const {
+  CAPSROUTE_DEVICE void couple_again(int k, int i, A logit, A target, A& p, A& db) const {
     if (uniform(p_, k)) {  // no stream was needed, and nobody wants db
       p = 1 / A(p_.leaky ? p_.J + 1 : p_.J), db = 0;
       return;
@@ -148,7 +147,7 @@ class GradientStream {
 
   // Sums over the slices of each j, through shared memory; the halves take turns.
   CAPSROUTE_DEVICE void add_slices(A (&logit)[N], A (&target)[N]) {
-    const int size = units_ * kLanes, slices = int(a_.layout.row_slices);
+    const int size = a_.split.units * kLanes, slices = int(a_.layout.row_slices);
     A* logits = exchange_ + half_ * 2 * N * size;
     A* targets = logits + N * size;
     half_ ^= 1;
@@ -163,15 +162,15 @@ class GradientStream {
     if (!place_.active) return;
     CAPSROUTE_UNROLL
     for (int n = 0; n < N; ++n) {
-      const int at = n * size + place_.leader * kLanes + place_.lane;
+      const int at = n * size + place_.leader() * kLanes + place_.lane;
       logit[n] = logits[at], target[n] = targets[at];
       for (int s = 1; s < slices; ++s) logit[n] += logits[at + s * kLanes], target[n] += targets[at + s * kLanes];
     }
   }
 
   // du and dW, back through the features of the stages, the last first: it is still there.
-  CAPSROUTE_DEVICE void back_to_inputs(const A (&dh)[N][K], int64_t i) {
-    for (int64_t d0 = (p_.D - 1) / kDepth * kDepth; d0 >= 0; d0 -= kDepth) {
+  CAPSROUTE_DEVICE void back_to_inputs(const A (&dh)[N][K], int i) {
+    for (int d0 = int(p_.D - 1) / kDepth * kDepth; d0 >= 0; d0 -= kDepth) {
       const bool more = d0 > 0, fetches = more || i + N < last_;
       if (fetches) rows_.fetch(more ? i : i + N, more ? d0 - kDepth : 0);
       CAPSROUTE_UNROLL
@@ -193,13 +192,13 @@ class GradientStream {
   }
 
   // This slice's part of du, for each of the stage's features; and dh where other lanes can read it.
-  CAPSROUTE_DEVICE void leave_sums(const A (&dh)[K], int n, int64_t d0) {
+  CAPSROUTE_DEVICE void leave_sums(const A (&dh)[K], int n, int d0) {
     if (!place_.active) return;
     if (a_.du) {
       for (int d = 0; d < int(minimum(kDepth, p_.D - d0)); ++d) {
         A w[K];
         rows_.weight(w, n, d);
-        sums_[(d * units_ + place_.warp) * kLanes + place_.lane] = dot(w, dh);
+        sums_[(d * a_.split.units + place_.warp) * kLanes + place_.lane] = dot(w, dh);
       }
     }
     CAPSROUTE_UNROLL
@@ -207,16 +206,16 @@ class GradientStream {
   }
 
   // du[d] = sum over the group's slices
-  CAPSROUTE_DEVICE void add_units(int64_t i, int64_t d0) {
+  CAPSROUTE_DEVICE void add_units(int i, int d0) {
     for (int d = place_.warp; CAPSROUTE_WITHIN(d, minimum(kDepth, p_.D - d0)); d += place_.warps) {
       A sum = 0;
       for (int unit = 0; CAPSROUTE_WITHIN(unit, place_.units); ++unit)
-        sum += sums_[(d * units_ + unit) * kLanes + place_.lane];
+        sum += sums_[(d * a_.split.units + unit) * kLanes + place_.lane];
       write_du(i, d0 + d, sum);
     }
   }
 
-  CAPSROUTE_DEVICE void write_du(int64_t i, int64_t d, A sum) {
+  CAPSROUTE_DEVICE void write_du(int i, int d, A sum) {
     if (!CAPSROUTE_WITHIN(place_.b, p_.B)) return;
     const int64_t to = (place_.b * p_.I + i) * p_.D + d;
     if (a_.du_groups) {
@@ -228,7 +227,7 @@ class GradientStream {
 
   // dW[d, k] = sum over the tile's samples of u_d dh_k, added to that of the tiles before: a lane has one d of the
   // stage and kOwn neighbouring k of its warp's slice.
-  CAPSROUTE_DEVICE void add_samples(int64_t i, int n, int64_t d0) {
+  CAPSROUTE_DEVICE void add_samples(int i, int n, int d0) {
     constexpr int kOwn = K * kDepth / kLanes;
     const int d = place_.lane / (K / kOwn), k0 = place_.lane % (K / kOwn) * kOwn;
     if (!place_.active || !CAPSROUTE_WITHIN(d0 + d, p_.D)) return;
@@ -241,7 +240,7 @@ class GradientStream {
     }
     CAPSROUTE_UNROLL
     for (int q = 0; q < kOwn; ++q) {
-      const int64_t o = place_.slice * K + k0 + q;
+      const int o = place_.slice * K + k0 + q;
       if (!CAPSROUTE_WITHIN(o, p_.O)) continue;
       const int64_t to = ((i * p_.D + d0 + d) * p_.J + place_.j) * p_.O + o;
       const A total = place_.tile > 0 ? load(a_.dweight_sum + to) + sum[q] : sum[q];
@@ -254,7 +253,7 @@ class GradientStream {
   }
 
   // Of a shared weight: du[f] = sum over the group's j of dh_j[f]
-  CAPSROUTE_DEVICE void add_outputs(const A (&dh)[N][K], int64_t i) {
+  CAPSROUTE_DEVICE void add_outputs(const A (&dh)[N][K], int i) {
     const int slices = int(a_.layout.row_slices);
     CAPSROUTE_UNROLL
     for (int n = 0; n < N; ++n) {
@@ -264,7 +263,7 @@ class GradientStream {
       }
       CAPSROUTE_SYNC();
       if (a_.du && CAPSROUTE_WITHIN(i + n, last_)) {
-        for (int64_t d = place_.warp; CAPSROUTE_WITHIN(d, p_.D); d += place_.warps) {
+        for (int d = place_.warp; CAPSROUTE_WITHIN(d, p_.D); d += place_.warps) {
           A sum = 0;
           for (int unit = 0; CAPSROUTE_WITHIN(unit, place_.units); unit += slices)
             sum += sums_[(unit * K + d) * kLanes + place_.lane];
@@ -276,7 +275,7 @@ class GradientStream {
     }
   }
 
-  CAPSROUTE_DEVICE void write_votes(const A (&dh)[N][K], int64_t i) {
+  CAPSROUTE_DEVICE void write_votes(const A (&dh)[N][K], int i) {
     if (!a_.du || !place_.active || !CAPSROUTE_WITHIN(place_.b, p_.B)) return;
     CAPSROUTE_UNROLL
     for (int n = 0; n < N; ++n) {
@@ -290,9 +289,8 @@ class GradientStream {
 
   const Gradients<X>& a_;
   const Problem& p_;
-  int64_t group_;
-  int units_;
-  int64_t first_, last_;
+  int group_;
+  int first_, last_;
   Place place_;
   MyRows rows_;
   A *exchange_, *sums_, *dh_;

@@ -16,6 +16,12 @@ namespace capsroute::cuda {
 
 enum class Direction { forward, backward };
 
+// Warps of a pass's block, at most: so many that their registers suffice without spills.
+template <class A>
+constexpr int most_warps(Direction direction) {
+  return direction == Direction::forward && sizeof(A) == 4 ? 16 : 12;
+}
+
 // Of the softmax of one (b, i): the maximum m, z = sum over j of exp(b_ij - m) and sum over j of exp(b_ij - m) t_ij.
 // Merged, 1/z and the mean of t take the place of the sums. In memory [tile, i, statistic, lane]; over inputs, where a
 // softmax belongs to one (b, j), [tile, j, statistic, lane].
@@ -36,7 +42,6 @@ struct Pass {
   const A* query;       // [tile, j, row, lane], or null: zero
   const A* gradient;    // likewise, e of the backward
   A* partial;           // [chunk, tile, j, row, lane], or null: the sums are not wanted
-  A* partial_p;         // backward of a shared weight, or null: sum over i of p_ij h_ij, likewise
   A* group_statistics;  // [group, tile, i, 3, lane], or null: this pass does not leave them
   A* statistics;  // [tile, i, 3, lane] of all j: read where there are groups, else left for the gradients, or null;
                   // over inputs [tile, j, 3, lane], known, or null
@@ -52,9 +57,10 @@ int64_t pass_shared_bytes(int64_t units) {
 }
 
 // The softmax over the group's j of input capsule i, by one thread for its lane. l holds the logits and t the h . e
-// of the slices; they leave as c, or as db and p, at each j's first slice.
+// of the slices; they leave as c, or as db, at each j's first slice.
 template <class X, Direction direction>
-CAPSROUTE_DEVICE void couple(const Pass<X>& a, const Place& place, int64_t group, int64_t i, Acc<X>* l, Acc<X>* t) {
+CAPSROUTE_DEVICE void couple(const Pass<X>& a, X* coupling, const Place& place, int group, int i, Acc<X>* l,
+                             Acc<X>* t) {
   using A = Acc<X>;
   constexpr bool backward = direction == Direction::backward;
   const Problem& p = a.p;
@@ -63,7 +69,9 @@ CAPSROUTE_DEVICE void couple(const Pass<X>& a, const Place& place, int64_t group
   const bool leak = p.leaky && a.split.groups == 1;
   l += place.lane, t += place.lane;
   A m = leak ? A(0) : -infinity<A>(), r = 0, mean = 0;
+  CAPSROUTE_ROLL
   for (int j = 0; j < place.units / slices; ++j) {
+    CAPSROUTE_ROLL
     for (int s = 1; s < slices; ++s) {
       l[j * step] += l[j * step + s * kLanes];
       if constexpr (backward) t[j * step] += t[j * step + s * kLanes];
@@ -77,6 +85,7 @@ CAPSROUTE_DEVICE void couple(const Pass<X>& a, const Place& place, int64_t group
     m = 0;  // all pairs are forbidden
   }
   A z = leak ? exp(-m) : A(0), y = 0;
+  CAPSROUTE_ROLL
   for (int j = 0; j < place.units / slices; ++j) {
     const A share = exp(l[j * step] - m);
     z += share;
@@ -96,56 +105,57 @@ CAPSROUTE_DEVICE void couple(const Pass<X>& a, const Place& place, int64_t group
       store(all, m), store(all + kLanes, r), store(all + 2 * kLanes, mean);
     }
   }
+  CAPSROUTE_ROLL
   for (int j = 0; j < place.units / slices; ++j) {
     const A share = l[j * step];
     const A c = live && share != 0 ? share * r : A(0);  // not live or forbidden: 0, not 0 * NaN
     if constexpr (backward) {
       l[j * step] = c != 0 ? c * (t[j * step] - mean) : A(0);
-      t[j * step] = c;
     } else {
       l[j * step] = c;
-      if (a.coupling && CAPSROUTE_WITHIN(place.b, p.B))
-        store(a.coupling + (place.b * p.I + i) * p.J + place.first_output + j, from_acc<X>(c));
+      if (coupling && CAPSROUTE_WITHIN(place.b, p.B))
+        store(coupling + (int64_t(place.b) * p.I + i) * p.J + place.first_output + j, from_acc<X>(c));
     }
   }
 }
 
 // The prior logit of this lane and j, 0 where input capsule i takes no part.
 template <class X>
-CAPSROUTE_DEVICE Acc<X> prior_logit(const Problem& p, const Place& place, int64_t i, bool live) {
+CAPSROUTE_DEVICE Acc<X> prior_logit(const Problem& p, const Place& place, int i, bool live) {
   const int64_t* stride = p.logits.stride;
   if (!live || !p.logits.data) return 0;
   return load_element<X>(p.logits, p.u.dtype, place.b * stride[0] + i * stride[1] + place.j * stride[2]);
 }
 
-template <class X, Source source, Direction direction>
-CAPSROUTE_DEVICE void pass(const Pass<X>& a, int64_t tile, int64_t chunk, int64_t group, char* memory) {
+template <class X, Source source, Direction direction, bool over_inputs>
+CAPSROUTE_DEVICE void pass(const Pass<X>& a, const Acc<X>* query, X* coupling, int tile, int chunk, int group,
+                           char* memory) {
   using A = Acc<X>;
   using MyRows = Rows<X, source>;
-  constexpr bool backward = direction == Direction::backward, with_p = backward && source == Source::staged;
+  constexpr bool backward = direction == Direction::backward;
   constexpr int N = kInputs, K = MyRows::K;
   const Problem& p = a.p;
   const Place place(p, a.layout, a.split, tile, group);
-  const int64_t first = chunk * a.split.inputs, last = minimum(p.I, first + a.split.inputs);
-  const int64_t capacity = a.split.outputs * a.layout.row_slices, at = place.template column<K>(p, a.layout.row_padded);
-  const int size = int(capacity) * kLanes;  // the logits of one input capsule
-  A* const exchange = reinterpret_cast<A*>(memory + MyRows::shared_bytes(capacity));
+  const int first = chunk * int(a.split.inputs), last = int(minimum(p.I, first + a.split.inputs));
+  const int64_t at = place.template column<K>(p, a.layout.row_padded);
+  const int size = a.split.units * kLanes;  // the logits of one input capsule
+  A* const exchange = reinterpret_cast<A*>(memory + MyRows::shared_bytes(a.split.units));
 
-  A q[K], e[K], sum[K], sum_p[K];
-  clear(q), clear(e), clear(sum), clear(sum_p);
-  if (place.active && a.query) load_slice(q, a.query, at, place.lane);
+  A q[K], e[K], sum[K];
+  clear(q), clear(e), clear(sum);
+  if (place.active && query) load_slice(q, query, at, place.lane);
   if (place.active && backward) load_slice(e, a.gradient, at, place.lane);
   A m = -infinity<A>(), z = 0, mean = 0;  // over inputs
-  const bool known = p.over_inputs && a.statistics;
+  const bool known = over_inputs && a.statistics;
   if (known && place.active) {
     const A* all = statistics_at(a.statistics, place.tile, p.J, place.j, place.lane);
     m = load(all), z = load(all + kLanes), mean = backward ? load(all + 2 * kLanes) : A(0);
   }
 
-  MyRows rows(p, a.layout, a.weight, place, last, capacity, memory);
+  MyRows rows(p, a.layout, a.split, a.weight, place, last, memory);
   if (first < last) rows.begin(first);
   int half = 0;  // of the exchange: the next logits need not wait for those who still read these
-  for (int64_t i = first; i < last; i += N, half ^= 1) {
+  for (int i = first; i < last; i += N, half ^= 1) {
     A h[N][K];
     rows.make(h, i, i + N);
     A* logits = exchange + half * (backward ? 2 : 1) * N * size;
@@ -169,27 +179,29 @@ CAPSROUTE_DEVICE void pass(const Pass<X>& a, int64_t tile, int64_t chunk, int64_
       if constexpr (backward) targets[n * size + place.warp * kLanes + place.lane] = target;
     }
     CAPSROUTE_SYNC();
-    for (int n = place.warp; n < N && !p.over_inputs; n += place.warps)
+    CAPSROUTE_ROLL
+    for (int n = place.warp; n < N && !over_inputs; n += place.warps)
       if (CAPSROUTE_WITHIN(i + n, last))
-        couple<X, direction>(a, place, group, i + n, logits + n * size, targets + n * size);
+        couple<X, direction>(a, coupling, place, group, i + n, logits + n * size, targets + n * size);
     wait_copies();
     CAPSROUTE_SYNC();
     CAPSROUTE_UNROLL
     for (int n = 0; n < N; ++n) {
       if (!place.active || !CAPSROUTE_WITHIN(i + n, last)) continue;
-      const int own = n * size + place.leader * kLanes + place.lane;
-      A c = logits[own], share = backward ? targets[own] : A(0);
-      if (p.over_inputs) {
+      const int own = n * size + place.leader() * kLanes + place.lane;
+      A c = logits[own];
+      if constexpr (over_inputs) {
+        A target = backward ? targets[own] : A(0);
+        CAPSROUTE_ROLL
         for (int s = 1; s < a.layout.row_slices; ++s) {
           c += logits[own + s * kLanes];
-          if constexpr (backward) share += targets[own + s * kLanes];
+          if constexpr (backward) target += targets[own + s * kLanes];
         }
         if (known) {
-          const A target = share;
-          share = used[n] ? exp(c - m) * z : A(0);
-          c = !backward ? share : used[n] && share != 0 ? share * (target - mean) : A(0);
-          if (!backward && a.coupling && place.slice == 0 && CAPSROUTE_WITHIN(place.b, p.B))
-            store(a.coupling + (place.b * p.I + i + n) * p.J + place.j, from_acc<X>(c));
+          const A share = used[n] ? exp(c - m) * z : A(0);
+          c = !backward ? share : share != 0 ? share * (target - mean) : A(0);
+          if (!backward && coupling && place.slice == 0 && CAPSROUTE_WITHIN(place.b, p.B))
+            store(coupling + (int64_t(place.b) * p.I + i + n) * p.J + place.j, from_acc<X>(c));
         } else if (used[n]) {
           const A highest = c > m ? c : m, scale = exp(m - highest);
           CAPSROUTE_UNROLL
@@ -201,24 +213,16 @@ CAPSROUTE_DEVICE void pass(const Pass<X>& a, int64_t tile, int64_t chunk, int64_
       }
       CAPSROUTE_UNROLL
       for (int k = 0; k < K; ++k) sum[k] += c * h[n][k];
-      if constexpr (with_p) {
-        CAPSROUTE_UNROLL
-        for (int k = 0; k < K; ++k) sum_p[k] += share * h[n][k];
-      }
     }
   }
   if (!place.active || !a.partial) return;
-  if (p.over_inputs && !known && place.slice == 0) {
+  if (over_inputs && !known && place.slice == 0) {
     A* own = statistics_at(a.chunk_statistics, chunk * a.layout.tiles + place.tile, p.J, place.j, place.lane);
     store(own, m), store(own + kLanes, z);
   }
   const int64_t to = chunk * a.layout.row_state(p) + at * kLanes + place.lane;
   CAPSROUTE_UNROLL
-  for (int k = 0; k < K; ++k) {
-    store(a.partial + to + k * kLanes, sum[k]);
-    if constexpr (with_p)
-      if (a.partial_p) store(a.partial_p + to + k * kLanes, sum_p[k]);
-  }
+  for (int k = 0; k < K; ++k) store(a.partial + to + k * kLanes, sum[k]);
 }
 
 }  // namespace capsroute::cuda

@@ -13,17 +13,17 @@
 namespace capsroute::cuda {
 
 constexpr int kInputs = 2;          // input capsules at a time: their votes stay in registers through the softmax
-constexpr int kDepth = 8;           // features of input capsules in a stage of shared memory
-constexpr int kWarps = 16;          // slices of a block, at most
-constexpr int kMinWarps = 4;        // warps of a block, at least: the others help to stage
+constexpr int kMinWarps = 8;        // warps of a block, at least: the others help to stage
 constexpr int kMaxSlices = 8;       // of one output capsule
 constexpr int kPitch = kLanes + 4;  // of a row of inputs in shared memory: 16-byte rows, few bank conflicts
 constexpr int64_t kBlocks = 128;    // enough for a device; more would only add partial sums
 constexpr int64_t kOneLaunch = 64;  // with no more input capsules than this, one block runs all the passes of a tile
 
-// Features of a slice: 64 bytes of registers.
+// Features of a slice, 64 bytes of registers, and features of input capsules in a stage of shared memory.
 template <class A>
 constexpr int kFeatures = 64 / int(sizeof(A));
+template <class A>
+constexpr int kDepth = 32 / int(sizeof(A));
 
 CAPSROUTE_ANYWHERE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 CAPSROUTE_ANYWHERE int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -45,6 +45,7 @@ CAPSROUTE_ANYWHERE Source source_of(const Problem& p) {
 struct Split {
   int64_t groups, outputs;  // groups of so many j
   int64_t chunks, inputs;   // chunks of so many i
+  int units;                // slices of a group, at most
 
   // At most `warps` slices in a block, and chunks for about `blocks` blocks in all of `tiles`.
   static Split of(const Problem& p, int64_t slices, int64_t warps, int64_t tiles, int64_t blocks) {
@@ -52,6 +53,7 @@ struct Split {
     s.groups = divide_up(p.J, maximum(1, warps / slices));
     s.outputs = divide_up(p.J, s.groups);
     s.groups = divide_up(p.J, s.outputs);
+    s.units = int(s.outputs * slices);
     const int64_t wanted = maximum(1, divide_up(blocks, maximum(1, tiles * s.groups)));
     s.inputs = maximum(kInputs, divide_up(divide_up(p.I, wanted), kInputs) * kInputs);
     s.chunks = maximum(1, divide_up(p.I, s.inputs));
@@ -143,7 +145,7 @@ CAPSROUTE_DEVICE Acc<X> load_element(const Array& array, DType own, int64_t at) 
 }
 
 // Does input capsule i of sample b take part? Samples past the batch do not.
-CAPSROUTE_DEVICE bool takes_part(const Problem& p, int64_t b, int64_t i) {
+CAPSROUTE_DEVICE bool takes_part(const Problem& p, int b, int i) {
   if (!CAPSROUTE_WITHIN(b, p.B)) return false;
   const uint8_t* mask = static_cast<const uint8_t*>(p.mask.data);
   return !mask || load(mask + b * p.mask.stride[0] + i * p.mask.stride[1]);

@@ -18,6 +18,7 @@
 #define CAPSROUTE_DEVICE __device__ __forceinline__
 #define CAPSROUTE_ANYWHERE __host__ __device__ __forceinline__
 #define CAPSROUTE_UNROLL _Pragma("unroll")
+#define CAPSROUTE_ROLL _Pragma("unroll 1")
 // All threads of a block meet. The emulation can leave out any one of these, to see that a test notices.
 #define CAPSROUTE_SYNC() __syncthreads()
 // index < count. The emulation can loosen any one of these by one.
@@ -32,6 +33,7 @@
 #define CAPSROUTE_DEVICE inline
 #define CAPSROUTE_ANYWHERE inline
 #define CAPSROUTE_UNROLL
+#define CAPSROUTE_ROLL
 #define CAPSROUTE_SYNC()                                                            \
   do {                                                                              \
     static const int site = capsroute::emulation::barrier_site(__FILE__, __LINE__); \
@@ -106,7 +108,7 @@ CAPSROUTE_DEVICE Half from_acc<Half>(float x) {
 
 CAPSROUTE_DEVICE int thread_index() { return int(threadIdx.x); }
 CAPSROUTE_DEVICE int thread_count() { return int(blockDim.x); }
-CAPSROUTE_DEVICE int64_t block_index() { return int64_t(blockIdx.x); }
+CAPSROUTE_DEVICE int block_index() { return int(blockIdx.x); }
 
 // Global memory is read and written with these alone, so that the emulation can count bytes.
 template <class T>

@@ -7,7 +7,7 @@
 namespace capsroute::cuda {
 
 // This thread's element, where each thread has one.
-CAPSROUTE_DEVICE int64_t own_element() { return block_index() * thread_count() + thread_index(); }
+CAPSROUTE_DEVICE int64_t own_element() { return int64_t(block_index()) * thread_count() + thread_index(); }
 
 // W [I, J, O, D] of any strides to [I, D, J, O padded], zeros where padded.
 template <class X>
@@ -112,7 +112,7 @@ template <class X, class Parameter>
 CAPSROUTE_DEVICE void bias_gradient(const BiasGradient<X, Parameter>& a, char* memory) {
   using A = Acc<X>;
   const Problem& p = a.p;
-  const int64_t j = block_index() / p.O, o = block_index() % p.O, tiles = a.layout.tiles;
+  const int64_t block = block_index(), j = block / p.O, o = block % p.O, tiles = a.layout.tiles;
   A sum = 0;
   for (int64_t k = a.first_pass; k < p.R; ++k)
     for (int64_t e = thread_index(); CAPSROUTE_WITHIN(e, tiles * kLanes); e += thread_count()) {
@@ -120,7 +120,7 @@ CAPSROUTE_DEVICE void bias_gradient(const BiasGradient<X, Parameter>& a, char* m
       sum += load(a.ds + k * a.layout.out_state(p) + ((tile * p.J + j) * a.layout.out_padded + o) * kLanes + lane);
     }
   sum = sum_threads(sum, reinterpret_cast<A*>(memory));
-  if (thread_index() == 0) store(a.dbias + block_index(), from_acc<Parameter>(sum));
+  if (thread_index() == 0) store(a.dbias + block, from_acc<Parameter>(sum));
 }
 
 // dlogits of the shape that the logits have: summed over b and over i where they broadcast. A block has one element.
@@ -137,7 +137,7 @@ template <class X, class Parameter>
 CAPSROUTE_DEVICE void logits_gradient(const LogitsGradient<X, Parameter>& a, char* memory) {
   using A = Acc<X>;
   const Problem& p = a.p;
-  const int64_t j = block_index() % p.J, own_i = block_index() / p.J % a.own_I, own_b = block_index() / p.J / a.own_I;
+  const int64_t block = block_index(), j = block % p.J, own_i = block / p.J % a.own_I, own_b = block / p.J / a.own_I;
   const int64_t count_b = a.own_B == p.B ? 1 : p.B, count_i = a.own_I == p.I ? 1 : p.I;
   A sum = 0;
   for (int64_t e = thread_index(); CAPSROUTE_WITHIN(e, count_b * count_i); e += thread_count()) {
@@ -145,7 +145,7 @@ CAPSROUTE_DEVICE void logits_gradient(const LogitsGradient<X, Parameter>& a, cha
     sum += load(a.all + (b * p.I + i) * p.J + j);
   }
   sum = sum_threads(sum, reinterpret_cast<A*>(memory));
-  if (thread_index() == 0) store(a.dlogits + block_index(), from_acc<Parameter>(sum));
+  if (thread_index() == 0) store(a.dlogits + block, from_acc<Parameter>(sum));
 }
 
 // Of a shared weight: dW_j = sum over k and b of ds^k_j (sum_i p_ij u_i)^T + V^k_j (sum_i db_ij u_i)^T, of a weight

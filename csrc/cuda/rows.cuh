@@ -9,25 +9,26 @@ namespace capsroute::cuda {
 // What a block works on, and what this thread does in it.
 struct Place {
   int lane, warp, warps;
-  int64_t tile, b;
-  int64_t first_output;  // of the group
-  int units;             // slices of the group
-  int64_t j, slice;
+  int tile, b;
+  int first_output;  // of the group
+  int units;         // slices of the group
+  int j, slice;
   bool active;  // the other warps only help to stage
-  int leader;   // the warp that has slice 0 of this j
 
-  CAPSROUTE_DEVICE Place(const Problem& p, const Layout& layout, const Split& split, int64_t tile, int64_t group)
+  CAPSROUTE_DEVICE Place(const Problem& p, const Layout& layout, const Split& split, int tile, int group)
       : lane(thread_index() % kLanes), warp(thread_index() / kLanes), warps(thread_count() / kLanes) {
-    first_output = group * split.outputs;
-    units = int(minimum(split.outputs, p.J - first_output) * layout.row_slices);
-    slice = warp % layout.row_slices;
-    j = first_output + warp / layout.row_slices;
-    leader = int(warp - slice);
+    const int slices = int(layout.row_slices);
+    first_output = group * int(split.outputs);
+    units = int(minimum(split.outputs, p.J - first_output)) * slices;
+    slice = warp % slices;
+    j = first_output + warp / slices;
     active = CAPSROUTE_WITHIN(warp, units);
     at_tile(tile);
   }
 
-  CAPSROUTE_DEVICE void at_tile(int64_t t) { tile = t, b = t * kLanes + lane; }
+  CAPSROUTE_DEVICE void at_tile(int t) { tile = t, b = t * kLanes + lane; }
+
+  CAPSROUTE_DEVICE int leader() const { return warp - slice; }  // the warp that has slice 0 of this j
 
   // Where this slice's features begin in a state of `padded` features.
   template <int K>
@@ -40,19 +41,19 @@ template <class X, Source source>
 class Rows {
  public:
   using A = Acc<X>;
-  static constexpr int K = kFeatures<A>, N = kInputs;
+  static constexpr int K = kFeatures<A>, N = kInputs, kDepth = cuda::kDepth<A>;
 
   // Bytes of shared memory where a block has at most `units` slices: two stages.
   CAPSROUTE_ANYWHERE static int64_t shared_bytes(int64_t units) {
     return source == Source::given ? 0 : 2 * (weight_bytes(units) + kInputBytes);
   }
 
-  CAPSROUTE_DEVICE Rows(const Problem& p, const Layout& layout, const X* weight, const Place& place, int64_t last,
-                        int64_t units, char* memory)
-      : p_(p), layout_(layout), weight_(weight), place_(place), last_(last), memory_(memory), units_(int(units)) {}
+  CAPSROUTE_DEVICE Rows(const Problem& p, const Layout& layout, const Split& split, const X* weight, const Place& place,
+                        int last, char* memory)
+      : p_(p), layout_(layout), split_(split), weight_(weight), place_(place), last_(last), memory_(memory) {}
 
   // Stages the first features of input capsule i for make(); the block meets.
-  CAPSROUTE_DEVICE void begin(int64_t i) {
+  CAPSROUTE_DEVICE void begin(int i) {
     if constexpr (source == Source::given) return;
     fetch(i, 0);
     deposit();
@@ -63,13 +64,13 @@ class Rows {
 
   // The rows h of input capsules i .. i + N - 1, and the way for those from `next` on: their first stage is there
   // once every thread has called wait_copies() and the block has met.
-  CAPSROUTE_DEVICE void make(A (&h)[N][K], int64_t i, int64_t next) {
+  CAPSROUTE_DEVICE void make(A (&h)[N][K], int i, int next) {
     CAPSROUTE_UNROLL
     for (int n = 0; n < N; ++n) clear(h[n]);
     if constexpr (source == Source::given) {
       read(h, i);
     } else {
-      for (int64_t d0 = 0; d0 < p_.D; d0 += kDepth) {
+      for (int d0 = 0; d0 < p_.D; d0 += kDepth) {
         const bool more = d0 + kDepth < p_.D, fetches = more || next < last_;
         if (fetches) fetch(more ? i : next, more ? d0 + kDepth : 0);
         add_stage(h, i, d0);
@@ -84,14 +85,16 @@ class Rows {
   }
 
   // Sends for the weight, and reads u, at features d0 .. d0 + kDepth - 1 of input capsules i .. i + N - 1.
-  CAPSROUTE_DEVICE void fetch(int64_t i, int64_t d0) {
+  CAPSROUTE_DEVICE void fetch(int i, int d0) {
     if constexpr (source == Source::made) {
       const int width = place_.units * K;
+      CAPSROUTE_ROLL
       for (int r = place_.warp; r < N * kDepth; r += place_.warps) {
-        const int64_t at = i + r / kDepth, d = d0 + r % kDepth;
+        const int at = i + r / kDepth, d = d0 + r % kDepth;
         if (!CAPSROUTE_WITHIN(at, last_) || !CAPSROUTE_WITHIN(d, p_.D)) continue;
         const X* from = weight_ + ((at * p_.D + d) * p_.J + place_.first_output) * layout_.row_padded;
         X* to = weights(used_ ^ 1, r);
+        CAPSROUTE_ROLL
         for (int x = place_.lane * kVector; CAPSROUTE_WITHIN(x, width); x += kLanes * kVector)
           copy_quad(to + x, from + x);
       }
@@ -99,7 +102,7 @@ class Rows {
     CAPSROUTE_UNROLL
     for (int q = 0; q < kHeld; ++q) {
       const int e = thread_index() + q * thread_count(), n = e / (kDepth * kLanes);
-      const int64_t d = d0 + e % kDepth, b = place_.tile * kLanes + e / kDepth % kLanes;
+      const int d = d0 + e % kDepth, b = place_.tile * kLanes + e / kDepth % kLanes;
       const bool needed = n < N && CAPSROUTE_WITHIN(i + n, last_) && CAPSROUTE_WITHIN(d, p_.D);
       const int64_t* stride = p_.u.stride;
       held_[q] = X{};
@@ -133,10 +136,10 @@ class Rows {
   CAPSROUTE_ANYWHERE static int weight_bytes(int64_t units) {
     return source == Source::made ? int(units) * N * kDepth * K * int(sizeof(X)) : 0;
   }
-  CAPSROUTE_DEVICE char* stage(int index) const { return memory_ + index * (weight_bytes(units_) + kInputBytes); }
+  CAPSROUTE_DEVICE char* stage(int index) const { return memory_ + index * (weight_bytes(split_.units) + kInputBytes); }
   CAPSROUTE_DEVICE A* inputs(int index, int row) const { return reinterpret_cast<A*>(stage(index)) + row * kPitch; }
   CAPSROUTE_DEVICE X* weights(int index, int row) const {
-    return reinterpret_cast<X*>(stage(index) + kInputBytes) + row * units_ * K;
+    return reinterpret_cast<X*>(stage(index) + kInputBytes) + row * split_.units * K;
   }
 
   CAPSROUTE_DEVICE static void unpack(A (&w)[K], const X* from) {
@@ -151,13 +154,14 @@ class Rows {
   }
 
   // made: h_n += sum over the stage's d of W_d u_d;  staged: h_n's own features among the stage's
-  CAPSROUTE_DEVICE void add_stage(A (&h)[N][K], int64_t i, int64_t d0) {
+  CAPSROUTE_DEVICE void add_stage(A (&h)[N][K], int i, int d0) {
     if (!place_.active) return;
     const int depth = int(minimum(kDepth, p_.D - d0));
     CAPSROUTE_UNROLL
     for (int n = 0; n < N; ++n) {
       if (!CAPSROUTE_WITHIN(i + n, last_)) continue;
       if constexpr (source == Source::made) {
+        CAPSROUTE_ROLL
         for (int d = 0; d < depth; ++d) {
           const A x = input(n, d)[place_.lane];
           A w[K];
@@ -166,7 +170,7 @@ class Rows {
           for (int k = 0; k < K; ++k) h[n][k] += w[k] * x;
         }
       } else {
-        const int first = int(place_.slice * K - d0);
+        const int first = place_.slice * K - d0;
         CAPSROUTE_UNROLL
         for (int k = 0; k < K; ++k)
           if (first + k >= 0 && CAPSROUTE_WITHIN(first + k, depth)) h[n][k] = input(n, first + k)[place_.lane];
@@ -174,8 +178,9 @@ class Rows {
     }
   }
 
-  CAPSROUTE_DEVICE void read(A (&h)[N][K], int64_t i) {
+  CAPSROUTE_DEVICE void read(A (&h)[N][K], int i) {
     const int64_t* stride = p_.u.stride;
+    const int count = int(p_.O) - place_.slice * K;
     CAPSROUTE_UNROLL
     for (int n = 0; n < N; ++n) {
       if (!place_.active || !CAPSROUTE_WITHIN(i + n, last_) || !takes_part(p_, place_.b, i + n)) continue;
@@ -186,19 +191,19 @@ class Rows {
         for (int k = 0; k < K; k += kVector) widen(&h[n][k], load_quad(from + k));
       } else {
         CAPSROUTE_UNROLL
-        for (int k = 0; k < K; ++k)
-          if (CAPSROUTE_WITHIN(place_.slice * K + k, p_.O)) h[n][k] = to_acc(load(from + k * stride[3]));
+        for (int k = 0; k < K; ++k, from += stride[3])
+          if (CAPSROUTE_WITHIN(k, count)) h[n][k] = to_acc(load(from));
       }
     }
   }
 
   const Problem& p_;
   const Layout& layout_;
+  const Split& split_;
   const X* weight_;  // [I, D, J, O padded]
   const Place& place_;
-  int64_t last_;
+  int last_;
   char* memory_;
-  int units_;
   int used_ = 1;  // of the two stages, the one that is read
   X held_[kHeld];
 };

@@ -99,7 +99,7 @@ struct Runtime {
   Fiber* current = nullptr;
   Body body = nullptr;
   const void* arguments = nullptr;
-  int64_t block = 0;
+  int block = 0;
   int threads = 0;
   char* shared = nullptr;
   Order order = Order::forward;
@@ -242,7 +242,7 @@ std::string place(const char* file, int line) {
 
 int thread_index() { return runtime().current->index; }
 int thread_count() { return runtime().threads; }
-int64_t block_index() { return runtime().block; }
+int block_index() { return runtime().block; }
 char* shared_memory() { return runtime().shared; }
 
 int barrier_site(const char* file, int line) { return site_number("barrier " + place(file, line)); }
@@ -302,7 +302,7 @@ void run(const char* name, Body body, const void* arguments, int64_t blocks, int
   std::vector<char> meetings(2 * blocks);
   std::vector<void*> memories;
   for (int64_t block : order) {
-    r.block = block, r.meeting = &meetings[2 * block];
+    r.block = int(block), r.meeting = &meetings[2 * block];
     r.shared = static_cast<char*>(std::aligned_alloc(16, size_t(shared + 15) / 16 * 16));
     std::memset(r.shared, 0xff, size_t(shared));  // NaN
     memories.push_back(r.shared);

@@ -17,7 +17,7 @@ namespace capsroute::emulation {
 // Inside a kernel.
 int thread_index();
 int thread_count();
-int64_t block_index();
+int block_index();
 char* shared_memory();
 
 // A place in the source that can be mutated: a meeting left out, a bound loosened by one.
