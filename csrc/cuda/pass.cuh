@@ -19,7 +19,7 @@ enum class Direction { forward, backward };
 // Warps of a pass's block, at most: so many that their registers suffice without spills.
 template <class A>
 constexpr int most_warps(Direction direction) {
-  return direction == Direction::forward && sizeof(A) == 4 ? 16 : 12;
+  return sizeof(A) == 8 ? (direction == Direction::forward ? 12 : 8) : direction == Direction::forward ? 16 : 12;
 }
 
 // Of the softmax of one (b, i): the maximum m, z = sum over j of exp(b_ij - m) and sum over j of exp(b_ij - m) t_ij.

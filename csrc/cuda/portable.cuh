@@ -13,7 +13,7 @@
 #include <stdexcept>
 #include <string>
 
-#define CAPSROUTE_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define CAPSROUTE_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define CAPSROUTE_ARGUMENT const __grid_constant__
 #define CAPSROUTE_DEVICE __device__ __forceinline__
 #define CAPSROUTE_ANYWHERE __host__ __device__ __forceinline__
