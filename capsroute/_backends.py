@@ -34,7 +34,7 @@ def of_ops(namespace: str, here, serves) -> Backend:
 
 
 def _cpu_serves(u: Tensor, options: reference.Options) -> Verdict:
-    if u.device.type != "cpu":
+    if not u.is_cpu:
         return False, f"the input capsules are on {u.device}, not on the CPU"
     return _ops.cpu_library()
 
@@ -67,13 +67,13 @@ def backends() -> dict[str, Verdict]:
     return {name: backend.here() for name, backend in BACKENDS.items()}
 
 
-_logged: set[str] = set()
+_logged: set[tuple[str, str]] = set()
 
 
-def _log_once(message: str) -> None:
-    if message not in _logged and not torch.compiler.is_compiling():  # a log call would break the graph
-        _logged.add(message)
-        log.info(message)
+def _log_once(candidate: str, why: str, refused: str) -> None:
+    if not torch.compiler.is_compiling():  # a log call would break the graph
+        _logged.add((candidate, refused))
+        log.info(f"backend {candidate}: {why}{refused}")
 
 
 def choose(name: str, u: Tensor, options: reference.Options) -> Backend:
@@ -83,7 +83,8 @@ def choose(name: str, u: Tensor, options: reference.Options) -> Backend:
         for candidate, backend in BACKENDS.items():
             can, why = backend.serves(u, options)
             if can:
-                _log_once(f"backend {candidate}: {why}{refused}")
+                if (candidate, refused) not in _logged:
+                    _log_once(candidate, why, refused)
                 return backend
             refused += f"; not {candidate}: {why}"
     if name not in BACKENDS:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COUPLINGS = ("out", "in")
+WEIGHTS = {4: "[I, J, O, D]", 3: "[J, O, D]", 2: "[O, D]"}  # by the number of dimensions
 
 
 def _show(shape) -> str:
@@ -65,7 +66,7 @@ def check_input(u: Tensor) -> None:
     check_tensor("u", u, "[*, I, D]")
     if u.dim() < 2:
         raise ValueError(f"u must be [*, I, D], got {_show(u.shape)}")
-    if u.shape[-1] == 0:
+    if u.size(-1) == 0:
         raise ValueError(f"u must be [*, I, D] with D >= 1, got {_show(u.shape)}")
 
 
@@ -78,15 +79,16 @@ def check_votes(votes: Tensor) -> None:
 
 
 def check_weight(weight: Tensor, u: Tensor) -> None:
-    letters = {4: "[I, J, O, D]", 3: "[J, O, D]", 2: "[O, D]"}.get(weight.dim())
+    shape, dims = weight.shape, weight.dim()
+    letters = WEIGHTS.get(dims)
     if letters is None:
-        raise ValueError(f"weight must be [I, J, O, D], [J, O, D] or [O, D], got {_show(weight.shape)}")
-    inputs, features = u.shape[-2:]
-    if weight.shape[-1] != features or (weight.dim() == 4 and weight.shape[0] != inputs):
-        known = f"I = {inputs} and D = {features}" if weight.dim() == 4 else f"D = {features}"
-        raise ValueError(f"weight must be {letters} with {known} as in u {_show(u.shape)}, got {_show(weight.shape)}")
-    if 0 in weight.shape[-3:]:  # u has D >= 1; I = 0 is allowed
-        raise ValueError(f"weight must be {letters} with J, O >= 1, got {_show(weight.shape)}")
+        raise ValueError(f"weight must be [I, J, O, D], [J, O, D] or [O, D], got {_show(shape)}")
+    inputs, features = u.size(-2), u.size(-1)
+    if shape[-1] != features or (dims == 4 and shape[0] != inputs):
+        known = f"I = {inputs} and D = {features}" if dims == 4 else f"D = {features}"
+        raise ValueError(f"weight must be {letters} with {known} as in u {_show(u.shape)}, got {_show(shape)}")
+    if shape[-2] == 0 or (dims > 2 and shape[-3] == 0):  # u has D >= 1; I = 0 is allowed
+        raise ValueError(f"weight must be {letters} with J, O >= 1, got {_show(shape)}")
     if weight.dtype != u.dtype:
         raise TypeError(f"weight must have the dtype of u, {u.dtype}, got {weight.dtype}")
     check_device("weight", weight, u)

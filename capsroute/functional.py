@@ -209,7 +209,7 @@ def _with_weight(u, weight, logits, outputs, name):
     """
     _checks.check_input(u)
     _checks.check_tensor("weight", weight, "[I, J, O, D], [J, O, D] or [O, D]")
-    u, weight = _autocast.cast(u), _autocast.cast(weight)
+    u, weight = _autocast.cast(u, weight)
     _checks.check_weight(weight, u)
     *lead, inputs, _ = u.shape
     out_capsules = weight.shape[-3] if weight.dim() > 2 else None
@@ -229,7 +229,8 @@ def _with_weight(u, weight, logits, outputs, name):
 def _with_votes(votes):
     _checks.check_votes(votes)
     *lead, inputs, outputs, features = votes.shape
-    return _autocast.cast(votes), (lead, inputs, outputs, features)
+    (votes,) = _autocast.cast(votes)
+    return votes, (lead, inputs, outputs, features)
 
 
 def _route(u, weight, sizes, parameters, options, return_coupling, backend):

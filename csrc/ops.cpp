@@ -43,7 +43,13 @@ thread_local Scratch scratch;
 class Cpu {
  public:
   static Tensor empty(const Tensor&, const std::vector<int64_t>& shape, ScalarType dtype) {
-    return torch::stable::empty({shape.data(), shape.size()}, dtype);
+    // torch::stable::empty asks the dispatcher, which takes several times as long as this.
+    int64_t strides[4], stride = 1;
+    for (int64_t d = int64_t(shape.size()) - 1; d >= 0; --d) strides[d] = stride, stride *= shape[d] > 1 ? shape[d] : 1;
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides, int32_t(dtype),
+                                                           aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
   }
   static void forward(const Problem& p, const Forward& out, const Tensor&) {
     launch(p, out, kernels().forward_scratch, kernels().forward);

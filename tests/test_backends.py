@@ -104,7 +104,7 @@ from pathlib import Path
 import torch
 import capsroute
 assert Path(capsroute.__file__).parent == Path("capsroute").resolve()
-heavy = {"sklearn", "matplotlib", "rich", "safetensors", "tqdm"} & set(sys.modules)
+heavy = {"sklearn", "matplotlib", "rich", "safetensors"} & set(sys.modules)
 assert not heavy, f"import capsroute brings {heavy}"
 can, why = capsroute.backends()["cpu"]
 assert not can

@@ -19,13 +19,22 @@ def threads():
     torch.set_num_threads(before)
 
 
+OPTIONS = {
+    "plain": {},
+    "all": {"bias": True, "logits": "IJ", "mask": "BI", "leaky": True},
+    "in": {"bias": True, "logits": "IJ", "mask": "BI", "coupling": "in"},
+    "pass": {"query": "BJO", "logits": "IJ"},
+    "pass, in": {"query": "BJO", "mask": "BI", "coupling": "in"},
+}
+
+
 def assert_same_bits(found: Results, expected: Results) -> None:
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"bias": True, "logits": "IJ", "mask": "BI", "leaky": True}])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("form", FORMS)
 def test_same_bits_on_any_number_of_threads(fused, threads, form, options, dtype):
     options = {"bias": True} if form == "od" and not options else options
@@ -46,12 +55,13 @@ def test_same_bits_on_any_number_of_threads_at_large_sizes(fused, threads, sizes
     assert_same_bits(results(problem, fused), expected)
 
 
+@pytest.mark.parametrize("options", [{"bias": True}, {"query": "BJO", "coupling": "in"}], ids=["route", "pass, in"])
 @pytest.mark.parametrize(
     ("form", "sizes"), [*((form, SIZES) for form in FORMS), *(("ijod", sizes) for sizes in LARGE.values())]
 )
-def test_each_sample_has_the_same_bits_alone(fused, form, sizes):
-    problem = random_problem(sizes, form=form, dtype=torch.float32, bias=True, logits="BIJ", mask="BI")
-    per_sample = ("u", "votes", "logits", "v")
+def test_each_sample_has_the_same_bits_alone(fused, form, sizes, options):
+    problem = random_problem(sizes, form=form, dtype=torch.float32, logits="BIJ", mask="BI", **options)
+    per_sample = ("u", "votes", "query", "logits", "v")
     v, coupling = problem.run(fused, return_coupling=True)
     grad_v = cotangent(v)
     together = problem.gradients(fused, grad_v)

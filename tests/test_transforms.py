@@ -56,6 +56,19 @@ def test_vmap_over_any_subset_equals_a_loop(fused, mapped):
         assert_close(x, torch.stack(parts))
 
 
+@pytest.mark.parametrize("mapped", [("u",), ("query",), ("weight", "query"), ("u", "weight", "logits", "query")])
+def test_vmap_of_a_pass_equals_a_loop(fused, mapped):
+    problem = random_problem((3, 5, 2, 3, 4), query="BJO", logits="BIJ", mask="BI")
+    function, tensors = function_of(problem, fused)
+    dims = tuple(0 if name in mapped else None for name in problem.tensors)
+    stacked = [x if dim is None else torch.stack([x, -x, 2 * x]) for x, dim in zip(tensors, dims, strict=True)]
+    gradient = torch.func.grad(lambda *x: function(*x).square().sum(), tuple(range(len(tensors))))
+    for call in (lambda *x: (function(*x),), gradient):
+        loop = [call(*(x if dim is None else x[n] for x, dim in zip(stacked, dims, strict=True))) for n in range(3)]
+        for x, *parts in zip(torch.vmap(call, dims)(*stacked), *loop, strict=True):
+            assert_close(x, torch.stack(parts))
+
+
 def test_vmap_over_the_mask_and_over_votes(fused):
     votes, mask = torch.randn(4, 2, 5, 3, 4), torch.rand(4, 2, 5) < 0.7
 

@@ -2,7 +2,9 @@
 // e^k = ds^k and q^k = V^k (W^T ds^k and W^T V^k where the weight is shared), for k = R .. 1:
 //   p^k_ij = softmax over j of (logits_ij + h_ij . q^(k-1)_j),  t_ij = h_ij . e^k_j,
 //   db^k_ij = p^k_ij (t_ij - sum over j of p^k_ij t_ij),
-//             or, where the softmax runs over i, p^k_ij (t_ij - (s^k_j - bias_j) . ds^k_j),
+//             or, where the softmax runs over i, p^k_ij (t_ij - (s^k_j - bias_j) . ds^k_j): this mean of t is
+//             known before the stream, but rounded in another way than t. What the db^k then sum to over i, which
+//             should be nothing, is the mean's error x^k_j, and db^k_ij - p^k_ij x^k_j is used in the end,
 //   dV^(k-1)_j = dV^k_j + sum over i of db^k_ij h_ij,  ds^(k-1) = J_squash(s^(k-1))^T dV^(k-1).
 // Then, for every i,
 //   dh_ij = sum over k of (p^k_ij e^k_j + db^k_ij q^(k-1)_j),
@@ -37,7 +39,8 @@ struct BackwardPlan {
     terms = detach ? 1 + queried(R) : 2 * R - 1 + given;
     used_terms = detach ? 1 : terms;
     slots = (detach ? int64_t(queried(R)) : 2 * (R - 1 + given)) + logits_by_row;
-    means = p.over_inputs ? pad<A>(R * p.J) : 0;
+    means = p.over_inputs ? 2 * R * pad<A>(p.J) : 0;
+    logit_sums = logits_by_sum || (p.over_inputs && !detach);
     const int64_t vectors =
         (terms * (layout.outputs() + (layout.shared ? 2 * layout.sums() : 0)) + means) * int64_t(sizeof(A));
     const int64_t pairs = slots * layout.blocks * layout.lanes() * int64_t(sizeof(A));
@@ -77,7 +80,8 @@ struct BackwardPlan {
   int64_t last_pass;          // the passes R .. last_pass are streamed
   int64_t terms, used_terms;  // kept, and used by dh
   int64_t slots;              // numbers kept for every [I, J]
-  int64_t means;              // numbers kept for a softmax over i: (s^k_j - bias_j) . ds^k_j
+  int64_t means;              // numbers kept for a softmax over i: (s^k_j - bias_j) . ds^k_j, and their errors
+  bool logit_sums;            // whether the sums over i of db^k_ij are wanted
   int64_t chunk;              // samples
 };
 
@@ -100,7 +104,8 @@ struct Kept {
   A* output(int64_t n, int64_t term) const { return outputs + (n * plan.terms + term) * layout.outputs(); }
   A* row(int64_t n, int64_t term) const { return rows + (n * plan.terms + term) * layout.sums(); }
   A* sum(int64_t n, int64_t term) const { return sums + (n * plan.terms + term) * layout.sums(); }
-  A* mean(int64_t n, int64_t k) const { return means + n * plan.means + (k - 1) * plan.p.J; }
+  A* mean(int64_t n, int64_t k) const { return means + n * plan.means + 2 * (k - 1) * pad<A>(plan.p.J); }
+  A* mean_error(int64_t n, int64_t k) const { return mean(n, k) + pad<A>(plan.p.J); }
   A* pair(int64_t n, int64_t i0) const { return pairs + (n * layout.blocks + i0 / W<A>)*block_pairs(); }
 
   const BackwardPlan<X>& plan;
@@ -108,7 +113,7 @@ struct Kept {
   A* outputs;     // [n][term][J, O]: ds^k and V^k
   A* rows;        // [n][term][J, F]: e^k and q^k
   A* sums;        // [n][term][J, F]: sum over i of p^k_ij u_i and of db^k_ij u_i, for a shared weight
-  A* means;       // [n][k][J], for a softmax over i
+  A* means;       // [n][k][2][J], for a softmax over i
   A* pairs;       // [n][block][slot][J, W]
   A* logit_sums;  // [n][J]
 };

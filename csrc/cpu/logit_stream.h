@@ -17,7 +17,7 @@ class LogitStream {
         kept_(kept),
         bias_(layout_.p.over_inputs ? widen_bias(layout_, carver) : nullptr),
         stream_(layout_, plan.chunk, plan.p.R - plan.last_pass + 1, carver, parallel),
-        sums_((layout_.shared ? 2 : 1) * layout_.sums() + (plan.logits_by_sum ? pad<A>(plan.p.J) : 0)) {
+        sums_((layout_.shared ? 2 : 1) * layout_.sums() + (plan.logit_sums ? pad<A>(plan.p.J) : 0)) {
     const Schedule& schedule = stream_.schedule;
     dV_ = carver.take<A>(schedule.slots * schedule.tile * layout_.outputs());
     s_ = carver.take<A>(schedule.slots * layout_.outputs());
@@ -72,6 +72,7 @@ class LogitStream {
     A *s = s_ + tile.slot * outputs, *v = v_ + tile.slot * outputs;
     for (int64_t n = 0; n < tile.count; ++n) {
       const A *logit_sum = total(tile, n), *coupled = logit_sum + sums;
+      if (p_.over_inputs && !plan_.detach) correct_sums(tile, n, k, s);
       if (layout_.shared) {
         if (plan_.queried(k) && !plan_.detach)
           fold_sum(kept_.sum(tile.first + n, plan_.q(k - 1)), logit_sum, sums, true);
@@ -108,7 +109,7 @@ class LogitStream {
     else
       couple_backward(block, c, e, J, F, db);
     if (sums && queried) add_block(block, db, J, F, sums);
-    if (sums && plan_.logits_by_sum)
+    if (sums && plan_.logit_sums)
       for (int64_t j = 0; j < J; ++j) sums[sums_ - pad<A>(J) + j] += sum_lanes(load(db + j * W<A>));
     if (pairs && plan_.logits_by_row) fold_sum(pairs + plan_.logits_slot() * lanes, db, lanes, k == p_.R);
   }
@@ -124,6 +125,23 @@ class LogitStream {
  private:
   A* dV(const Tile& tile, int64_t n) const { return dV_ + (tile.slot * stream_.schedule.tile + n) * layout_.outputs(); }
   A* total(const Tile& tile, int64_t n) const { return total_ + (tile.slot * stream_.schedule.tile + n) * sums_; }
+
+  // Takes the mean's error x_j from sum over i of db_ij h_ij, and keeps it for the db_ij themselves.
+  void correct_sums(const Tile& tile, int64_t n, int64_t k, A* s) const {
+    A *sums = total(tile, n), *x = sums + sums_ - pad<A>(p_.J), *coupled = sums + layout_.sums();
+    if (!layout_.shared) read_coupled(tile.first + n, k, coupled = s);
+    for (int64_t j = 0; j < p_.J; ++j)
+      for (int64_t f = j * layout_.F; f < (j + 1) * layout_.F; f += W<A>)
+        store(sums + f, load(sums + f) - x[j] * load(coupled + f));
+    fold_sum(kept_.mean_error(tile.first + n, k), x, pad<A>(p_.J), true);
+    set_zero(x, pad<A>(p_.J));
+  }
+
+  // s^k - bias = sum over i of p^k_ij h_ij
+  void read_coupled(int64_t n, int64_t k, A* s) const {
+    read_s(n, k, s);
+    for (int64_t o = 0; bias_ && o < layout_.outputs(); o += W<A>) store(s + o, load(s + o) - load(bias_ + o));
+  }
 
   void read_s(int64_t n, int64_t k, A* s) const {
     const A* from = static_cast<const A*>(plan_.out.s) + ((k - 1) * p_.B + first_ + n) * p_.J * p_.O;
@@ -170,13 +188,10 @@ class LogitStream {
   // (s^k_j - bias_j) . ds^k_j = sum over i of p^k_ij t_ij
   void keep_means(int64_t n, int64_t k, A* s) const {
     const A* ds = kept_.output(n, plan_.e(k));
-    read_s(n, k, s);
+    read_coupled(n, k, s);
     for (int64_t j = 0; j < p_.J; ++j) {
       Vec<A> sum = all<A>(0);
-      for (int64_t o = j * layout_.O; o < (j + 1) * layout_.O; o += W<A>) {
-        const Vec<A> own = bias_ ? load(s + o) - load(bias_ + o) : load(s + o);
-        sum += own * load(ds + o);
-      }
+      for (int64_t o = j * layout_.O; o < (j + 1) * layout_.O; o += W<A>) sum += load(s + o) * load(ds + o);
       kept_.mean(n, k)[j] = sum_lanes(sum);
     }
   }

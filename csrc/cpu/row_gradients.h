@@ -85,6 +85,7 @@ class RowGradients {
         A* uniform = scratch.uniform + n * layout_.lanes();
         blocks[n] = logits_.stream().rows.lanes(first + m + n, i0, uniform);
         if (plan_.uses_unqueried()) logits_.couple_again(m + n, 1, blocks[n], uniform);
+        if (p_.over_inputs && !plan_.detach) correct_pairs(m + n, pairs(m, n, i0, scratch), uniform);
       }
       if (plan_.logits_by_row) logit_gradients(first, m, samples, i0, scratch);
       for (int64_t l = 0; rows && l < lanes; l += kSubLanes<A>)
@@ -110,6 +111,20 @@ class RowGradients {
         const int64_t last = plan_.detach ? p_.R : (plan_.logits_by_row ? 1 : plan_.first_queried());
         for (int64_t k = p_.R; k >= last; --k)
           logits_.pass(m + n0 + n, k, block, pairs(m, n0 + n, i0, scratch), own, nullptr);
+      }
+    }
+  }
+
+  // Takes the mean's error from every db: db_ij - p_ij x_j.
+  void correct_pairs(int64_t n, A* slots, const A* uniform) const {
+    const int64_t lanes = layout_.lanes();
+    A* logits = plan_.logits_by_row ? slots + plan_.logits_slot() * lanes : nullptr;
+    for (int64_t k = 1; k <= p_.R; ++k) {
+      const A *x = kept_.mean_error(n, k), *c = plan_.queried(k) ? slots + plan_.p_slot(k) * lanes : uniform;
+      for (int64_t j = 0; j < p_.J; ++j) {
+        const Vec<A> share = load(c + j * W<A>), error = share == 0 ? all<A>(0) : share * x[j];  // not 0 * NaN
+        for (A* db : {plan_.queried(k) ? slots + plan_.db_slot(k) * lanes : nullptr, logits})
+          if (db) store(db + j * W<A>, load(db + j * W<A>) - error);
       }
     }
   }

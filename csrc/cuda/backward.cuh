@@ -80,6 +80,7 @@ class Backpropagation {
     statistics_ = carver_.take<A>(p.R * launcher_.statistics_size());
     if (split_.groups > 1 && !p.over_inputs)
       group_statistics_ = carver_.take<A>(split_.groups * launcher_.statistics_size());
+    if (p.over_inputs) chunk_statistics_ = carver_.take<A>(split_.chunks * launcher_.statistics_size());
     if (shared_weight_gradient()) {
       partial_p_ = carver_.take<A>(split_.chunks * row_state);
       sum_p_ = carver_.take<A>(p.R * row_state);
@@ -136,7 +137,8 @@ class Backpropagation {
   void streams() const {
     FinishBackward<X> finish{p_, layout_, states_, out_.grad_v, out_.grad_s, static_cast<const A*>(out_.s)};
     finish.norm = static_cast<const A*>(out_.norm), finish.statistics = statistics_;
-    finish.chunks = split_.chunks, finish.partial = partial_, finish.partial_p = partial_p_;
+    finish.chunks = split_.chunks, finish.partial = partial_, finish.chunk_statistics = chunk_statistics_,
+    finish.partial_p = partial_p_;
     finish.sum_p = sum_p_, finish.sum_db = sum_db_;
     const int64_t shared = finish_shared_bytes<X>(p_, layout_), blocks = layout_.tiles * p_.J;
     launcher_.run("begin_backward", begin_backward_kernel<X>, blocks, kFinishThreads, shared, finish);
@@ -145,10 +147,12 @@ class Backpropagation {
     for (int64_t k = p_.R - 1; k >= first_pass_; --k) {
       finish.dV = k > first_pass_ ? dV_ : nullptr;
       finish.dquery = k == 0 ? static_cast<A*>(out_.query) : nullptr;
-      const bool sums = finish.dV || finish.dquery || partial_p_;
+      const bool corrects = p_.over_inputs && out_.logits;  // db_ij over inputs is known only after its sum
+      const bool sums = finish.dV || finish.dquery || partial_p_ || corrects;
       if (!sums && (uniform(p_, k) || p_.over_inputs)) return;  // p is known without
       pass.query = k > 0 || p_.query.data ? states_.query + k * layout_.row_state(p_) : nullptr;
       pass.gradient = states_.row_ds + k * layout_.row_state(p_);
+      pass.chunk_statistics = chunk_statistics_;
       pass.statistics = statistics_ + k * launcher_.statistics_size();
       pass.partial = sums ? partial_ : nullptr;
       launcher_.template run_pass<Direction::backward>(pass, group_statistics_);
@@ -215,7 +219,8 @@ class Backpropagation {
   Carver carver_;
   States<X> states_{};
   Gradients<X> gradients_{};
-  A *dV_ = nullptr, *partial_ = nullptr, *partial_p_ = nullptr, *statistics_ = nullptr, *group_statistics_ = nullptr;
+  A *dV_ = nullptr, *partial_ = nullptr, *partial_p_ = nullptr, *statistics_ = nullptr, *group_statistics_ = nullptr,
+    *chunk_statistics_ = nullptr;
   A *sum_p_ = nullptr, *sum_db_ = nullptr, *dweight_parts_ = nullptr;
   int64_t parts_ = 1;
 };

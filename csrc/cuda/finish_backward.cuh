@@ -30,10 +30,11 @@ struct FinishBackward {
   A* statistics;  // over inputs: [R, tile, j, 3, lane] are left here
   int64_t pass;
   int64_t chunks;
-  const A* partial;    // of pass `pass`: sums of db_ij h_ij
-  const A* partial_p;  // of a shared weight whose gradient is wanted: sums of p_ij h_ij, or null
-  A* dV;               // [tile, j, o, lane], added up; null where no earlier pass wants it
-  A* sum_db;           // [R, tile, j, row, lane]: with partial_p, the two sums themselves
+  const A* partial;           // of pass `pass`: sums of db_ij h_ij
+  const A* chunk_statistics;  // over inputs: sums of db_ij, [chunk, tile, j, 3, lane]
+  const A* partial_p;         // of a shared weight whose gradient is wanted: sums of p_ij h_ij, or null
+  A* dV;                      // [tile, j, o, lane], added up; null where no earlier pass wants it
+  A* sum_db;                  // [R, tile, j, row, lane]: with partial_p, the two sums themselves
   A* sum_p;
   A* dquery;  // [B, J, O], or null
 };
@@ -58,10 +59,10 @@ CAPSROUTE_DEVICE void use_ds(const FinishBackward<X>& a, const Capsule<X>& capsu
 }
 
 template <class X>
-CAPSROUTE_DEVICE void read_s(const FinishBackward<X>& a, const Capsule<X>& capsule, int64_t pass) {
+CAPSROUTE_DEVICE void read_s(const FinishBackward<X>& a, const Capsule<X>& capsule, Acc<X>* column, int64_t pass) {
   const Problem& p = a.p;
   const int64_t row = p.J * p.O;
-  capsule.read(capsule.second, a.s + pass * p.B * row + capsule.j * p.O, row, 1);
+  capsule.read(column, a.s + pass * p.B * row + capsule.j * p.O, row, 1);
 }
 
 // Before the first stream: V of every pass, ds of the last.
@@ -76,7 +77,7 @@ CAPSROUTE_DEVICE void begin_backward(const FinishBackward<X>& a, int64_t tile, i
     CAPSROUTE_SYNC();
   }
   for (int64_t pass = 0; pass + 1 < p.R; ++pass) {
-    read_s(a, capsule, pass);
+    read_s(a, capsule, capsule.second, pass);
     capsule.squash_scale(capsule.second);
     for (int64_t o = capsule.warp; o < a.layout.out_padded; o += capsule.warps) {
       A V = 0;
@@ -90,7 +91,7 @@ CAPSROUTE_DEVICE void begin_backward(const FinishBackward<X>& a, int64_t tile, i
     CAPSROUTE_SYNC();
     if (capsule.staged) capsule.to_rows(capsule.first, a.states.query + (pass + 1) * row_state);
   }
-  read_s(a, capsule, p.R - 1);
+  read_s(a, capsule, capsule.second, p.R - 1);
   const int64_t last = p.R - 1;
   if (a.grad_v.data) {
     const int64_t* stride = a.grad_v.stride;
@@ -106,16 +107,31 @@ CAPSROUTE_DEVICE void begin_backward(const FinishBackward<X>& a, int64_t tile, i
   use_ds(a, capsule, last);
 }
 
-// The sum of the chunks, kept for the gradient of a shared weight; zeros where the state is padded.
+// The sum of the chunks, kept for the gradient of a shared weight, less `error` times what the other sum is.
 template <class X>
 CAPSROUTE_DEVICE void keep_sum(const FinishBackward<X>& a, const Capsule<X>& capsule, const Acc<X>* partial,
-                               Acc<X>* sums) {
+                               Acc<X>* sums, const Acc<X>* other, Acc<X> error) {
+  const int64_t state = a.pass * a.layout.row_state(a.p);
   capsule.sum_chunks(partial, a.chunks);
   for (int64_t f = capsule.warp; CAPSROUTE_WITHIN(f, a.layout.rows); f += capsule.warps) {
-    Acc<X>* state = sums + a.pass * a.layout.row_state(a.p) + (capsule.row_at + f) * kLanes + capsule.lane;
-    store(state, capsule.first[column_at(f, capsule.lane)]);
+    const int64_t at = state + (capsule.row_at + f) * kLanes + capsule.lane;
+    const Acc<X> sum = capsule.first[column_at(f, capsule.lane)];
+    store(sums + at, other ? sum - error * load(other + at) : sum);
   }
   CAPSROUTE_SYNC();
+}
+
+// Over inputs: the error of the mean of t, which is taken from the mean itself and so from every db_ij.
+template <class X>
+CAPSROUTE_DEVICE Acc<X> correct_mean(const FinishBackward<X>& a, const Capsule<X>& capsule) {
+  Acc<X> error = 0;
+  for (int64_t c = 0; CAPSROUTE_WITHIN(c, a.chunks); ++c) error += load(capsule.of_chunk(a.chunk_statistics, c));
+  if (capsule.warp == 0) {
+    Acc<X>* mean = statistics_at(a.statistics, a.pass * a.layout.tiles + capsule.tile, a.p.J, capsule.j, capsule.lane) +
+                   2 * kLanes;
+    store(mean, load(mean) + error);
+  }
+  return error;
 }
 
 // After the stream of pass k: dV_k, then ds_(k-1) or, of the first pass, the query's gradient; of a shared weight also
@@ -125,27 +141,34 @@ CAPSROUTE_DEVICE void finish_backward(const FinishBackward<X>& a, int64_t tile, 
   using A = Acc<X>;
   const Problem& p = a.p;
   const Capsule<X> capsule(p, a.layout, tile, j, memory);
+  const A error = p.over_inputs && a.chunk_statistics ? correct_mean(a, capsule) : A(0);
   if (a.partial_p) {
-    keep_sum(a, capsule, a.partial_p, a.sum_p);
-    keep_sum(a, capsule, a.partial, a.sum_db);
+    keep_sum(a, capsule, a.partial_p, a.sum_p, static_cast<const A*>(nullptr), A(0));
+    keep_sum(a, capsule, a.partial, a.sum_db, p.over_inputs ? a.sum_p : nullptr, error);
   }
   if (!a.dV && !a.dquery) return;
   capsule.sum_chunks(a.partial, a.chunks);
   if (capsule.staged) capsule.to_outputs();
   const A* x = capsule.staged ? capsule.second : capsule.first;
-  if (!a.dV) {
-    capsule.write(a.dquery, x, static_cast<const A*>(nullptr));
-    return;
-  }
+  A* s = capsule.staged ? capsule.first : capsule.second;
+  if (p.over_inputs) read_s(a, capsule, s, a.pass);
   for (int64_t o = capsule.warp; CAPSROUTE_WITHIN(o, p.O); o += capsule.warps) {
     const int at = column_at(o, capsule.lane);
-    A* state = a.dV + (capsule.out_at + o) * kLanes + capsule.lane;
-    const A dV = x[at] + (a.pass == p.R - 1 ? A(0) : load(state));
-    store(state, dV);
+    A dV = x[at];
+    if (p.over_inputs) dV -= error * (s[at] - capsule.bias(o));
+    if (a.dV) {
+      A* state = a.dV + (capsule.out_at + o) * kLanes + capsule.lane;
+      dV += a.pass == p.R - 1 ? A(0) : load(state);
+      store(state, dV);
+    }
     capsule.first[at] = dV;
   }
   CAPSROUTE_SYNC();
-  read_s(a, capsule, a.pass - 1);
+  if (!a.dV) {
+    capsule.write(a.dquery, capsule.first, static_cast<const A*>(nullptr));
+    return;
+  }
+  read_s(a, capsule, capsule.second, a.pass - 1);
   capsule.squash_backward(capsule.second, capsule.first, a.states.ds + (a.pass - 1) * a.layout.out_state(p));
   use_ds(a, capsule, a.pass - 1);
 }

@@ -5,6 +5,7 @@
 // Over inputs the softmax runs over i: an online softmax in registers, rescaled as the maximum grows. Where it is known
 // already (in the backward, and for the returned coupling) p follows from it, and with ds the mean of t:
 //   sum over i of p_ij t_ij = (s_j - bias_j) . ds_j
+// but rounded in another way than t: what the db_ij then sum to over i, which should be nothing, is that mean's error.
 // A lane is a sample and a warp a slice of an output capsule, so only logits cross warps, through shared memory.
 // Where a block does not have all of j, a first pass leaves the softmax's statistics of each group, and merge()
 // makes them one.
@@ -45,7 +46,7 @@ struct Pass {
   A* group_statistics;  // [group, tile, i, 3, lane], or null: this pass does not leave them
   A* statistics;  // [tile, i, 3, lane] of all j: read where there are groups, else left for the gradients, or null;
                   // over inputs [tile, j, 3, lane], known, or null
-  A* chunk_statistics;  // over inputs, where not known: [chunk, tile, j, 3, lane], m and z of the chunk
+  A* chunk_statistics;  // over inputs: [chunk, tile, j, 3, lane], m and z of the chunk, in the backward sum of db_ij
   X* coupling;          // [B, I, J], or null
 };
 
@@ -145,7 +146,7 @@ CAPSROUTE_DEVICE void pass(const Pass<X>& a, const Acc<X>* query, X* coupling, i
   clear(q), clear(e), clear(sum);
   if (place.active && query) load_slice(q, query, at, place.lane);
   if (place.active && backward) load_slice(e, a.gradient, at, place.lane);
-  A m = -infinity<A>(), z = 0, mean = 0;  // over inputs
+  A m = -infinity<A>(), z = 0, mean = 0, excess = 0;  // over inputs
   const bool known = over_inputs && a.statistics;
   if (known && place.active) {
     const A* all = statistics_at(a.statistics, place.tile, p.J, place.j, place.lane);
@@ -200,6 +201,7 @@ CAPSROUTE_DEVICE void pass(const Pass<X>& a, const Acc<X>* query, X* coupling, i
         if (known) {
           const A share = used[n] ? exp(c - m) * z : A(0);
           c = !backward ? share : share != 0 ? share * (target - mean) : A(0);
+          excess += c;
           if (!backward && coupling && place.slice == 0 && CAPSROUTE_WITHIN(place.b, p.B))
             store(coupling + (int64_t(place.b) * p.I + i + n) * p.J + place.j, from_acc<X>(c));
         } else if (used[n]) {
@@ -216,9 +218,9 @@ CAPSROUTE_DEVICE void pass(const Pass<X>& a, const Acc<X>* query, X* coupling, i
     }
   }
   if (!place.active || !a.partial) return;
-  if (over_inputs && !known && place.slice == 0) {
+  if (over_inputs && place.slice == 0 && (backward || !known)) {
     A* own = statistics_at(a.chunk_statistics, chunk * a.layout.tiles + place.tile, p.J, place.j, place.lane);
-    store(own, m), store(own + kLanes, z);
+    store(own, backward ? excess : m), store(own + kLanes, z);
   }
   const int64_t to = chunk * a.layout.row_state(p) + at * kLanes + place.lane;
   CAPSROUTE_UNROLL
