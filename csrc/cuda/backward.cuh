@@ -140,7 +140,7 @@ class Backpropagation {
     finish.chunks = split_.chunks, finish.partial = partial_, finish.chunk_statistics = chunk_statistics_,
     finish.partial_p = partial_p_;
     finish.sum_p = sum_p_, finish.sum_db = sum_db_;
-    const int64_t shared = finish_shared_bytes<X>(p_, layout_), blocks = layout_.tiles * p_.J;
+    const int64_t shared = finish_shared_bytes<X>(layout_), blocks = layout_.tiles * p_.J;
     launcher_.run("begin_backward", begin_backward_kernel<X>, blocks, kFinishThreads, shared, finish);
 
     Pass<X> pass{p_, layout_, split_, launcher_.weight};

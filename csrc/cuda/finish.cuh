@@ -11,7 +11,7 @@ CAPSROUTE_DEVICE int column_at(int64_t f, int lane) { return int(f) * kLanes + (
 
 // Two columns and three numbers for each lane.
 template <class X>
-int64_t finish_shared_bytes(const Problem& p, const Layout& layout) {
+int64_t finish_shared_bytes(const Layout& layout) {
   return (2 * maximum(layout.row_padded, layout.out_padded) + 3) * kLanes * int64_t(sizeof(Acc<X>));
 }
 

@@ -175,7 +175,7 @@ int64_t forward(const Problem& p, const Forward& out, void* scratch, void* strea
   }
   if (!scratch) return carver.used;
 
-  const int64_t finish_shared = finish_shared_bytes<X>(p, layout);
+  const int64_t finish_shared = finish_shared_bytes<X>(layout);
   X* coupling = static_cast<X*>(out.coupling);
   if (split.groups == 1 && split.chunks == 1 && !p.over_inputs) {
     pass.query = finish.query, pass.coupling = coupling;

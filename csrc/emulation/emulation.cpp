@@ -41,33 +41,9 @@ constexpr size_t kStack = 256 * 1024;
 
 bool racing() { return __tsan_create_fiber; }
 
-// Stacks come from fresh pages. Under ThreadSanitizer each serves one fiber, so that two blocks never share one; they
-// go back when the launch has ended.
-class Stacks {
- public:
-  char* take() {
-    if (used_ == stacks_.size()) {
-      void* pages = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-      if (pages == MAP_FAILED) throw std::runtime_error("emulation: no memory for the stacks of fibers");
-      stacks_.push_back(static_cast<char*>(pages));
-    }
-    return stacks_[used_++];
-  }
-  void end_block() {
-    if (!racing()) used_ = 0;
-  }
-  void end_launch() {
-    if (racing()) {
-      for (char* stack : stacks_) munmap(stack, kStack);
-      stacks_.clear();
-    }
-    used_ = 0;
-  }
-
- private:
-  std::vector<char*> stacks_;
-  size_t used_ = 0;
-};
+// Under ThreadSanitizer neighbouring blocks run on fibers of their own, as nothing orders blocks: thread t of a block
+// is the same fiber again this many blocks later.
+constexpr int64_t kBlocksApart = 6;
 
 struct Copy {
   void* to;
@@ -87,14 +63,23 @@ struct Fiber {
   std::vector<Copy> copies;
 };
 
+Fiber new_fiber() {
+  Fiber fiber;
+  void* pages = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (pages == MAP_FAILED) throw std::runtime_error("emulation: no memory for the stacks of fibers");
+  fiber.stack = static_cast<char*>(pages);
+  if (racing()) fiber.tsan = __tsan_create_fiber(0);
+  return fiber;
+}
+
 struct Launch {
   std::string name;
   int64_t blocks, threads, shared, loaded = 0, stored = 0;
 };
 
 struct Runtime {
-  Stacks stacks;
-  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<Fiber> all_fibers;  // never freed
+  Fiber* fibers = nullptr;        // of the block that runs
   Fiber scheduler;
   Fiber* current = nullptr;
   Body body = nullptr;
@@ -207,10 +192,10 @@ void run_block(const char* name) {
   while (true) {
     in_order(order);
     for (int64_t t : order)
-      if (!r.fibers[t]->done) switch_to(*r.fibers[t]);
+      if (!r.fibers[t].done) switch_to(r.fibers[t]);
     int done = 0, site = -1;
     for (int t = 0; t < r.threads; ++t) {
-      const Fiber& fiber = *r.fibers[t];
+      const Fiber& fiber = r.fibers[t];
       done += fiber.done;
       if (fiber.done) continue;
       if (site >= 0 && fiber.waits_at != site)
@@ -294,7 +279,8 @@ void run(const char* name, Body body, const void* arguments, int64_t blocks, int
                              std::to_string(shared) + " bytes of shared memory, more than every device has");
   r.launches.push_back({name, blocks, threads, shared});
   r.body = body, r.arguments = arguments, r.threads = threads;
-  while (int(r.fibers.size()) < threads) r.fibers.push_back(std::make_unique<Fiber>());
+  const int64_t sets = racing() ? std::min(blocks, kBlocksApart) : 1;
+  while (int64_t(r.all_fibers.size()) < sets * threads) r.all_fibers.push_back(new_fiber());
   r.current = &r.scheduler;
   if (racing()) r.scheduler.tsan = __tsan_get_current_fiber();
   std::vector<int64_t> order(blocks);
@@ -307,22 +293,17 @@ void run(const char* name, Body body, const void* arguments, int64_t blocks, int
     std::memset(r.shared, 0xff, size_t(shared));  // NaN
     memories.push_back(r.shared);
     if (racing()) __tsan_release(&r.start);  // the host has prepared it; nothing of an earlier block is told
+    r.fibers = &r.all_fibers[block % sets * threads];
     for (int t = 0; t < threads; ++t) {
-      Fiber& fiber = *r.fibers[t];
+      Fiber& fiber = r.fibers[t];
       fiber.index = t, fiber.done = false, fiber.waits_at = -1, fiber.meetings = 0, fiber.copies.clear();
-      fiber.stack = r.stacks.take();
-      if (racing()) fiber.tsan = __tsan_create_fiber(0);
       prepare(fiber, run_fiber);
     }
     run_block(name);
-    if (racing())
-      for (int t = 0; t < threads; ++t) __tsan_destroy_fiber(r.fibers[t]->tsan);
-    r.stacks.end_block();
     if (!racing()) std::free(r.shared), memories.pop_back();
   }
   if (racing()) __tsan_acquire(&r.end);
   for (void* memory : memories) std::free(memory);
-  r.stacks.end_launch();
 }
 
 void set_order(Order order) { runtime().order = order; }
