@@ -61,19 +61,33 @@ def test_cpp_test_under_sanitizer(tmp_path, sanitize, width, flags):
         pytest.skip("AVX2 is x86-64's")
     if flags and "avx2" not in kernel_tier.instruction_sets():
         pytest.skip("this processor has no AVX2")
-    assert shutil.which("cmake", path=PATH)
+    settings = {"CAPSROUTE_SANITIZE": sanitize, "CAPSROUTE_TEST_BYTES": width, "CAPSROUTE_TEST_FLAGS": flags}
+    build_and_run(tmp_path, settings)
+
+
+def test_cpp_test_on_an_emulated_aarch64(tmp_path):
+    """NEON, compiled by Debian's cross compiler and run by qemu: no such processor is at hand."""
+    compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64"
+    for tool, package in ((compiler, "g++-aarch64-linux-gnu"), (emulator, "qemu-user")):
+        if not shutil.which(tool):
+            pytest.skip(f"there is no {tool} here: apt-get install {package}")
     settings = {
-        "CAPSROUTE_KERNEL_TEST": "ON",
-        "CAPSROUTE_SANITIZE": sanitize,
-        "CAPSROUTE_TEST_BYTES": width,
-        "CAPSROUTE_TEST_FLAGS": flags,
+        "CMAKE_SYSTEM_NAME": "Linux",
+        "CMAKE_SYSTEM_PROCESSOR": "aarch64",
+        "CMAKE_CXX_COMPILER": compiler,
+        "CMAKE_EXE_LINKER_FLAGS": "-static",
     }
-    defines = [f"-D{key}={value}" for key, value in settings.items()]
+    build_and_run(tmp_path, settings, emulator)
+
+
+def build_and_run(tmp_path, settings: dict, *emulator: str) -> None:
+    assert shutil.which("cmake", path=PATH)
+    defines = [f"-D{key}={value}" for key, value in {"CAPSROUTE_KERNEL_TEST": "ON", **settings}.items()]
     env = {**os.environ, "PATH": PATH}
     for command in (
         ["cmake", "-S", ROOT, "-B", tmp_path, *defines],
         ["cmake", "--build", tmp_path, "--target", "kernel_test", "--parallel"],
-        [tmp_path / "kernel_test"],
+        [*emulator, tmp_path / "kernel_test"],
     ):
         run = subprocess.run(command, env=env, capture_output=True, text=True)
         assert run.returncode == 0, run.stdout + run.stderr

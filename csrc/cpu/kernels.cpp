@@ -45,9 +45,13 @@ void backward(const Problem& p, const Backward& out, void* scratch, const Parall
 
 #define CAPSROUTE_TEXT_(name) #name
 #define CAPSROUTE_TEXT(name) CAPSROUTE_TEXT_(name)
+#ifdef __aarch64__  // where the baseline has vectors and fma
+constexpr const char* kName = "neon";
+#else
+constexpr const char* kName = CAPSROUTE_TEXT(CAPSROUTE_ISA);
+#endif
 
 extern const Kernels kernels;
-const Kernels kernels{CAPSROUTE_TEXT(CAPSROUTE_ISA), measure<ForwardStream, Forward>, forward,
-                      measure<BackwardStream, Backward>, backward};
+const Kernels kernels{kName, measure<ForwardStream, Forward>, forward, measure<BackwardStream, Backward>, backward};
 
 }  // namespace capsroute::CAPSROUTE_ISA
