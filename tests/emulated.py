@@ -56,10 +56,10 @@ def library() -> ctypes.CDLL:
     found = ctypes.CDLL(str(path))
     found.capsroute_emulation_take_launches.restype = ctypes.c_char_p
 
-    def serves(u, options):
+    def serves(u, weight, options):
         if not u.is_cpu:
             return False, f"the input capsules are on {u.device}, not on the CPU"
-        return True, "the emulator is slow, but it has everything"
+        return _backends._cuda_fits(u, weight)
 
     here = functools.partial(lambda: (True, "for tests"))
     _backends.BACKENDS["emulated"] = _backends.of_ops("capsroute_emulated", here, serves)
@@ -95,5 +95,3 @@ def pytest_collection_modifyitems(config, items):
         kept = {same[(2 * k + 1) * len(same) // (2 * few)] for same in by_test.values() for k in range(few)}
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = [item for item in items if item in kept]
-
-

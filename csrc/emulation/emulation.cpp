@@ -90,6 +90,7 @@ struct Runtime {
   Order order = Order::forward;
   std::mt19937 random{1};
   std::vector<std::string> sites;
+  std::vector<char> reached;  // of each site, whether it was
   std::map<std::string, int> site_numbers;
   std::string mutated_name;
   int mutated = -1;
@@ -213,7 +214,7 @@ void run_block(const char* name) {
 int site_number(const std::string& name) {
   Runtime& r = runtime();
   const auto [found, is_new] = r.site_numbers.emplace(name, int(r.sites.size()));
-  if (is_new) r.sites.push_back(name);
+  if (is_new) r.sites.push_back(name), r.reached.push_back(false);
   if (name == r.mutated_name) r.mutated = found->second;
   return found->second;
 }
@@ -234,10 +235,15 @@ int barrier_site(const char* file, int line) { return site_number("barrier " + p
 int bound_site(const char* file, int line, const char* text) {
   return site_number("bound " + place(file, line) + " " + text);
 }
-bool loosened(int site) { return site == runtime().mutated; }
+bool loosened(int site) {
+  Runtime& r = runtime();
+  r.reached[site] = true;
+  return site == r.mutated;
+}
 
 void barrier(int site) {
   Runtime& r = runtime();
+  r.reached[site] = true;
   if (site == r.mutated) return;
   Fiber& self = *r.current;
   // Two meeting points take turns: a thread may reach the next one before others have left this one.
@@ -315,9 +321,12 @@ void mutate(const std::string& site) {
   r.mutated = found == r.site_numbers.end() ? -1 : found->second;
 }
 
-std::string sites() {
+std::string take_sites() {
+  Runtime& r = runtime();
   std::string text;
-  for (const std::string& site : runtime().sites) text += site + "\n";
+  for (size_t site = 0; site < r.sites.size(); ++site)
+    if (r.reached[site]) text += r.sites[site] + "\n";
+  r.reached.assign(r.sites.size(), false);
   return text;
 }
 

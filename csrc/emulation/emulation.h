@@ -70,8 +70,8 @@ void set_order(Order order);
 
 // The mutated site, as sites() names it; empty: none.
 void mutate(const std::string& site);
-// All sites that were reached, one a line: "barrier FILE:LINE" or "bound FILE:LINE TEXT".
-std::string sites();
+// The sites that were reached since the last call, one a line: "barrier FILE:LINE" or "bound FILE:LINE TEXT".
+std::string take_sites();
 
 // One line for each launch since the last call: name, blocks, threads, bytes of shared memory, loaded, stored.
 std::string take_launches();

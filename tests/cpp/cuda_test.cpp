@@ -2,8 +2,8 @@
 // NaN before it is written. Judged by the CPU tier in float64, which is judged by kernel_test.cpp.
 //
 //   cuda_test               all cases, in three orders of threads and blocks
-//   cuda_test --sites       the meetings and bounds that the cases reach, one a line
-//   cuda_test --mutate X    all cases with the meeting X left out, or the bound X loosened: some case must fail
+//   cuda_test --sites       for each case its number, and the meetings and bounds that it reaches, one a line
+//   cuda_test N X           case N with the meeting X left out, or the bound X loosened: it should fail
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -300,22 +300,25 @@ std::vector<Case> cases() {
 
 int main(int count, char** arguments) {
   using emulation::Order;
-  const std::string command = count > 1 ? arguments[1] : "";
-  if (command == "--mutate") emulation::mutate(count > 2 ? arguments[2] : "");
-  std::vector<Order> orders{Order::forward, Order::backward, Order::random};
-  if (!command.empty()) orders.resize(1);
+  const std::vector<Case> all = cases();
   try {
-    for (Order order : orders) {
-      emulation::set_order(order);
-      for (const Case& c : cases()) check_case(c);
+    if (count == 2) {  // --sites
+      for (size_t k = 0; k < all.size(); ++k) {
+        check_case(all[k]);
+        std::printf("case %zu\n%s", k, emulation::take_sites().c_str());
+      }
+    } else if (count == 3) {
+      emulation::mutate(arguments[2]);
+      check_case(all.at(std::stoul(arguments[1])));
+    } else {
+      for (Order order : {Order::forward, Order::backward, Order::random}) {
+        emulation::set_order(order);
+        for (const Case& c : all) check_case(c);
+      }
     }
   } catch (const std::exception& error) {
     ++failures;
     std::printf("FAILED: %s\n", error.what());
-  }
-  if (command == "--sites") {
-    std::printf("%s", emulation::sites().c_str());
-    return failures > 0;
   }
   std::printf("%d failures\n", failures);
   return failures > 0;
