@@ -8,6 +8,7 @@ python tests/cuda_proof.py compile    every kernel for every target: registers, 
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -66,16 +67,18 @@ def cases_by_site() -> dict[str, list[int]]:
 def mutate() -> list[str]:
     """The sites whose mutation no case notices."""
     plain, thread, address = program(), program("thread"), program("address,undefined")
-    survivors = []
-    for site, cases in sorted(cases_by_site().items()):
-        ways = [plain, thread] if site.startswith("barrier") else [plain, address]
-        noticed = next(
-            (f"{way.parent.name}, case {case}" for way in ways for case in cases if run(way, case, site).returncode),
-            None,
-        )
-        print(f"{site}: {noticed or 'NOTICED BY NOBODY'}", flush=True)
-        survivors += [] if noticed else [site]
-    return survivors
+
+    def noticed(site: str, cases: list[int]) -> str | None:
+        ways = (plain, thread) if site.startswith("barrier") else (plain, address)
+        tries = ((way, case) for way in ways for case in cases)
+        return next((f"{way.parent.name}, case {case}" for way, case in tries if run(way, case, site).returncode), None)
+
+    sites = sorted(cases_by_site().items())
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = dict(zip(dict(sites), pool.map(lambda x: noticed(*x), sites), strict=True))
+    for site, by in found.items():
+        print(f"{site}: {by or 'NOTICED BY NOBODY'}")
+    return [site for site, by in found.items() if not by]
 
 
 def sanitize() -> list[str]:

@@ -48,7 +48,7 @@ def build(target: str, folder: Path, *definitions: str) -> Path:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Build the ops, load them as torch.ops.capsroute_emulated, and register the backend."""
+    """Build the ops, and load them as torch.ops.capsroute_emulated."""
     folder = build("capsroute_emulated", ROOT / "build" / "emulated", f"-DTORCH_ROOT={torch.__path__[0]}")
     path = folder / "libcapsroute_emulated.so"
     _ops.define("capsroute_emulated")
@@ -56,14 +56,24 @@ def library() -> ctypes.CDLL:
     found = ctypes.CDLL(str(path))
     found.capsroute_emulation_take_launches.restype = ctypes.c_char_p
 
+    return found
+
+
+def register() -> None:
+    """Let "emulated" be a backend: the tests of a backend take its name."""
+
     def serves(u, weight, options):
         if not u.is_cpu:
             return False, f"the input capsules are on {u.device}, not on the CPU"
         return _backends._cuda_fits(u, weight)
 
-    here = functools.partial(lambda: (True, "for tests"))
-    _backends.BACKENDS["emulated"] = _backends.of_ops("capsroute_emulated", here, serves)
-    return found
+    library()
+    _backends.BACKENDS["emulated"] = _backends.of_ops("capsroute_emulated", lambda: (True, "for tests"), serves)
+
+
+def unregister() -> None:
+    """Other tests list the backends."""
+    del _backends.BACKENDS["emulated"]
 
 
 def run_in(order: str) -> None:
@@ -84,7 +94,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    library()
+    register()
 
 
 def pytest_collection_modifyitems(config, items):

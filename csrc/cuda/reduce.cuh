@@ -145,6 +145,7 @@ CAPSROUTE_DEVICE void logits_gradient(const LogitsGradient<X, Parameter>& a, cha
     sum += load(a.all + (b * p.I + i) * p.J + j);
   }
   sum = sum_threads(sum, reinterpret_cast<A*>(memory));
+  if (p.over_inputs && a.own_I == 1) sum -= sum;  // a softmax over i gives nothing to what all i share; a NaN stays
   if (thread_index() == 0) store(a.dlogits + block, from_acc<Parameter>(sum));
 }
 
