@@ -192,7 +192,9 @@ CAPSROUTE_DEVICE void shared_weight_gradient(const SharedWeightGradient<X>& a, c
       right[f * kRow + lane] = CAPSROUTE_WITHIN(d0 + f, p.D) ? load(rows + d * kLanes + lane) : A(0);
     }
     CAPSROUTE_SYNC();
-    for (int lane = 0; lane < kLanes; ++lane) sum += left[own_o * kRow + lane] * right[own_d * kRow + lane];
+    A of_tile = 0;  // added by itself: a long sum loses less
+    for (int lane = 0; lane < kLanes; ++lane) of_tile += left[own_o * kRow + lane] * right[own_d * kRow + lane];
+    sum += of_tile;
     CAPSROUTE_SYNC();
   };
   for (int64_t tile = first; CAPSROUTE_WITHIN(tile, minimum(first + per_part, layout.tiles)); ++tile)
