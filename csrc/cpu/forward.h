@@ -80,8 +80,8 @@ class ForwardStream {
     stream_.for_blocks(tile, 0, group, step == 0, scratch, [&](int64_t n, int64_t i0, const Block<A>& block) {
       const A* query = queries ? queries + n * sums : nullptr;
       if (step == p_.R) {
-        const Online<A> all = online(of_tile(total_, tile, state_), n);
-        couple_inputs(block, query, J, F, all.highest, all.total, c);
+        const Online<A> whole = online(of_tile(total_, tile, state_), n);
+        couple_inputs(block, query, J, F, whole.highest, whole.total, c);
       } else {
         if (p_.over_inputs)
           couple_online(block, query, J, F, online(sum, n), c);

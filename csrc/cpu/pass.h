@@ -6,6 +6,14 @@
 
 namespace capsroute::CAPSROUTE_ISA {
 
+// logits_ij + h_ij . q_j for the block's lanes i.
+template <class A>
+CAPSROUTE_INLINE Vec<A> logit_of(const Block<A> block, const A* q, int64_t j, int64_t F) {
+  Vec<A> logit = q ? dot_rows(block.rows + j * block.column, block.row, q + j * F, F) : all<A>(0);
+  if (block.prior) logit += load(block.prior + j * W<A>);
+  return logit;
+}
+
 // c_ij = softmax over j of (logits_ij + h_ij . q_j), to c[j, lane]; 0 in lanes that are not live and
 // for forbidden pairs. A null query counts as zero: then rows are not read.
 template <class A>
@@ -18,8 +26,7 @@ void couple(const Block<A> block, const A* q, int64_t J, int64_t F, bool leaky, 
   }
   Vec<A> highest = all<A>(leaky ? A(0) : -A(__builtin_inf()));
   for (int64_t j = 0; j < J; ++j) {
-    Vec<A> logit = q ? dot_rows(block.rows + j * block.column, block.row, q + j * F, F) : all<A>(0);
-    if (block.prior) logit += load(block.prior + j * W<A>);
+    Vec<A> logit = logit_of(block, q, j, F);
     highest = highest > logit ? highest : logit;  // a NaN passes on its way, and makes the sum NaN
     store(c + j * W<A>, logit);
   }
@@ -62,8 +69,7 @@ void couple_online(const Block<A> block, const A* q, int64_t J, int64_t F, const
   const Mask<A> live = block.live != 0;
   const Vec<A> never = all<A>(-A(__builtin_inf()));
   for (int64_t j = 0; j < J; ++j) {
-    Vec<A> logit = q ? dot_rows(block.rows + j * block.column, block.row, q + j * F, F) : all<A>(0);
-    if (block.prior) logit += load(block.prior + j * W<A>);
+    Vec<A> logit = logit_of(block, q, j, F);
     logit = live ? logit : never;
     if (block.forbids) logit = load(block.prior + j * W<A>) == never ? never : logit;
     A highest = online.highest[j];
@@ -97,13 +103,8 @@ template <class A>
 void couple_inputs(const Block<A> block, const A* q, int64_t J, int64_t F, const A* highest, const A* total, A* c) {
   const Mask<A> live = block.live != 0;
   for (int64_t j = 0; j < J; ++j) {
-    Vec<A> logit = q ? dot_rows(block.rows + j * block.column, block.row, q + j * F, F) : all<A>(0);
-    Mask<A> used = live;
-    if (block.prior) {
-      const Vec<A> prior = load(block.prior + j * W<A>);
-      logit += prior;
-      used &= prior != -A(__builtin_inf());
-    }
+    const Vec<A> logit = logit_of(block, q, j, F);
+    const Mask<A> used = block.forbids ? live & (load(block.prior + j * W<A>) != -A(__builtin_inf())) : live;
     const A scale = total[j] == 0 ? 0 : 1 / total[j];
     store(c + j * W<A>, used ? exp_negative<A>(logit - highest[j]) * scale : all<A>(0));
   }
