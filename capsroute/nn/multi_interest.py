@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .. import _checks
 from ..functional import capsule_linear, routing_pass, squash
 from ._checks import check_sizes
+from .linear import SHARED, first_pass_gain
 
-SHARED = (None, "inputs", "pairs")
 PRIORS = ("random", "learned", "zero")
 
 
@@ -107,9 +107,7 @@ class MultiInterest(nn.Module):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the weight and the prior logits anew, from a generator or, as every torch layer, the default one."""
-        # As CapsuleLinear: |s| is about |u| in the first pass, and votes are no longer than u.
-        c = 1 / (self.interests if self.coupling == "out" else self.length)
-        gain = min(1 / (c * math.sqrt(self.length)), 1.0)
+        gain = first_pass_gain(self.length, self.interests, self.coupling)
         nn.init.normal_(self.weight, std=gain / math.sqrt(self.out_features), generator=generator)
         if self.logits is not None:
             nn.init.normal_(self.logits, std=self.prior_std, generator=generator)
