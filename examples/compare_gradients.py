@@ -9,7 +9,7 @@ import torch
 import capsroute
 
 SIZES = {"B": 16, "I": 288, "D": 8, "J": 10, "O": 16}
-B, I, D, J, O = SIZES.values()  # noqa: E741
+B, I, D, J, O = SIZES.values()
 
 
 def run(backend: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 import capsroute
 from capsroute.nn import CapsuleLinear, from_layout, to_layout
 
-B, I, D, J, O = 3, 7, 4, 5, 6  # noqa: E741
+B, I, D, J, O = 3, 7, 4, 5, 6
 R = 3
 
 
