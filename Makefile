@@ -2,14 +2,17 @@
 # make test   sets up .venv, checks the style and runs the tests
 # make bench  the table of the README
 # make docs   the pages of docs/, in build/docs
+# make gpu-proof   what can be shown of the CUDA kernels without a GPU (15 to 25 minutes on 2 cores)
+# make cuda-build  with a CUDA build of torch (several GB): links the CUDA kernels and loads them
 PYTHON ?= python3
 # The CPU wheel where the index has one; any torch >= 2.13 will do.
 TORCH ?= torch==2.13.0
+CUDA_TORCH ?= torch==2.14.1
 
 BIN := .venv/bin
 SOURCES := $(shell git ls-files 'csrc/*')
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint bench docs gpu-proof cuda-build clean
 demo: .venv/installed
 	$(BIN)/capsroute demo --out demo
 
@@ -19,13 +22,22 @@ test: lint
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp,$(SOURCES)) tests/cpp/*.cpp
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) tests/cpp/*.cpp
 
 bench: .venv/installed
 	$(BIN)/capsroute bench
 
 docs: .venv/installed
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+
+gpu-proof: .venv/installed
+	$(BIN)/python tests/cuda_proof.py
+
+cuda-build:
+	$(PYTHON) -m venv build/cuda-torch
+	build/cuda-torch/bin/pip install --quiet '$(CUDA_TORCH)' 'setuptools>=77' wheel cmake ninja
+	PATH="$(CURDIR)/build/cuda-torch/bin:$$PATH" FORCE_CUDA=1 build/cuda-torch/bin/pip install --no-build-isolation --no-deps .
+	cd build && cuda-torch/bin/python ../tests/cuda_link.py
 
 .venv/installed: pyproject.toml setup.py CMakeLists.txt $(SOURCES)
 	$(PYTHON) -m venv .venv

@@ -3,6 +3,9 @@
 Without a compiler, without torch (whose headers and library are needed), or with CAPSROUTE_NO_EXT=1 the
 package is installed with its plain-PyTorch reference alone. A compile that fails is an error.
 CAPSROUTE_BUILD_TESTING=1 also builds the pybind11 module that tests and benchmarks use.
+
+The CUDA kernels are built where nvcc is and torch is a build for CUDA; whether a GPU is there is never asked.
+FORCE_CUDA=1 makes it an error if they cannot be, FORCE_CUDA=0 leaves them out.
 """
 
 import importlib.util
@@ -40,6 +43,19 @@ def why_no_kernels() -> str | None:
     return next((f"{tool} was not found" for tool in tools if not shutil.which(tool)), None)
 
 
+def why_no_cuda() -> str | None:
+    if os.environ.get("FORCE_CUDA") == "0":
+        return "FORCE_CUDA=0 is set"
+    version = {}
+    exec((torch_root() / "version.py").read_text(), version)
+    missing = None if version.get("cuda") else "torch is a build without CUDA"
+    if not missing and not shutil.which(os.environ.get("CUDACXX", "nvcc")):
+        missing = "nvcc was not found"
+    if missing and os.environ.get("FORCE_CUDA") == "1":
+        raise SystemExit(f"capsroute: FORCE_CUDA=1 is set, but {missing}")
+    return missing
+
+
 class BuildKernels(build_ext):
     """One CMake build; the extensions below only name its products."""
 
@@ -57,6 +73,7 @@ class BuildKernels(build_ext):
 
             configure += ["-DCAPSROUTE_BUILD_TESTING=ON", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
             configure += [f"-DPython_EXECUTABLE={sys.executable}"]
+        configure += [f"-DCAPSROUTE_CUDA={'OFF' if no_cuda else 'ON'}"]
         targets = [Path(product).stem.removeprefix("lib") for product in products]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", build, "--parallel", "--target", *targets], check=True)
@@ -81,7 +98,11 @@ class Wheel(bdist_wheel):
 reason = why_no_kernels()
 if reason:
     print(f"capsroute: the C++ kernels are not built, the reference is all there will be: {reason}", file=sys.stderr)
+no_cuda = reason or why_no_cuda()
+if no_cuda and not reason:
+    print(f"capsroute: the CUDA kernels are not built: {no_cuda}", file=sys.stderr)
 names = [] if reason else ["capsroute.libcapsroute"] + ["capsroute._kernel_tier"] * TESTING
+names += [] if no_cuda else ["capsroute.libcapsroute_cuda"]
 setup(
     ext_modules=[Extension(name, []) for name in names],
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},

@@ -23,7 +23,7 @@ Verdict = tuple[bool, str]
 
 class Backend(NamedTuple):
     here: Callable[[], Verdict]
-    serves: Callable[[Tensor, reference.Options], Verdict]
+    serves: Callable[[Tensor, Tensor | None, reference.Options], Verdict]  # of u or the votes, the weight
     route: Callable[..., tuple[Tensor, Tensor]]
     routing_pass: Callable[..., tuple[Tensor, Tensor]]
 
@@ -33,10 +33,26 @@ def of_ops(namespace: str, here, serves) -> Backend:
     return Backend(here, serves, partial(_autograd.route, namespace), partial(_autograd.routing_pass, namespace))
 
 
-def _cpu_serves(u: Tensor, options: reference.Options) -> Verdict:
+def _cpu_serves(u: Tensor, weight: Tensor | None, options: reference.Options) -> Verdict:
     if not u.is_cpu:
         return False, f"the input capsules are on {u.device}, not on the CPU"
     return _ops.cpu_library()
+
+
+def _cuda_serves(u: Tensor, weight: Tensor | None, options: reference.Options) -> Verdict:
+    if u.device.type != "cuda":
+        return False, f"the input capsules are on {u.device}, not on a CUDA device"
+    can, why = _ops.cuda_library()
+    return (can, why) if not can else _cuda_fits(u, weight)
+
+
+def _cuda_fits(u: Tensor, weight: Tensor | None) -> Verdict:
+    """Whether the rows of a stream fit in the registers of 8 warps: csrc/cuda/kernels.h."""
+    most = 64 if u.dtype == torch.float64 else 128
+    features = u.shape[-1:] if weight is None else weight.shape[-2:] if weight.dim() < 4 else weight.shape[-2:-1]
+    if max(features) > most:
+        return False, f"its kernels take O, and D of a shared weight, up to {most} in {u.dtype}, got {max(features)}"
+    return True, "C++ kernels for CUDA"
 
 
 def _route_by_reference(u, weight, bias, logits, mask, options, return_coupling):
@@ -49,9 +65,10 @@ def _pass_by_reference(u, weight, query, logits, mask, options, return_coupling)
 
 BACKENDS = {
     "cpu": of_ops("capsroute", _ops.cpu_library, _cpu_serves),
+    "cuda": of_ops("capsroute", _ops.cuda_library, _cuda_serves),
     "reference": Backend(
         lambda: (True, "plain PyTorch, on any device"),
-        lambda u, options: (True, "it serves every call"),
+        lambda u, weight, options: (True, "it serves every call"),
         _route_by_reference,
         _pass_by_reference,
     ),
@@ -76,12 +93,12 @@ def _log_once(candidate: str, why: str, refused: str) -> None:
         log.info(f"backend {candidate}: {why}{refused}")
 
 
-def choose(name: str, u: Tensor, options: reference.Options) -> Backend:
+def choose(name: str, u: Tensor, weight: Tensor | None, options: reference.Options) -> Backend:
     """The backend that serves the call: the first willing one for "auto", else the named one or an error."""
     if name == "auto":
         refused = ""
         for candidate, backend in BACKENDS.items():
-            can, why = backend.serves(u, options)
+            can, why = backend.serves(u, weight, options)
             if can:
                 if (candidate, refused) not in _logged:
                     _log_once(candidate, why, refused)
@@ -90,7 +107,7 @@ def choose(name: str, u: Tensor, options: reference.Options) -> Backend:
     if name not in BACKENDS:
         expected = ", ".join(f'"{known}"' for known in ("auto", *BACKENDS))
         raise ValueError(f"backend must be one of {expected}, got {name!r}")
-    can, why = BACKENDS[name].serves(u, options)
+    can, why = BACKENDS[name].serves(u, weight, options)
     if not can:
         raise RuntimeError(f'backend="{name}" cannot serve this call: {why}')
     return BACKENDS[name]

@@ -98,24 +98,41 @@ define("capsroute")
 torch.library.define("capsroute::cpu_capability", "() -> str")
 
 LIBRARY = Path(__file__).with_name("libcapsroute.so")
+CUDA_LIBRARY = Path(__file__).with_name("libcapsroute_cuda.so")
 
 
-def _load() -> tuple[bool, str]:
-    if not LIBRARY.exists():
-        return False, (
-            "the C++ kernels were not built: install capsroute where g++ and torch are present, "
-            "and without CAPSROUTE_NO_EXT=1"
-        )
+def _load(library: Path, how: str) -> tuple[bool, str]:
+    if not library.exists():
+        return False, f"{how}, and without CAPSROUTE_NO_EXT=1"
     try:
-        torch.ops.load_library(LIBRARY)
+        torch.ops.load_library(library)
     except OSError as error:
         return False, f"the C++ kernels could not be loaded: {error}"
-    return True, f"C++ kernels for {torch.ops.capsroute.cpu_capability()}"
+    return True, "C++ kernels"
 
 
-_loaded = _load()
+def _load_cpu() -> tuple[bool, str]:
+    how = "the C++ kernels were not built: install capsroute where g++ and torch are present"
+    can, why = _load(LIBRARY, how)
+    return can, f"{why} for {torch.ops.capsroute.cpu_capability()}" if can else why
+
+
+def _load_cuda() -> tuple[bool, str]:
+    if torch.version.cuda is None:
+        return False, "this build of torch has no CUDA"
+    how = "the CUDA kernels were not built: install capsroute where nvcc and a CUDA build of torch are present"
+    can, why = _load(CUDA_LIBRARY, how)
+    return can, f"{why} for CUDA" if can else why
+
+
+_loaded, _cuda_loaded = _load_cpu(), _load_cuda()
 
 
 def cpu_library() -> tuple[bool, str]:
     """Whether the library of CPU kernels is loaded, and for which instruction set, or why not."""
     return _loaded
+
+
+def cuda_library() -> tuple[bool, str]:
+    """Whether the library of CUDA kernels is loaded, or why not. Whether there is a device is another question."""
+    return _cuda_loaded

@@ -242,7 +242,7 @@ def _route(u, weight, sizes, parameters, options, return_coupling, backend):
         _checks.check_bias(bias, outputs, features, u)
         outputs = bias.shape[0]
     logits, mask = _one_batch(u, lead, inputs, outputs, logits, mask)
-    run = _backends.choose(backend, u, options).route
+    run = _backends.choose(backend, u, weight, options).route
     return _run(run, u, lead, (weight, bias, logits, mask), options, return_coupling)
 
 
@@ -257,7 +257,7 @@ def _pass(u, weight, sizes, parameters, normaliser, return_coupling, backend):
         query = query if scale == 1 else query * scale
     logits, mask = _one_batch(u, lead, inputs, outputs, logits, mask)
     options = reference.Options(1, *normaliser)
-    run = _backends.choose(backend, u, options).routing_pass
+    run = _backends.choose(backend, u, weight, options).routing_pass
     result = _run(run, u, lead, (weight, query, logits, mask), options, return_coupling)
     return (result[0].to(u.dtype), result[1]) if return_coupling else result.to(u.dtype)
 

@@ -1,142 +1,12 @@
-// The op layer: reads tensors, allocates outputs and scratch, calls the kernel tier. Built on the
-// LibTorch stable ABI alone, so that one library serves every later torch. Arguments were checked in
-// Python; what is checked here is what a wrong direct call to the private ops could crash on.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
+// The ops on the CPU: torch's threads, and scratch.
+#include "ops.h"
 
 #include <cstdlib>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
 
-#include "cpu/routing.h"
-
+namespace capsroute::ops {
 namespace {
 
-using capsroute::Array;
-using capsroute::DType;
-using capsroute::Problem;
-using capsroute::Weight;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
-
-DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::Double: return DType::float64;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    case ScalarType::Half: return DType::float16;
-    default: STD_TORCH_CHECK(false, "capsroute: unsupported dtype"); return DType::float32;
-  }
-}
-
-ScalarType accumulation_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// Strides of the last dimensions of x, from place `at` on; 0 where x has size 1 and so broadcasts.
-Array array_of(const Tensor& x, int at = 0) {
-  Array array;
-  array.data = x.const_data_ptr();
-  const auto sizes = x.sizes(), strides = x.strides();
-  for (int64_t d = 0; d < x.dim(); ++d) array.stride[at + d] = sizes[d] == 1 ? 0 : strides[d];
-  return array;
-}
-
-Array float_array(const Tensor& x, int at = 0) {
-  Array array = array_of(x, at);
-  array.dtype = dtype_of(x);
-  return array;
-}
-
-Array parameter_array(const Tensor& x, const Tensor& u) {
-  STD_TORCH_CHECK(x.scalar_type() == u.scalar_type() || x.scalar_type() == ScalarType::Float,
-                  "capsroute: bias and logits must have the dtype of u or float32");
-  return float_array(x);
-}
-
-// u, weight, logits and mask, which every op has.
-Problem stream_of(const Tensor& u, const Optional& weight, const Optional& outputs, const Optional& logits,
-                  const Optional& mask, bool over_inputs, bool leaky) {
-  STD_TORCH_CHECK(u.dim() == (weight ? 3 : 4), "capsroute: u must be [B, I, D], or the votes [B, I, J, O]");
-  STD_TORCH_CHECK(!(leaky && over_inputs), "capsroute: leaky is for a softmax over j");
-  Problem p{};
-  p.B = u.size(0), p.I = u.size(1), p.R = 1, p.over_inputs = over_inputs, p.leaky = leaky;
-  p.u = float_array(u);
-  if (weight) {
-    const int64_t dims = weight->dim();
-    STD_TORCH_CHECK(dims >= 2 && dims <= 4, "capsroute: weight must be [I, J, O, D], [J, O, D] or [O, D]");
-    STD_TORCH_CHECK(weight->scalar_type() == u.scalar_type() && weight->size(dims - 1) == u.size(2) &&
-                        (dims < 4 || weight->size(0) == p.I),
-                    "capsroute: weight must fit u");
-    p.form = dims == 4 ? Weight::pair : dims == 3 ? Weight::output : Weight::single;
-    p.weight = float_array(*weight, int(4 - dims));
-    p.D = u.size(2), p.O = weight->size(dims - 2);
-    STD_TORCH_CHECK(dims > 2 || logits || outputs, "capsroute: weight [O, D] needs another tensor to know J");
-    p.J = dims > 2 ? weight->size(dims - 3) : logits ? logits->size(2) : outputs->size(outputs->dim() - 2);
-  } else {
-    p.form = Weight::none;
-    p.J = u.size(2), p.O = u.size(3);
-  }
-  STD_TORCH_CHECK(p.J >= 1 && p.O >= 1 && (!weight || p.D >= 1), "capsroute: D, J and O must be at least 1");
-  auto broadcasts = [](int64_t have, int64_t want) { return have == want || have == 1; };
-  if (logits) {
-    STD_TORCH_CHECK(logits->dim() == 3 && broadcasts(logits->size(0), p.B) && broadcasts(logits->size(1), p.I) &&
-                        logits->size(2) == p.J,
-                    "capsroute: logits must be [B or 1, I or 1, J]");
-    p.logits = parameter_array(*logits, u);
-  }
-  if (mask) {
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && broadcasts(mask->size(0), p.B) &&
-                        broadcasts(mask->size(1), p.I),
-                    "capsroute: mask must be a bool [B or 1, I or 1]");
-    p.mask = array_of(*mask);
-  }
-  return p;
-}
-
-Problem route_of(const Tensor& u, const Optional& weight, const Optional& bias, const Optional& logits,
-                 const Optional& mask, int64_t iterations, bool over_inputs, bool leaky, double eps) {
-  STD_TORCH_CHECK(iterations >= 1, "capsroute: iterations must be at least 1");
-  Problem p = stream_of(u, weight, bias, logits, mask, over_inputs, leaky);
-  p.R = iterations, p.eps = eps;
-  if (bias) {
-    STD_TORCH_CHECK(bias->dim() == 2 && bias->size(0) == p.J && bias->size(1) == p.O, "capsroute: bias must be [J, O]");
-    p.bias = parameter_array(*bias, u);
-  }
-  return p;
-}
-
-bool is_outputs(const Tensor& x, const Problem& p, ScalarType dtype) {
-  return x.scalar_type() == dtype && x.dim() == 3 && x.size(0) == p.B && x.size(1) == p.J && x.size(2) == p.O;
-}
-
-Problem pass_of(const Tensor& u, const Optional& weight, const Optional& query, const Optional& logits,
-                const Optional& mask, bool over_inputs, bool leaky) {
-  Problem p = stream_of(u, weight, query, logits, mask, over_inputs, leaky);
-  if (query) {
-    STD_TORCH_CHECK(is_outputs(*query, p, accumulation_type(u)),
-                    "capsroute: query must be [B, J, O] in the accumulation type");
-    p.query = float_array(*query);
-  }
-  return p;
-}
-
-Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
-  // torch::stable::empty asks the dispatcher, which takes several times as long as this.
-  int64_t strides[4], stride = 1;
-  for (int64_t d = int64_t(shape.size()) - 1; d >= 0; --d) strides[d] = stride, stride *= shape[d] > 1 ? shape[d] : 1;
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides, int32_t(dtype),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-capsroute::Parallel torch_threads() {
+Parallel torch_threads() {
   return {int64_t(torch::stable::get_num_threads()), [](int64_t parts, void (*body)(void*, int64_t), void* context) {
             torch::stable::parallel_for(0, parts, 1, [body, context](int64_t begin, int64_t end) {
               for (int64_t part = begin; part < end; ++part) body(context, part);
@@ -170,136 +40,41 @@ struct Scratch {
 
 thread_local Scratch scratch;
 
-template <class Out>
-void launch(const Problem& p, const Out& out, int64_t (*measure)(const Problem&, const Out&, int64_t),
-            void (*run)(const Problem&, const Out&, void*, const capsroute::Parallel&)) {
-  const capsroute::Parallel parallel = torch_threads();
-  run(p, out, scratch.reserve(measure(p, out, parallel.threads)), parallel);
-  if (scratch.bytes > kKeptScratch) scratch.release();
-}
-
-// What a forward returns beside its result.
-struct Extras {
-  Tensor norm, coupling;
-
-  Extras(const Problem& p, const Tensor& u, bool save, bool return_coupling)
-      : norm(save && p.over_inputs ? empty({2, p.R, p.B, p.J}, accumulation_type(u))
-                                   : empty({0}, accumulation_type(u))),
-        coupling(return_coupling ? empty({p.B, p.I, p.J}, u.scalar_type()) : empty({0}, u.scalar_type())) {}
-};
-
-void* pointer(const Tensor& x) { return x.numel() ? x.mutable_data_ptr() : nullptr; }
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> route(const Tensor& u, const Optional& weight, const Optional& bias,
-                                                 const Optional& logits, const Optional& mask, int64_t iterations,
-                                                 bool over_inputs, bool leaky, double eps, bool save,
-                                                 bool return_coupling) {
-  const Problem p = route_of(u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps);
-  Tensor v = empty({p.B, p.J, p.O}, u.scalar_type());
-  Tensor s = save ? empty({p.R, p.B, p.J, p.O}, accumulation_type(u)) : empty({0}, accumulation_type(u));
-  const Extras extras(p, u, save, return_coupling);
-  const capsroute::Forward out{pointer(v), pointer(s), pointer(extras.norm), pointer(extras.coupling)};
-  if (p.B > 0) launch(p, out, capsroute::kernels().forward_scratch, capsroute::kernels().forward);
-  return {v, s, extras.norm, extras.coupling};
-}
-
-std::tuple<Tensor, Tensor, Tensor> routing_pass(const Tensor& u, const Optional& weight, const Optional& query,
-                                                const Optional& logits, const Optional& mask, bool over_inputs,
-                                                bool leaky, bool save, bool return_coupling) {
-  const Problem p = pass_of(u, weight, query, logits, mask, over_inputs, leaky);
-  Tensor s = empty({p.B, p.J, p.O}, accumulation_type(u));
-  const Extras extras(p, u, save, return_coupling);
-  const capsroute::Forward out{nullptr, pointer(s), pointer(extras.norm), pointer(extras.coupling)};
-  if (p.B > 0) launch(p, out, capsroute::kernels().forward_scratch, capsroute::kernels().forward);
-  return {s, extras.norm, extras.coupling};
-}
-
-std::vector<int64_t> shape_of(const Optional& x) {
-  if (!x) return {};
-  return {x->sizes().begin(), x->sizes().end()};
-}
-
-// The gradients that a backward returns: of u, the weight, the bias or query, and the logits.
-struct Gradients {
-  Tensor u, weight, third, logits;
-
-  Gradients(const Problem& p, const Tensor& like_u, const Optional& like_weight, const Optional& like_third,
-            const Optional& like_logits, bool need_u, bool need_weight, bool need_third, bool need_logits)
-      : u(output(need_u, like_u, shape_of(like_u), like_u)),
-        weight(output(need_weight, like_weight,
-                      p.form == Weight::pair ? std::vector<int64_t>{p.I, p.D, p.J, p.O} : shape_of(like_weight),
-                      like_u)),
-        third(output(need_third, like_third, shape_of(like_third), like_u)),
-        logits(output(need_logits, like_logits, shape_of(like_logits), like_u)) {}
-
-  // Runs the backward, which writes them and was told all else.
-  void compute(const Problem& p, capsroute::Backward out, const Tensor& s, const Tensor& norm, ScalarType accumulation,
-               const Optional& like_logits) {
-    auto saved = [&](const Tensor& x, int64_t count) {
-      return x.scalar_type() == accumulation && x.numel() == count && x.is_contiguous();
-    };
-    STD_TORCH_CHECK(saved(s, p.R * p.B * p.J * p.O) && (!p.over_inputs || saved(norm, 2 * p.R * p.B * p.J)),
-                    "capsroute: s and norm must be what the forward saved");
-    if (p.B == 0) {  // sums over no samples
-      for (Tensor* x : {&weight, &third, &logits}) torch::stable::zero_(*x);
-      return;
-    }
-    out.s = s.const_data_ptr(), out.norm = norm.const_data_ptr();
-    if (like_logits) out.logits_B = like_logits->size(0), out.logits_I = like_logits->size(1);
-    out.u = pointer(u), out.weight = pointer(weight), out.logits = pointer(logits);
-    (out.grad_v.data ? out.bias : out.query) = pointer(third);
-    launch(p, out, capsroute::kernels().backward_scratch, capsroute::kernels().backward);
+class Cpu {
+ public:
+  static Tensor empty(const Tensor&, const std::vector<int64_t>& shape, ScalarType dtype) {
+    // torch::stable::empty asks the dispatcher, which takes several times as long as this.
+    int64_t strides[4], stride = 1;
+    for (int64_t d = int64_t(shape.size()) - 1; d >= 0; --d) strides[d] = stride, stride *= shape[d] > 1 ? shape[d] : 1;
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides, int32_t(dtype),
+                                                           aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
   }
-
-  std::tuple<Tensor, Tensor, Tensor, Tensor> all() const { return {u, weight, third, logits}; }
+  static void forward(const Problem& p, const Forward& out, const Tensor&) {
+    launch(p, out, kernels().forward_scratch, kernels().forward);
+  }
+  static void backward(const Problem& p, const Backward& out, const Tensor&) {
+    launch(p, out, kernels().backward_scratch, kernels().backward);
+  }
 
  private:
-  static Tensor output(bool need, const Optional& like, const std::vector<int64_t>& shape, const Tensor& u) {
-    return need && like ? empty(shape, like->scalar_type()) : empty({0}, u.scalar_type());
+  template <class Out>
+  static void launch(const Problem& p, const Out& out, int64_t (*measure)(const Problem&, const Out&, int64_t),
+                     void (*run)(const Problem&, const Out&, void*, const Parallel&)) {
+    const Parallel parallel = torch_threads();
+    run(p, out, scratch.reserve(measure(p, out, parallel.threads)), parallel);
+    if (scratch.bytes > kKeptScratch) scratch.release();
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> route_backward(const Tensor& grad_v, const Tensor& s, const Tensor& norm,
-                                                          const Tensor& u, const Optional& weight, const Optional& bias,
-                                                          const Optional& logits, const Optional& mask,
-                                                          int64_t iterations, bool over_inputs, bool leaky, double eps,
-                                                          bool detach_coupling, bool need_u, bool need_weight,
-                                                          bool need_bias, bool need_logits) {
-  const Problem p = route_of(u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps);
-  STD_TORCH_CHECK(is_outputs(grad_v, p, u.scalar_type()), "capsroute: grad_v must be like v");
-  Gradients gradients(p, u, weight, bias, logits, need_u, need_weight, need_bias, need_logits && !detach_coupling);
-  capsroute::Backward out{};
-  out.grad_v = float_array(grad_v), out.detach_coupling = detach_coupling;
-  gradients.compute(p, out, s, norm, accumulation_type(u), logits);
-  return gradients.all();
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> routing_pass_backward(const Tensor& grad_s, const Tensor& s,
-                                                                 const Tensor& norm, const Tensor& u,
-                                                                 const Optional& weight, const Optional& query,
-                                                                 const Optional& logits, const Optional& mask,
-                                                                 bool over_inputs, bool leaky, bool need_u,
-                                                                 bool need_weight, bool need_query, bool need_logits) {
-  const Problem p = pass_of(u, weight, query, logits, mask, over_inputs, leaky);
-  STD_TORCH_CHECK(is_outputs(grad_s, p, accumulation_type(u)), "capsroute: grad_s must be like s");
-  Gradients gradients(p, u, weight, query, logits, need_u, need_weight, need_query, need_logits);
-  capsroute::Backward out{};
-  out.grad_s = float_array(grad_s);
-  gradients.compute(p, out, s, norm, accumulation_type(u), logits);
-  return gradients.all();
-}
-
-std::string cpu_capability() { return capsroute::kernels().name; }
+std::string cpu_capability() { return kernels().name; }
 
 }  // namespace
+}  // namespace capsroute::ops
 
-STABLE_TORCH_LIBRARY_IMPL(capsroute, CPU, m) {
-  m.impl("route", TORCH_BOX(&route));
-  m.impl("route_backward", TORCH_BOX(&route_backward));
-  m.impl("routing_pass", TORCH_BOX(&routing_pass));
-  m.impl("routing_pass_backward", TORCH_BOX(&routing_pass_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(capsroute, CPU, m) { capsroute::ops::implement<capsroute::ops::Cpu>(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(capsroute, CompositeExplicitAutograd, m) {
-  m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
+  m.impl("cpu_capability", TORCH_BOX(&capsroute::ops::cpu_capability));
 }

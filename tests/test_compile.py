@@ -24,7 +24,7 @@ def permuted(x: Tensor | None) -> Tensor | None:
     return x if x is None else x.permute(dims).contiguous().permute(dims)
 
 
-NAMESPACES = {"cpu": "capsroute"}  # the op set of each fused backend
+NAMESPACES = {"cpu": "capsroute", "emulated": "capsroute_emulated"}  # the op set of each fused backend
 
 CHECKED = [
     ("ijod", "plain"),

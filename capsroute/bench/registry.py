@@ -141,7 +141,7 @@ def routed(problem: Problem, backend: str) -> Tensor:
 
 def fused_backend(u: Tensor) -> str:
     """The name of the backend that backend="auto" resolves to for u."""
-    chosen = _backends.choose("auto", u, reference.Options())
+    chosen = _backends.choose("auto", u, None, reference.Options())
     return next(name for name, backend in _backends.BACKENDS.items() if backend is chosen)
 
 

@@ -1,0 +1,230 @@
+// One pass over a chunk of input capsules, forward and backward. With h the rows, q the query and e = ds:
+//   forward:   c_ij = softmax over j of (logits_ij + h_ij . q_j),   s_j = sum over i of c_ij h_ij
+//   backward:  p_ij likewise, t_ij = h_ij . e_j, db_ij = p_ij (t_ij - sum over j of p_ij t_ij),
+//              dq_j = sum over i of db_ij h_ij
+// Over inputs the softmax runs over i: an online softmax in registers, rescaled as the maximum grows. Where it is known
+// already (in the backward, and for the returned coupling) p follows from it, and with ds the mean of t:
+//   sum over i of p_ij t_ij = (s_j - bias_j) . ds_j
+// but rounded in another way than t: what the db_ij then sum to over i, which should be nothing, is that mean's error.
+// A lane is a sample and a warp a slice of an output capsule, so only logits cross warps, through shared memory.
+// Where a block does not have all of j, a first pass leaves the softmax's statistics of each group, and merge()
+// makes them one.
+#pragma once
+
+#include "rows.cuh"
+
+namespace capsroute::cuda {
+
+enum class Direction { forward, backward };
+
+// Warps of a pass's block, at most: so many that their registers suffice without spills.
+template <class A>
+constexpr int most_warps(Direction direction) {
+  return sizeof(A) == 8 ? (direction == Direction::forward ? 12 : 8) : direction == Direction::forward ? 16 : 12;
+}
+
+// Of the softmax of one (b, i): the maximum m, z = sum over j of exp(b_ij - m) and sum over j of exp(b_ij - m) t_ij.
+// Merged, 1/z and the mean of t take the place of the sums. In memory [tile, i, statistic, lane]; over inputs, where a
+// softmax belongs to one (b, j), [tile, j, statistic, lane].
+constexpr int kStatistics = 3;
+
+template <class A>
+CAPSROUTE_DEVICE A* statistics_at(A* statistics, int64_t tile, int64_t count, int64_t index, int lane) {
+  return statistics + (tile * count + index) * kStatistics * kLanes + lane;
+}
+
+template <class X>
+struct Pass {
+  using A = Acc<X>;
+  Problem p;
+  Layout layout;
+  Split split;
+  const X* weight;      // [I, D, J, O padded] for Source::made
+  const A* query;       // [tile, j, row, lane], or null: zero
+  const A* gradient;    // likewise, e of the backward
+  A* partial;           // [chunk, tile, j, row, lane], or null: the sums are not wanted
+  A* group_statistics;  // [group, tile, i, 3, lane], or null: this pass does not leave them
+  A* statistics;  // [tile, i, 3, lane] of all j: read where there are groups, else left for the gradients, or null;
+                  // over inputs [tile, j, 3, lane], known, or null
+  A* chunk_statistics;  // over inputs: [chunk, tile, j, 3, lane], m and z of the chunk, in the backward sum of db_ij
+  X* coupling;          // [B, I, J], or null
+};
+
+// Shared memory of a pass: the stages, then twice the logits [n, slice, lane] and, in the backward, t.
+template <class X, Source source, Direction direction>
+int64_t pass_shared_bytes(int64_t units) {
+  const int64_t exchange = kInputs * units * kLanes * int64_t(sizeof(Acc<X>));
+  return Rows<X, source>::shared_bytes(units) + 2 * (direction == Direction::backward ? 2 : 1) * exchange;
+}
+
+// The softmax over the group's j of input capsule i, by one thread for its lane. l holds the logits and t the h . e
+// of the slices; they leave as c, or as db, at each j's first slice.
+template <class X, Direction direction>
+CAPSROUTE_DEVICE void couple(const Pass<X>& a, X* coupling, const Place& place, int group, int i, Acc<X>* l,
+                             Acc<X>* t) {
+  using A = Acc<X>;
+  constexpr bool backward = direction == Direction::backward;
+  const Problem& p = a.p;
+  const int slices = int(a.layout.row_slices), step = slices * kLanes;
+  const bool live = takes_part(p, place.b, i), merged = a.split.groups > 1 && !a.group_statistics;
+  const bool leak = p.leaky && a.split.groups == 1;
+  l += place.lane, t += place.lane;
+  A m = leak ? A(0) : -infinity<A>(), r = 0, mean = 0;
+  CAPSROUTE_ROLL
+  for (int j = 0; j < place.units / slices; ++j) {
+    CAPSROUTE_ROLL
+    for (int s = 1; s < slices; ++s) {
+      l[j * step] += l[j * step + s * kLanes];
+      if constexpr (backward) t[j * step] += t[j * step + s * kLanes];
+    }
+    m = l[j * step] > m ? l[j * step] : m;  // a NaN passes on its way, and makes the sum NaN
+  }
+  if (merged) {
+    const A* all = statistics_at(a.statistics, place.tile, p.I, i, place.lane);
+    m = load(all), r = load(all + kLanes), mean = backward ? load(all + 2 * kLanes) : A(0);
+  } else if (m == -infinity<A>()) {
+    m = 0;  // all pairs are forbidden
+  }
+  A z = leak ? exp(-m) : A(0), y = 0;
+  CAPSROUTE_ROLL
+  for (int j = 0; j < place.units / slices; ++j) {
+    const A share = exp(l[j * step] - m);
+    z += share;
+    if constexpr (backward) y += share * t[j * step];
+    l[j * step] = share;
+  }
+  if (!merged) {
+    if (a.group_statistics) {
+      A* mine = statistics_at(a.group_statistics, group * a.layout.tiles + place.tile, p.I, i, place.lane);
+      store(mine, m), store(mine + kLanes, z);
+      if constexpr (backward) store(mine + 2 * kLanes, y);
+      return;
+    }
+    r = z != 0 ? 1 / z : A(0), mean = y * r;
+    if (backward && a.statistics) {
+      A* all = statistics_at(a.statistics, place.tile, p.I, i, place.lane);
+      store(all, m), store(all + kLanes, r), store(all + 2 * kLanes, mean);
+    }
+  }
+  CAPSROUTE_ROLL
+  for (int j = 0; j < place.units / slices; ++j) {
+    const A share = l[j * step];
+    const A c = live && share != 0 ? share * r : A(0);  // not live or forbidden: 0, not 0 * NaN
+    if constexpr (backward) {
+      l[j * step] = c != 0 ? c * (t[j * step] - mean) : A(0);
+    } else {
+      l[j * step] = c;
+      if (coupling && CAPSROUTE_WITHIN(place.b, p.B))
+        store(coupling + (int64_t(place.b) * p.I + i) * p.J + place.first_output + j, from_acc<X>(c));
+    }
+  }
+}
+
+// The prior logit of this lane and j, 0 where input capsule i takes no part.
+template <class X>
+CAPSROUTE_DEVICE Acc<X> prior_logit(const Problem& p, const Place& place, int i, bool live) {
+  const int64_t* stride = p.logits.stride;
+  if (!live || !p.logits.data) return 0;
+  return load_element<X>(p.logits, p.u.dtype, place.b * stride[0] + i * stride[1] + place.j * stride[2]);
+}
+
+template <class X, Source source, Direction direction, bool over_inputs>
+CAPSROUTE_DEVICE void pass(const Pass<X>& a, const Acc<X>* query, X* coupling, int tile, int chunk, int group,
+                           char* memory) {
+  using A = Acc<X>;
+  using MyRows = Rows<X, source>;
+  constexpr bool backward = direction == Direction::backward;
+  constexpr int N = kInputs, K = MyRows::K;
+  const Problem& p = a.p;
+  const Place place(p, a.layout, a.split, tile, group);
+  const int first = chunk * int(a.split.inputs), last = int(minimum(p.I, first + a.split.inputs));
+  const int64_t at = place.template column<K>(p, a.layout.row_padded);
+  const int size = a.split.units * kLanes;  // the logits of one input capsule
+  A* const exchange = reinterpret_cast<A*>(memory + MyRows::shared_bytes(a.split.units));
+
+  A q[K], e[K], sum[K];
+  clear(q), clear(e), clear(sum);
+  if (place.active && query) load_slice(q, query, at, place.lane);
+  if (place.active && backward) load_slice(e, a.gradient, at, place.lane);
+  A m = -infinity<A>(), z = 0, mean = 0, excess = 0;  // over inputs
+  const bool known = over_inputs && a.statistics;
+  if (known && place.active) {
+    const A* all = statistics_at(a.statistics, place.tile, p.J, place.j, place.lane);
+    m = load(all), z = load(all + kLanes), mean = backward ? load(all + 2 * kLanes) : A(0);
+  }
+
+  MyRows rows(p, a.layout, a.split, a.weight, place, last, memory);
+  if (first < last) rows.begin(first);
+  int half = 0;  // of the exchange: the next logits need not wait for those who still read these
+  for (int i = first; i < last; i += N, half ^= 1) {
+    A h[N][K];
+    rows.make(h, i, i + N);
+    A* logits = exchange + half * (backward ? 2 : 1) * N * size;
+    A* targets = logits + (backward ? N * size : 0);
+    bool used[N];
+    CAPSROUTE_UNROLL
+    for (int n = 0; n < N; ++n) {
+      used[n] = false;
+      if (!place.active || !CAPSROUTE_WITHIN(i + n, last)) continue;
+      used[n] = takes_part(p, place.b, i + n);
+      A logit = prior_logit<X>(p, place, i + n, used[n]), target = 0;
+      used[n] = used[n] && logit != -infinity<A>();
+      logit = place.slice == 0 ? logit : A(0);
+      if (used[n]) {
+        logit += dot(h[n], q);
+        if constexpr (backward) target = dot(h[n], e);
+      } else {
+        clear(h[n]);  // whatever it holds
+      }
+      logits[n * size + place.warp * kLanes + place.lane] = logit;
+      if constexpr (backward) targets[n * size + place.warp * kLanes + place.lane] = target;
+    }
+    CAPSROUTE_SYNC();
+    CAPSROUTE_ROLL
+    for (int n = place.warp; n < N && !over_inputs; n += place.warps)
+      if (CAPSROUTE_WITHIN(i + n, last))
+        couple<X, direction>(a, coupling, place, group, i + n, logits + n * size, targets + n * size);
+    wait_copies();
+    CAPSROUTE_SYNC();
+    CAPSROUTE_UNROLL
+    for (int n = 0; n < N; ++n) {
+      if (!place.active || !CAPSROUTE_WITHIN(i + n, last)) continue;
+      const int own = n * size + place.leader() * kLanes + place.lane;
+      A c = logits[own];
+      if constexpr (over_inputs) {
+        A target = backward ? targets[own] : A(0);
+        CAPSROUTE_ROLL
+        for (int s = 1; s < a.layout.row_slices; ++s) {
+          c += logits[own + s * kLanes];
+          if constexpr (backward) target += targets[own + s * kLanes];
+        }
+        if (known) {
+          const A share = used[n] ? exp(c - m) * z : A(0);
+          c = !backward ? share : share != 0 ? share * (target - mean) : A(0);
+          excess += c;
+          if (!backward && coupling && place.slice == 0 && CAPSROUTE_WITHIN(place.b, p.B))
+            store(coupling + (int64_t(place.b) * p.I + i + n) * p.J + place.j, from_acc<X>(c));
+        } else if (used[n]) {
+          const A highest = c > m ? c : m, scale = exp(m - highest);
+          CAPSROUTE_UNROLL
+          for (int k = 0; k < K; ++k) sum[k] *= scale;
+          m = highest, c = exp(c - highest), z = z * scale + c;
+        } else {
+          c = 0;
+        }
+      }
+      CAPSROUTE_UNROLL
+      for (int k = 0; k < K; ++k) sum[k] += c * h[n][k];
+    }
+  }
+  if (!place.active || !a.partial) return;
+  if (over_inputs && place.slice == 0 && (backward || !known)) {
+    A* own = statistics_at(a.chunk_statistics, chunk * a.layout.tiles + place.tile, p.J, place.j, place.lane);
+    store(own, backward ? excess : m), store(own + kLanes, z);
+  }
+  const int64_t to = chunk * a.layout.row_state(p) + at * kLanes + place.lane;
+  CAPSROUTE_UNROLL
+  for (int k = 0; k < K; ++k) store(a.partial + to + k * kLanes, sum[k]);
+}
+
+}  // namespace capsroute::cuda

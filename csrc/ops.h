@@ -1,0 +1,260 @@
+// The op layer that every C++ tier shares: reads tensors, allocates outputs, calls the tier. Built on the LibTorch
+// stable ABI alone, so that one library serves every later torch. Arguments were checked in Python; what is checked
+// here is what a wrong direct call to the private ops could crash on.
+//
+// A tier is a class with
+//   static Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype);
+//   static void forward(const Problem&, const Forward&, const Tensor& u);
+//   static void backward(const Problem&, const Backward&, const Tensor& u);
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/routing.h"
+
+namespace capsroute::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+inline DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::Double: return DType::float64;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    case ScalarType::Half: return DType::float16;
+    default: STD_TORCH_CHECK(false, "capsroute: unsupported dtype"); return DType::float32;
+  }
+}
+
+inline ScalarType accumulation_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Strides of the last dimensions of x, from place `at` on; 0 where x has size 1 and so broadcasts.
+inline Array array_of(const Tensor& x, int at = 0) {
+  Array array;
+  array.data = x.const_data_ptr();
+  const auto sizes = x.sizes(), strides = x.strides();
+  for (int64_t d = 0; d < x.dim(); ++d) array.stride[at + d] = sizes[d] == 1 ? 0 : strides[d];
+  return array;
+}
+
+inline Array float_array(const Tensor& x, int at = 0) {
+  Array array = array_of(x, at);
+  array.dtype = dtype_of(x);
+  return array;
+}
+
+inline Array parameter_array(const Tensor& x, const Tensor& u) {
+  STD_TORCH_CHECK(x.scalar_type() == u.scalar_type() || x.scalar_type() == ScalarType::Float,
+                  "capsroute: bias and logits must have the dtype of u or float32");
+  return float_array(x);
+}
+
+// u, weight, logits and mask, which every op has.
+inline Problem stream_of(const Tensor& u, const Optional& weight, const Optional& outputs, const Optional& logits,
+                         const Optional& mask, bool over_inputs, bool leaky) {
+  STD_TORCH_CHECK(u.dim() == (weight ? 3 : 4), "capsroute: u must be [B, I, D], or the votes [B, I, J, O]");
+  STD_TORCH_CHECK(!(leaky && over_inputs), "capsroute: leaky is for a softmax over j");
+  Problem p{};
+  p.B = u.size(0), p.I = u.size(1), p.R = 1, p.over_inputs = over_inputs, p.leaky = leaky;
+  p.u = float_array(u);
+  if (weight) {
+    const int64_t dims = weight->dim();
+    STD_TORCH_CHECK(dims >= 2 && dims <= 4, "capsroute: weight must be [I, J, O, D], [J, O, D] or [O, D]");
+    STD_TORCH_CHECK(weight->scalar_type() == u.scalar_type() && weight->size(dims - 1) == u.size(2) &&
+                        (dims < 4 || weight->size(0) == p.I),
+                    "capsroute: weight must fit u");
+    p.form = dims == 4 ? Weight::pair : dims == 3 ? Weight::output : Weight::single;
+    p.weight = float_array(*weight, int(4 - dims));
+    p.D = u.size(2), p.O = weight->size(dims - 2);
+    STD_TORCH_CHECK(dims > 2 || logits || outputs, "capsroute: weight [O, D] needs another tensor to know J");
+    p.J = dims > 2 ? weight->size(dims - 3) : logits ? logits->size(2) : outputs->size(outputs->dim() - 2);
+  } else {
+    p.form = Weight::none;
+    p.J = u.size(2), p.O = u.size(3);
+  }
+  STD_TORCH_CHECK(p.J >= 1 && p.O >= 1 && (!weight || p.D >= 1), "capsroute: D, J and O must be at least 1");
+  auto broadcasts = [](int64_t have, int64_t want) { return have == want || have == 1; };
+  if (logits) {
+    STD_TORCH_CHECK(logits->dim() == 3 && broadcasts(logits->size(0), p.B) && broadcasts(logits->size(1), p.I) &&
+                        logits->size(2) == p.J,
+                    "capsroute: logits must be [B or 1, I or 1, J]");
+    p.logits = parameter_array(*logits, u);
+  }
+  if (mask) {
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && broadcasts(mask->size(0), p.B) &&
+                        broadcasts(mask->size(1), p.I),
+                    "capsroute: mask must be a bool [B or 1, I or 1]");
+    p.mask = array_of(*mask);
+  }
+  return p;
+}
+
+inline Problem route_of(const Tensor& u, const Optional& weight, const Optional& bias, const Optional& logits,
+                        const Optional& mask, int64_t iterations, bool over_inputs, bool leaky, double eps) {
+  STD_TORCH_CHECK(iterations >= 1, "capsroute: iterations must be at least 1");
+  Problem p = stream_of(u, weight, bias, logits, mask, over_inputs, leaky);
+  p.R = iterations, p.eps = eps;
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 2 && bias->size(0) == p.J && bias->size(1) == p.O, "capsroute: bias must be [J, O]");
+    p.bias = parameter_array(*bias, u);
+  }
+  return p;
+}
+
+inline bool is_outputs(const Tensor& x, const Problem& p, ScalarType dtype) {
+  return x.scalar_type() == dtype && x.dim() == 3 && x.size(0) == p.B && x.size(1) == p.J && x.size(2) == p.O;
+}
+
+inline Problem pass_of(const Tensor& u, const Optional& weight, const Optional& query, const Optional& logits,
+                       const Optional& mask, bool over_inputs, bool leaky) {
+  Problem p = stream_of(u, weight, query, logits, mask, over_inputs, leaky);
+  if (query) {
+    STD_TORCH_CHECK(is_outputs(*query, p, accumulation_type(u)),
+                    "capsroute: query must be [B, J, O] in the accumulation type");
+    p.query = float_array(*query);
+  }
+  return p;
+}
+
+inline void* pointer(const Tensor& x) { return x.numel() ? x.mutable_data_ptr() : nullptr; }
+
+inline std::vector<int64_t> shape_of(const Optional& x) {
+  if (!x) return {};
+  return {x->sizes().begin(), x->sizes().end()};
+}
+
+// What a forward returns beside its result.
+template <class Tier>
+struct Extras {
+  Tensor norm, coupling;
+
+  Extras(const Problem& p, const Tensor& u, bool save, bool return_coupling)
+      : norm(save && p.over_inputs ? Tier::empty(u, {2, p.R, p.B, p.J}, accumulation_type(u))
+                                   : Tier::empty(u, {0}, accumulation_type(u))),
+        coupling(return_coupling ? Tier::empty(u, {p.B, p.I, p.J}, u.scalar_type())
+                                 : Tier::empty(u, {0}, u.scalar_type())) {}
+};
+
+template <class Tier>
+std::tuple<Tensor, Tensor, Tensor, Tensor> route(const Tensor& u, const Optional& weight, const Optional& bias,
+                                                 const Optional& logits, const Optional& mask, int64_t iterations,
+                                                 bool over_inputs, bool leaky, double eps, bool save,
+                                                 bool return_coupling) {
+  const Problem p = route_of(u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps);
+  Tensor v = Tier::empty(u, {p.B, p.J, p.O}, u.scalar_type());
+  Tensor s =
+      Tier::empty(u, save ? std::vector<int64_t>{p.R, p.B, p.J, p.O} : std::vector<int64_t>{0}, accumulation_type(u));
+  const Extras<Tier> extras(p, u, save, return_coupling);
+  const Forward out{pointer(v), pointer(s), pointer(extras.norm), pointer(extras.coupling)};
+  if (p.B > 0) Tier::forward(p, out, u);
+  return {v, s, extras.norm, extras.coupling};
+}
+
+template <class Tier>
+std::tuple<Tensor, Tensor, Tensor> routing_pass(const Tensor& u, const Optional& weight, const Optional& query,
+                                                const Optional& logits, const Optional& mask, bool over_inputs,
+                                                bool leaky, bool save, bool return_coupling) {
+  const Problem p = pass_of(u, weight, query, logits, mask, over_inputs, leaky);
+  Tensor s = Tier::empty(u, {p.B, p.J, p.O}, accumulation_type(u));
+  const Extras<Tier> extras(p, u, save, return_coupling);
+  const Forward out{nullptr, pointer(s), pointer(extras.norm), pointer(extras.coupling)};
+  if (p.B > 0) Tier::forward(p, out, u);
+  return {s, extras.norm, extras.coupling};
+}
+
+// The gradients that a backward returns: of u, the weight, the bias or query, and the logits.
+template <class Tier>
+struct Gradients {
+  Tensor u, weight, third, logits;
+
+  Gradients(const Problem& p, const Tensor& like_u, const Optional& like_weight, const Optional& like_third,
+            const Optional& like_logits, bool need_u, bool need_weight, bool need_third, bool need_logits)
+      : u(output(need_u, like_u, shape_of(like_u), like_u)),
+        weight(output(need_weight, like_weight,
+                      p.form == Weight::pair ? std::vector<int64_t>{p.I, p.D, p.J, p.O} : shape_of(like_weight),
+                      like_u)),
+        third(output(need_third, like_third, shape_of(like_third), like_u)),
+        logits(output(need_logits, like_logits, shape_of(like_logits), like_u)) {}
+
+  // Runs the backward, which writes them and was told all else.
+  void compute(const Problem& p, Backward out, const Tensor& s, const Tensor& norm, const Tensor& like,
+               const Optional& like_logits) {
+    auto saved = [&](const Tensor& x, int64_t count) {
+      return x.scalar_type() == accumulation_type(like) && x.numel() == count && x.is_contiguous();
+    };
+    STD_TORCH_CHECK(saved(s, p.R * p.B * p.J * p.O) && (!p.over_inputs || saved(norm, 2 * p.R * p.B * p.J)),
+                    "capsroute: s and norm must be what the forward saved");
+    if (p.B == 0) {  // sums over no samples
+      for (Tensor* x : {&weight, &third, &logits}) torch::stable::zero_(*x);
+      return;
+    }
+    out.s = s.const_data_ptr(), out.norm = norm.const_data_ptr();
+    if (like_logits) out.logits_B = like_logits->size(0), out.logits_I = like_logits->size(1);
+    out.u = pointer(u), out.weight = pointer(weight), out.logits = pointer(logits);
+    (out.grad_v.data ? out.bias : out.query) = pointer(third);
+    Tier::backward(p, out, like);
+  }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor> all() const { return {u, weight, third, logits}; }
+
+ private:
+  static Tensor output(bool need, const Optional& like, const std::vector<int64_t>& shape, const Tensor& u) {
+    return need && like ? Tier::empty(u, shape, like->scalar_type()) : Tier::empty(u, {0}, u.scalar_type());
+  }
+};
+
+template <class Tier>
+std::tuple<Tensor, Tensor, Tensor, Tensor> route_backward(const Tensor& grad_v, const Tensor& s, const Tensor& norm,
+                                                          const Tensor& u, const Optional& weight, const Optional& bias,
+                                                          const Optional& logits, const Optional& mask,
+                                                          int64_t iterations, bool over_inputs, bool leaky, double eps,
+                                                          bool detach_coupling, bool need_u, bool need_weight,
+                                                          bool need_bias, bool need_logits) {
+  const Problem p = route_of(u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps);
+  STD_TORCH_CHECK(is_outputs(grad_v, p, u.scalar_type()), "capsroute: grad_v must be like v");
+  Gradients<Tier> gradients(p, u, weight, bias, logits, need_u, need_weight, need_bias,
+                            need_logits && !detach_coupling);
+  Backward out{};
+  out.grad_v = float_array(grad_v), out.detach_coupling = detach_coupling;
+  gradients.compute(p, out, s, norm, u, logits);
+  return gradients.all();
+}
+
+template <class Tier>
+std::tuple<Tensor, Tensor, Tensor, Tensor> routing_pass_backward(const Tensor& grad_s, const Tensor& s,
+                                                                 const Tensor& norm, const Tensor& u,
+                                                                 const Optional& weight, const Optional& query,
+                                                                 const Optional& logits, const Optional& mask,
+                                                                 bool over_inputs, bool leaky, bool need_u,
+                                                                 bool need_weight, bool need_query, bool need_logits) {
+  const Problem p = pass_of(u, weight, query, logits, mask, over_inputs, leaky);
+  STD_TORCH_CHECK(is_outputs(grad_s, p, accumulation_type(u)), "capsroute: grad_s must be like s");
+  Gradients<Tier> gradients(p, u, weight, query, logits, need_u, need_weight, need_query, need_logits);
+  Backward out{};
+  out.grad_s = float_array(grad_s);
+  gradients.compute(p, out, s, norm, u, logits);
+  return gradients.all();
+}
+
+// Registers the four ops for a tier, in the body of STABLE_TORCH_LIBRARY_IMPL.
+template <class Tier, class Library>
+void implement(Library& library) {
+  library.impl("route", TORCH_BOX(&route<Tier>));
+  library.impl("route_backward", TORCH_BOX(&route_backward<Tier>));
+  library.impl("routing_pass", TORCH_BOX(&routing_pass<Tier>));
+  library.impl("routing_pass_backward", TORCH_BOX(&routing_pass_backward<Tier>));
+}
+
+}  // namespace capsroute::ops

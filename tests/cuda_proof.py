@@ -1,0 +1,184 @@
+"""What `make gpu-proof` shows of the CUDA kernels without a GPU, too slow for every day.
+
+python tests/cuda_proof.py sanitize   the emulated kernels under Thread-, Address- and UndefinedBehaviorSanitizer
+python tests/cuda_proof.py mutate     each meeting left out, each bound loosened: some case fails
+python tests/cuda_proof.py compile    every kernel for every target: registers, shared memory, no spills;
+                                      writes docs/cuda-kernels.md
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import emulated
+
+ROOT = emulated.ROOT
+CUDA = ROOT / "csrc" / "cuda"
+PAGE = ROOT / "docs" / "cuda-kernels.md"
+STORAGE = {"float32": "float", "float64": "double", "bfloat16": "BFloat16", "float16": "Half"}
+TARGETS = (75, 80, 86, 89, 90, 100, 120)
+SPILLS_ALLOWED = (75,)
+
+
+def program(sanitize: str = "") -> Path:
+    folder = ROOT / "build" / ("emulated" if not sanitize else f"emulated-{sanitize.split(',')[0]}")
+    return emulated.build("cuda_test", folder, f"-DCAPSROUTE_SANITIZE={sanitize}") / "cuda_test"
+
+
+def run(*command) -> subprocess.CompletedProcess:
+    return subprocess.run([str(x) for x in command], capture_output=True, text=True)
+
+
+# Sites: meetings of a block and bound checks
+
+
+def sites_in_source() -> set[str]:
+    """As the runtime names them: kind, FILE:LINE, and the first argument of a bound."""
+    found = set()
+    for path in sorted(CUDA.glob("*.cuh")):
+        if path.name == "portable.cuh":
+            continue
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if "CAPSROUTE_SYNC()" in line:
+                found.add(f"barrier {path.name}:{number}")
+            for bound in re.findall(r"CAPSROUTE_WITHIN\(([^,]+),", line):
+                found.add(f"bound {path.name}:{number} {bound}")
+    return found
+
+
+def cases_by_site() -> dict[str, list[int]]:
+    """For each site, the cases of cuda_test that reach it."""
+    reached: dict[str, list[int]] = {}
+    case = -1
+    for line in run(program(), "--sites").stdout.splitlines():
+        if line.startswith("case "):
+            case = int(line.removeprefix("case "))
+        elif line.startswith(("barrier ", "bound ")):
+            reached.setdefault(line, []).append(case)
+    return reached
+
+
+def mutate() -> list[str]:
+    """The sites whose mutation no case notices."""
+    plain, thread, address = program(), program("thread"), program("address,undefined")
+
+    def noticed(site: str, cases: list[int]) -> str | None:
+        ways = (plain, thread) if site.startswith("barrier") else (plain, address)
+        tries = ((way, case) for way in ways for case in cases)
+        return next((f"{way.parent.name}, case {case}" for way, case in tries if run(way, case, site).returncode), None)
+
+    sites = sorted(cases_by_site().items())
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = dict(zip(dict(sites), pool.map(lambda x: noticed(*x), sites), strict=True))
+    for site, by in found.items():
+        print(f"{site}: {by or 'NOTICED BY NOBODY'}")
+    return [site for site, by in found.items() if not by]
+
+
+def sanitize() -> list[str]:
+    failed = []
+    for sanitizer in ("thread", "address,undefined"):
+        way = program(sanitizer)
+        cases = [int(case) for case in re.findall(r"case (\d+)", run(program(), "--sites").stdout)]
+        for case in cases:
+            done = run(way, case, "none")
+            if done.returncode:
+                print(done.stdout[-2000:], done.stderr[-4000:])
+                failed.append(f"-fsanitize={sanitizer}, case {case}")
+        print(f"-fsanitize={sanitizer}: {len(cases)} cases, {len(failed)} failed in all", flush=True)
+    return failed
+
+
+# Compilation
+
+
+def compile_for(storage: str, target: int, folder: Path) -> list[tuple]:
+    """(kernel, target, registers, bytes spilled) of every kernel of a storage type."""
+    command = ["nvcc", "-std=c++17", "-cubin", f"-arch=sm_{target}", "-Xptxas", "-v"]
+    command += [f"-DCAPSROUTE_STORAGE={STORAGE[storage]}", f"-DCAPSROUTE_DTYPE={storage}"]
+    done = run(*command, "-o", folder / f"{storage}-{target}.cubin", CUDA / "kernels.cu")
+    assert done.returncode == 0, done.stderr
+    text = subprocess.run(["c++filt"], input=done.stderr, capture_output=True, text=True, check=True).stdout
+    kernels = re.findall(
+        r"Compiling entry function '(?:void )?(.*?)\(.*?(\d+) bytes spill stores.*?Used (\d+) registers",
+        text,
+        re.DOTALL,
+    )
+    return [(name.replace("capsroute::cuda::", ""), target, int(used), int(spilled)) for name, spilled, used in kernels]
+
+
+def readable(kernel: str) -> str:
+    for number, source in enumerate(("made", "staged", "given")):
+        kernel = kernel.replace(f"(Source){number}", source)
+    for number, direction in enumerate(("forward", "backward")):
+        kernel = kernel.replace(f"(Direction){number}", direction)
+    return kernel.replace(", true>", ", over i>").replace(", false>", ", over j>").replace("_kernel", "")
+
+
+def most_threads(kernel: str) -> int:
+    """The launch bounds of csrc/cuda: as many threads as a block may have."""
+    if kernel.startswith(("pass", "route")):
+        double, backward = "double" in kernel, "backward" in kernel
+        return 32 * ((8 if backward else 12) if double else (12 if backward else 16))
+    return 128 if kernel.startswith(("bias", "logits")) else 256
+
+
+def compile_all() -> list[str]:
+    folder = ROOT / "build" / "cubins"
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [(storage, target, folder) for storage in STORAGE for target in TARGETS]
+    with ThreadPoolExecutor(2) as pool:
+        rows = [row for part in pool.map(lambda job: compile_for(*job), jobs) for row in part]
+    table: dict[str, dict[int, tuple[int, int]]] = {}
+    for kernel, target, used, spilled in rows:
+        table.setdefault(readable(kernel), {})[target] = used, spilled
+    failed = []
+    lines = [
+        "# The CUDA kernels, as compiled",
+        "",
+        "Registers of a thread (and bytes spilled, where any are), by target, from `ptxas -v` of nvcc "
+        + re.search(r"release ([\d.]+)", run("nvcc", "--version").stdout)[1]
+        + ". Made by `python tests/cuda_proof.py compile`.",
+        "Nothing here was run: no GPU has been at hand. Blocks: how many blocks of the largest size the registers of a "
+        "multiprocessor (65536) hold.",
+        "",
+        "| kernel | threads | " + " | ".join(f"sm_{target}" for target in TARGETS) + " | blocks |",
+        "|---" * (len(TARGETS) + 3) + "|",
+    ]
+    for kernel, by_target in sorted(table.items()):
+        threads = most_threads(kernel)
+        cells = [f"{used} ({spilled} B)" if spilled else str(used) for used, spilled in by_target.values()]
+        for target, (used, spilled) in by_target.items():
+            if used * threads > 65536 or (spilled and target not in SPILLS_ALLOWED):
+                failed.append(f"{kernel} on sm_{target}: {used} registers, {spilled} bytes spilled")
+        blocks = min(65536 // (-(-used // 8) * 8 * threads) for used, _ in by_target.values())
+        lines.append(f"| `{kernel}` | {threads} | " + " | ".join(cells) + f" | {blocks} |")
+    PAGE.write_text("\n".join(lines) + "\n")
+    print(f"{len(rows)} kernels compiled; {PAGE.relative_to(ROOT)} written")
+    return failed
+
+
+def main() -> None:
+    wanted = sys.argv[1:] or ["sanitize", "mutate", "compile"]
+    failed = []
+    if "sanitize" in wanted:
+        failed += sanitize()
+    if "mutate" in wanted:
+        failed += mutate()
+    if "compile" in wanted:
+        if shutil.which("nvcc"):
+            failed += compile_all()
+        else:
+            print("compile: skipped, nvcc was not found")
+    print("\n".join(failed))
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
