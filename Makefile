@@ -2,6 +2,8 @@
 # make test   sets up .venv, checks the style and runs the tests
 # make bench  the table of the README
 # make docs   the pages of docs/, in build/docs
+# make gpu-proof  what can be shown of the GPU kernels without a GPU
+# make gpu-check  everything on a GPU: the tests, the benchmarks, compute-sanitizer; a report to paste into an issue
 PYTHON ?= python3
 # The CPU wheel where the index has one; any torch >= 2.13 will do.
 TORCH ?= torch==2.13.0
@@ -9,7 +11,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := $(shell git ls-files 'csrc/*')
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint bench docs gpu-proof gpu-check clean
 demo: .venv/installed
 	$(BIN)/capsroute demo --out demo
 
@@ -26,6 +28,14 @@ bench: .venv/installed
 
 docs: .venv/installed
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+
+gpu-proof: .venv/installed
+	$(BIN)/python -m capsroute._triton.aot --out docs/triton-kernels.md
+	$(BIN)/python -m pytest tests/test_triton.py tests/test_triton_traffic.py --interpreted 7
+	$(BIN)/capsroute bench --traffic --case all
+
+gpu-check: .venv/installed
+	$(BIN)/python tests/gpu_check.py
 
 .venv/installed: pyproject.toml setup.py CMakeLists.txt $(SOURCES)
 	$(PYTHON) -m venv .venv

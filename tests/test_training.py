@@ -74,6 +74,7 @@ def test_the_rate_rises_and_then_follows_the_schedule(schedule, last):
 # The trainer
 
 
+@pytest.mark.not_interpreted
 def test_training_reduces_the_loss_and_reports(few, backend):
     told = []
     training = trained(few, report=lambda **fields: told.append(fields), backend=backend)
