@@ -189,6 +189,7 @@ def test_both_of_two_overlapping_digits_must_be_named():
     assert count_correct(lengths, torch.tensor([[0], [2], [1]])) == 2
 
 
+@pytest.mark.not_interpreted
 def test_fused_and_reference_training_agree(few, fused):
     """Issue 7, point 4: within 1e-4 in loss for the first 50 steps."""
     losses = []
