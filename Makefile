@@ -2,7 +2,8 @@
 # make test   sets up .venv, checks the style and runs the tests
 # make bench  the table of the README
 # make docs   the pages of docs/, in build/docs
-# make gpu-proof   what can be shown of the CUDA kernels without a GPU (15 to 25 minutes on 2 cores)
+# make gpu-proof   what can be shown of the GPU kernels without a GPU
+# make gpu-check   everything on a GPU: the tests, the benchmarks, compute-sanitizer; a report to paste into an issue
 # make cuda-build  with a CUDA build of torch (several GB): links the CUDA kernels and loads them
 PYTHON ?= python3
 # The CPU wheel where the index has one; any torch >= 2.13 will do.
@@ -12,7 +13,7 @@ CUDA_TORCH ?= torch==2.14.1
 BIN := .venv/bin
 SOURCES := $(shell git ls-files 'csrc/*')
 
-.PHONY: demo test lint bench docs gpu-proof cuda-build clean
+.PHONY: demo test lint bench docs gpu-proof gpu-check cuda-build clean
 demo: .venv/installed
 	$(BIN)/capsroute demo --out demo
 
@@ -32,6 +33,12 @@ docs: .venv/installed
 
 gpu-proof: .venv/installed
 	$(BIN)/python tests/cuda_proof.py
+	$(BIN)/python -m capsroute._triton.aot --out docs/triton-kernels.md
+	$(BIN)/python -m pytest tests/test_triton.py tests/test_triton_traffic.py --interpreted 7
+	$(BIN)/capsroute bench --traffic --case all
+
+gpu-check: .venv/installed
+	$(BIN)/python tests/gpu_check.py
 
 cuda-build:
 	$(PYTHON) -m venv build/cuda-torch

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _autograd, _ops, reference
+from . import _autograd, _ops, _triton, reference
 
 log = logging.getLogger("capsroute")
 
@@ -66,6 +66,7 @@ def _pass_by_reference(u, weight, query, logits, mask, options, return_coupling)
 BACKENDS = {
     "cpu": of_ops("capsroute", _ops.cpu_library, _cpu_serves),
     "cuda": of_ops("capsroute", _ops.cuda_library, _cuda_serves),
+    "triton": of_ops(_triton.NAMESPACE, _triton.installed, lambda u, weight, options: _triton.serves(u)),
     "reference": Backend(
         lambda: (True, "plain PyTorch, on any device"),
         lambda u, weight, options: (True, "it serves every call"),

@@ -1,4 +1,4 @@
-"""The command `capsroute`: train, eval, report, bench, info, demo."""
+"""The command `capsroute`: train, eval, report, bench, tune, info, demo."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     # Above the modules of the library, and wanted by the command line alone.
     from .bench import cli as bench
+    from .bench import tune
     from .report import cli as report
     from .training import cli as training
 
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     training.add_eval(command("eval", training.evaluate_run, "Measure a trained network on the test split."))
     report.add_arguments(command("report", report.run, "Draw what a trained network has learnt: one page of HTML."))
     bench.add_arguments(command("bench", bench.run, "Time and weigh routing against plain PyTorch."))
+    tune.add_arguments(command("tune", tune.execute, "Measure the Triton kernels' tiles on this GPU; keep the best."))
     command("info", _info, "Print versions, threads, and which backends can run here.")
     demo = command("demo", _demo, "Train on scikit-learn's digits, compare with plain PyTorch, write the report.")
     demo.add_argument("--out", type=Path, default=Path("demo"), metavar="RUN_DIR", help="default: %(default)s")

@@ -59,7 +59,9 @@ def results_of_moved(problem: Problem, seed: int, grad_v: Tensor | None) -> Resu
         outputs = problem.run("reference").shape[-2]
         problem = replace(problem, tensors={**problem.tensors, "weight": weight.expand(outputs, -1, -1)})
     generator = torch.Generator().manual_seed(seed)
-    moved = problem.map(lambda x: x * (1 + ULP * torch.randn(x.shape, generator=generator, dtype=x.dtype)))
+    moved = problem.map(
+        lambda x: x * (1 + ULP * torch.randn(x.shape, generator=generator, dtype=x.dtype, device="cpu").to(x.device))
+    )
     found = results(moved, "reference", grad_v)
     return {**found, "weight": found["weight"].sum(0)} if shared else found
 

@@ -12,7 +12,7 @@ from problems import FUSED, random_problem
 from torch.testing import assert_close
 
 import capsroute
-from capsroute import _backends, _ops
+from capsroute import _backends, _ops, _triton
 
 
 @pytest.fixture
@@ -26,6 +26,7 @@ def log(caplog, monkeypatch):
 @pytest.fixture
 def no_library(monkeypatch):
     monkeypatch.setattr(_ops, "_loaded", (False, "hidden by the test"))
+    monkeypatch.setattr(_triton, "load", lambda: (False, "hidden by the test"))
 
 
 def called(monkeypatch, name: str) -> list:
@@ -51,6 +52,7 @@ def test_backends_says_what_can_run_here_and_why():
         assert why
 
 
+@pytest.mark.not_interpreted
 def test_auto_takes_the_kernels_where_they_serve(monkeypatch, fused):
     calls = called(monkeypatch, fused)
     random_problem().run("auto")
@@ -102,9 +104,10 @@ WITHOUT_LIBRARY = """
 import sys
 from pathlib import Path
 import torch
+before = set(sys.modules)
 import capsroute
 assert Path(capsroute.__file__).parent == Path("capsroute").resolve()
-heavy = {"sklearn", "matplotlib", "rich", "safetensors"} & set(sys.modules)
+heavy = {"sklearn", "matplotlib", "rich", "safetensors", "triton"} & (set(sys.modules) - before)
 assert not heavy, f"import capsroute brings {heavy}"
 can, why = capsroute.backends()["cpu"]
 assert not can

@@ -24,7 +24,8 @@ def permuted(x: Tensor | None) -> Tensor | None:
     return x if x is None else x.permute(dims).contiguous().permute(dims)
 
 
-NAMESPACES = {"cpu": "capsroute", "emulated": "capsroute_emulated"}  # the op set of each fused backend
+# the op set of each fused backend
+NAMESPACES = {"cpu": "capsroute", "triton": "capsroute_triton", "emulated": "capsroute_emulated"}
 
 CHECKED = [
     ("ijod", "plain"),
@@ -53,6 +54,7 @@ def test_ops_pass_opcheck(fused, form, options, layout):
     tensors += [given["query"].expand(3, -1, -1) if one_pass else given.get("bias"), given.get("logits")]
     mask = None if problem.mask is None else torch.atleast_2d(problem.mask)
     arguments = [None if x is None else layout(x) for x in (*tensors, mask)]
+    problem.run(fused)  # defines the ops, where a backend is loaded at its first call
     options = problem.options.get("coupling") == "in", problem.options.get("leaky", False)
     scalars = options if one_pass else (problem.options.get("iterations", 3), *options, 1e-9)
     ops = getattr(torch.ops, NAMESPACES[fused])

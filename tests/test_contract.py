@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from problems import FORMS, Problem, cotangent, random_problem
+from problems import FORMS, Problem, cotangent, fit, random_problem
 from torch.testing import assert_close
 
 import capsroute
@@ -32,7 +32,9 @@ SIZES = [(6, 9, 3, 3, 5), (6, 70, 8, 3, 8)]
 @pytest.mark.parametrize("iterations", [1, 3])
 @pytest.mark.parametrize("form", FORMS)
 def test_mask_selects_whatever_is_masked(backend, coupling, form, iterations, poison, sizes):
-    problem = random_problem(sizes, form=form, logits="BIJ", mask="BI", iterations=iterations, coupling=coupling)
+    problem = random_problem(
+        fit(backend, sizes), form=form, logits="BIJ", mask="BI", iterations=iterations, coupling=coupling
+    )
     masked = ~problem.mask
 
     def fill(name, x, value):
@@ -126,7 +128,7 @@ def test_no_input_capsules_give_squashed_bias(backend, coupling, form):
 @pytest.mark.parametrize("poison", [1.0, NAN, INF])
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_minus_infinity_forbids_a_pair(backend, coupling, iterations, poison, sizes):
-    problem = random_problem(sizes, form="votes", logits="BIJ", forbid=True, iterations=iterations)
+    problem = random_problem(fit(backend, sizes), form="votes", logits="BIJ", forbid=True, iterations=iterations)
     problem.options["coupling"] = coupling
     problem.tensors["logits"][:, :, 2] = -INF  # a whole column
     problem.tensors["logits"][:, 6] = -INF  # a whole row

@@ -194,6 +194,7 @@ def test_empty_batch():
     assert torch.equal(layer.weight.grad, torch.zeros_like(layer.weight))
 
 
+@pytest.mark.not_interpreted
 def test_neither_votes_nor_unfolded_inputs_are_stored(fused):
     layer = CapsuleConv2d(16, 8, 16, 8, 3, padding=1, chunk_bytes=2**20, backend=fused)
     x = torch.randn(8, 16, 16, 16, 8, requires_grad=True)

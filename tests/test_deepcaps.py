@@ -50,6 +50,7 @@ def test_the_decoder_draws_the_chosen_capsule():
     assert_close(free.lengths, free.capsules.norm(dim=-1))
 
 
+@pytest.mark.not_interpreted
 def test_it_learns_its_batch(backend):
     net, images = small(backend=backend), torch.rand(6, 1, 8, 8)
     labels = torch.tensor([0, 1, 2, 0, 1, 2])

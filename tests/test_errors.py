@@ -118,8 +118,8 @@ WRONG = [
         ({"leaky": 1}, TypeError, "True or False", "1"),
         ({"leaky": True, "coupling": "in"}, ValueError, "softmax over j only", 'coupling="in"'),
         ({"return_coupling": "yes"}, TypeError, "True or False", "'yes'"),
-        ({"backend": "gpu"}, ValueError, '"auto", "cpu", "reference"', "'gpu'"),
-        ({"backend": None}, ValueError, '"auto", "cpu", "reference"', "None"),
+        ({"backend": "gpu"}, ValueError, '"auto", "cpu", ', "'gpu'"),
+        ({"backend": None}, ValueError, '"auto", "cpu", ', "None"),
     ]),
     *((call, *rest) for call in ("linear", "votes", "squash") for rest in [
         ({"eps": 0.0}, ValueError, "positive", "0.0"),

@@ -99,12 +99,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.not_interpreted
 def test_extra_memory_is_a_small_part_of_the_references(fused, one_thread):
     problem = random_problem((128, 1152, 8, 10, 16), dtype=torch.float32)
     problem.tensors["weight"] = problem.tensors["weight"].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     assert extra_memory(problem, fused) < 0.08 * extra_memory(problem, "reference")
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("form", FORMS)
 def test_scratch_is_smaller_than_the_logits(fused, one_thread, form):
     batch, inputs, outputs = 256, 256, 256

@@ -165,6 +165,7 @@ def test_capsnet_refuses_wrong_images(shape):
         small_net()(torch.rand(shape))
 
 
+@pytest.mark.not_interpreted
 def test_capsnet_gradients(backend):
     net = small_net(backend=backend, dtype=torch.float64, class_features=2)
     images, labels = torch.rand(2, *DIGITS, dtype=torch.float64, requires_grad=True), torch.tensor([0, 2])
@@ -177,6 +178,7 @@ def test_capsnet_gradients(backend):
     assert torch.autograd.gradcheck(loss, (images, *parameters), fast_mode=True)
 
 
+@pytest.mark.not_interpreted
 def test_capsnet_learns_its_batch(backend):
     net, images, labels = small_net(backend=backend), torch.rand(6, *DIGITS), torch.tensor([0, 1, 2, 0, 1, 2])
     optimizer = torch.optim.Adam(net.parameters(), 0.02)

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from judge import Results, results
-from problems import FORMS, LARGE, Problem, cotangent, random_problem
+from problems import FORMS, LARGE, Problem, cotangent, fit, random_problem
 
 # Enough samples, groups of input capsules and output capsules for every kernel to split its work.
 SIZES = (13, 300, 8, 10, 16)
@@ -33,6 +33,7 @@ def assert_same_bits(found: Results, expected: Results) -> None:
         assert torch.equal(found[name], value), name
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("form", FORMS)
@@ -46,6 +47,7 @@ def test_same_bits_on_any_number_of_threads(fused, threads, form, options, dtype
         assert_same_bits(results(problem, fused), expected)
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("sizes", LARGE.values(), ids=LARGE)
 def test_same_bits_on_any_number_of_threads_at_large_sizes(fused, threads, sizes):
     problem = random_problem(sizes, dtype=torch.float32, logits="IJ")
@@ -60,6 +62,7 @@ def test_same_bits_on_any_number_of_threads_at_large_sizes(fused, threads, sizes
     ("form", "sizes"), [*((form, SIZES) for form in FORMS), *(("ijod", sizes) for sizes in LARGE.values())]
 )
 def test_each_sample_has_the_same_bits_alone(fused, form, sizes, options):
+    sizes = fit(fused, sizes)
     problem = random_problem(sizes, form=form, dtype=torch.float32, logits="BIJ", mask="BI", **options)
     per_sample = ("u", "votes", "query", "logits", "v")
     v, coupling = problem.run(fused, return_coupling=True)
@@ -74,6 +77,7 @@ def test_each_sample_has_the_same_bits_alone(fused, form, sizes, options):
             assert name not in per_sample or torch.equal(value, together[name][one]), name
 
 
+@pytest.mark.not_interpreted
 def test_two_threads_may_call_at_once(fused):
     problems = [random_problem(SIZES, form=form, dtype=torch.float32, bias=True) for form in FORMS]
     expected = [results(problem, fused) for problem in problems]

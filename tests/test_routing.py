@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from judge import assert_as_exact_as_the_reference
-from problems import EVERY, FORMS, LARGE, Problem, cases, cotangent, random_problem
+from problems import EVERY, FORMS, LARGE, Problem, cases, cotangent, fit, random_problem
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("form", "options"), cases(EVERY))
 def test_every_option(fused, form, options, dtype):
-    problem = random_problem((5, 67, 5, 3, 9), form=form, dtype=dtype, **EVERY[options])
+    problem = random_problem(fit(fused, (5, 67, 5, 3, 9)), form=form, dtype=dtype, **EVERY[options])
     assert_as_exact_as_the_reference(problem, fused)
 
 
@@ -24,7 +24,8 @@ def test_every_option(fused, form, options, dtype):
 @pytest.mark.parametrize("options", ["all", "pass, all", "pass, all, in"])
 def test_bias_logits_and_query_in_float32(fused, options, form, dtype):
     options = {**EVERY[options], "parameters": torch.float32}
-    assert_as_exact_as_the_reference(random_problem((5, 67, 5, 3, 9), form=form, dtype=dtype, **options), fused)
+    problem = random_problem(fit(fused, (5, 67, 5, 3, 9)), form=form, dtype=dtype, **options)
+    assert_as_exact_as_the_reference(problem, fused)
 
 
 # The kernels take 4, 8 or 16 features or input capsules in a vector, 4 samples in a block and 64 input
@@ -38,6 +39,7 @@ SIZES = st.tuples(
 )
 
 
+@pytest.mark.not_interpreted
 @hypothesis.given(
     sizes=SIZES,
     case=st.sampled_from(cases(EVERY)),
@@ -56,6 +58,7 @@ LARGE_OPTIONS = {name: {**EVERY[name], "iterations": 3} for name in ["all", "all
 LARGE_OPTIONS |= {name: EVERY[name] for name in ["pass, all", "pass, all, in"]}
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("options", LARGE_OPTIONS)
 @pytest.mark.parametrize("form", ["ijod", "jod", "votes"])
 @pytest.mark.parametrize("sizes", LARGE.values(), ids=LARGE)
@@ -81,18 +84,19 @@ REAL = {
 @pytest.mark.parametrize("sizes", REAL.values(), ids=REAL)
 def test_float32_at_real_shapes(fused, sizes):
     iterations = 1 if sizes == REAL["Efficient-CapsNet"] else 3
-    problem = random_problem(sizes, dtype=torch.float32, bias=True, iterations=iterations)
+    problem = random_problem(fit(fused, sizes), dtype=torch.float32, bias=True, iterations=iterations)
     assert_as_exact_as_the_reference(problem, fused)
 
 
 @pytest.mark.parametrize("form", ["jod", "od"])
 def test_float32_with_shared_weight_at_the_shape_of_mind(fused, form):
-    problem = random_problem((64, 50, 64, 8, 64), form=form, dtype=torch.float32, logits="BIJ", mask="BI")
+    sizes = fit(fused, (64, 50, 64, 8, 64))
+    problem = random_problem(sizes, form=form, dtype=torch.float32, logits="BIJ", mask="BI")
     assert_as_exact_as_the_reference(problem, fused)
 
 
 def test_float32_with_votes_at_the_shape_of_segcaps(fused):
-    problem = random_problem((512, 16, 0, 4, 32), form="votes", dtype=torch.float32, bias=True)
+    problem = random_problem(fit(fused, (512, 16, 0, 4, 32)), form="votes", dtype=torch.float32, bias=True)
     assert_as_exact_as_the_reference(problem, fused)
 
 
@@ -123,7 +127,7 @@ def expanded(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("order", list(itertools.permutations("ijod")), ids="".join)
 def test_weight_in_every_memory_order(fused, order):
-    problem = random_problem((5, 17, 3, 3, 9), dtype=torch.float32)
+    problem = random_problem(fit(fused, (5, 17, 3, 3, 9)), dtype=torch.float32)
     problem.tensors["weight"] = permuted(problem.tensors["weight"], tuple("ijod".index(d) for d in order))
     assert_as_exact_as_the_reference(problem, fused)
 
@@ -132,7 +136,7 @@ def test_weight_in_every_memory_order(fused, order):
 @pytest.mark.parametrize("layout", [reordered, sliced, expanded])
 @pytest.mark.parametrize("form", FORMS)
 def test_inputs_of_any_strides(fused, form, layout, dtype):
-    problem = random_problem((5, 17, 3, 3, 9), form=form, dtype=dtype, bias=True, logits="BIJ", mask="BI")
+    problem = random_problem(fit(fused, (5, 17, 3, 3, 9)), form=form, dtype=dtype, bias=True, logits="BIJ", mask="BI")
     mask = problem.mask if layout is sliced else layout(problem.mask)
     assert_as_exact_as_the_reference(Problem(problem.map(layout).tensors, mask), fused)
 
@@ -140,6 +144,6 @@ def test_inputs_of_any_strides(fused, form, layout, dtype):
 @pytest.mark.parametrize("layout", [lambda g: g.new_ones(()).expand(g.shape), expanded, sliced, reordered])
 @pytest.mark.parametrize("form", FORMS)
 def test_incoming_gradient_of_any_strides(fused, form, layout):
-    problem = random_problem((5, 17, 3, 3, 9), form=form, dtype=torch.float32, bias=True)
+    problem = random_problem(fit(fused, (5, 17, 3, 3, 9)), form=form, dtype=torch.float32, bias=True)
     grad_v = layout(cotangent(problem.run(fused)))
     assert_as_exact_as_the_reference(problem, fused, grad_v)

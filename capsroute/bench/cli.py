@@ -16,7 +16,7 @@ import torch
 from .. import __version__, _ops
 from . import table
 from .compare import DisagreementError, compare
-from .registry import CASES, IMPLEMENTATIONS, fused_backend, names_for
+from .registry import CASES, IMPLEMENTATIONS, Case, fused_backend, names_for
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -52,6 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, default=10.0, help="to time each case and pass, once warm (default: %(default)g)"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: also AMD's GPUs (default: cpu)")
+    parser.add_argument(
+        "--traffic", action="store_true", help="instead, the bytes that the GPU kernels move: exact, and needs no GPU"
+    )
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, in fresh processes")
 
 
@@ -64,6 +68,12 @@ def run(args: argparse.Namespace) -> int:
     cases = [case._replace(seed=args.seed or 0) for case in cases]
     if args.batch:
         cases = [case._replace(batch=args.batch) for case in cases]
+    if args.traffic:
+        return _traffic(cases, dtype, args.json)
+    if args.device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch sees no GPU here")
+        torch.set_default_device("cuda")
     about = describe_machine(dtype)
 
     def say(text: str) -> None:  # to stderr where stdout is for JSON
@@ -88,12 +98,32 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _traffic(cases: list[Case], dtype: torch.dtype, as_json: bool) -> int:
+    from .._triton import installed
+
+    can, why = installed()
+    if not can:
+        raise ValueError(f"--traffic reads the launches of the Triton backend: {why}")
+    from . import traffic
+
+    print(traffic.rows(cases, dtype), file=sys.stderr if as_json else sys.stdout)
+    if as_json:
+        results = [
+            {"case": case._asdict(), "backward": backward, **traffic.traffic(case, backward, dtype)._asdict()}
+            for case in cases
+            for backward in (False, True)
+        ]
+        print(json.dumps({"command": "bench", "dtype": str(dtype)[6:], "results": results}))
+    return 0
+
+
 def describe_machine(dtype: torch.dtype) -> dict[str, object]:
     """What the figures depend on besides the code: processor, threads, versions."""
     compiler = re.search(rb"GCC: \([^)]*\) [\d.]+|clang version [\d.]+", _library())
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
         "machine": f"{platform.system()} {platform.machine()}, {_processor()}, {os.cpu_count()} logical processors",
+        "gpu": _gpu(),
         "threads": torch.get_num_threads(),
         "fused": f"{fused_backend(torch.empty(0, 1, 1, dtype=dtype))} ({_ops.cpu_library()[1]})",
         "torch": f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}",
@@ -101,6 +131,14 @@ def describe_machine(dtype: torch.dtype) -> dict[str, object]:
         "capsroute": __version__,
         "compiler": compiler[0].decode() if compiler else "unknown",
     }
+
+
+def _gpu() -> str:
+    if torch.get_default_device().type != "cuda":
+        return "not used"
+    about = torch.cuda.get_device_properties()
+    runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    return f"{about.name}, {about.multi_processor_count} processors, {about.total_memory >> 30} GiB, {runtime}"
 
 
 def _library() -> bytes:

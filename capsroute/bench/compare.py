@@ -108,14 +108,18 @@ def check_equal(name: str, results: list[Tensor], expected: list[Tensor]) -> Non
 
 def _with_memory(result: Result, case: Case, backward: bool, dtype: torch.dtype) -> Result:
     try:
-        peak = in_fresh_process(_case_memory, case, backward, result.name, dtype, torch.get_num_threads())
+        peak = in_fresh_process(
+            _case_memory, case, backward, result.name, dtype, torch.get_num_threads(), str(torch.get_default_device())
+        )
     except BrokenProcessPool:
         return result._replace(note="its process was killed")
     return result._replace(peak_bytes=peak)
 
 
-def _case_memory(case: Case, backward: bool, name: str, dtype: torch.dtype, threads: int) -> int:
+def _case_memory(case: Case, backward: bool, name: str, dtype: torch.dtype, threads: int, device: str) -> int:
     torch.set_num_threads(threads)
+    if device != "cpu":
+        torch.set_default_device(device)
     implementation, problem = IMPLEMENTATIONS[name], make_problem(case, dtype)
     forward = implementation.make()
     # The small problem leaves nothing behind that the first true call would need; a compiled one has no choice.

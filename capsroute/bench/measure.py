@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 MIN_ROUNDS = 3
@@ -46,6 +47,22 @@ class Result(NamedTuple):
     note: str = ""
 
 
+def on_gpu() -> bool:
+    """Whether tensors are made on a GPU, where torch's default device says so."""
+    return torch.get_default_device().type == "cuda"
+
+
+def gpu_seconds(call: Callable[[], object]) -> float:
+    """Seconds between two events of the current stream around a call, by the GPU's clock."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
 def alternate(
     calls: dict[str, Callable[[], object]], seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, Timing]:
@@ -54,7 +71,7 @@ def alternate(
     Args:
         calls: what to time, by name; each is called once before, to warm up.
         seconds: begin no further round after this long, but make MIN_ROUNDS.
-        clock: gives the time in seconds.
+        clock: gives the time in seconds; on a GPU its own clock gives that of the calls.
     """
     for call in calls.values():
         call()
@@ -62,6 +79,9 @@ def alternate(
     rounds, end = 0, clock() + seconds
     while calls and (rounds < MIN_ROUNDS or clock() < end):
         for name, call in calls.items():
+            if on_gpu():
+                times[name].append(gpu_seconds(call))
+                continue
             start = clock()
             call()
             times[name].append(clock() - start)
@@ -74,17 +94,24 @@ def alternate(
 
 
 def available_memory() -> int:
-    """Bytes that can be allocated without swapping, as Linux estimates them."""
+    """Bytes that can be allocated: on the GPU, or without swapping, as Linux estimates them."""
+    if on_gpu():
+        return torch.cuda.mem_get_info()[0]
     return _kibibytes("/proc/meminfo", "MemAvailable")
 
 
 def peak_growth(warm_up: Callable[[], object], work: Callable[[], list[Tensor]]) -> int:
-    """Bytes by which the process's peak resident memory grows during `work`, less the tensors it returns.
+    """Bytes by which the process's peak resident memory, or the GPU's, grows in `work`, less the tensors it returns.
 
     Call it in a fresh process: in one that has worked before, memory that the C library has kept hides a
     part. That is also why `warm_up`, which should load code and little else, is followed by a trim.
     """
     warm_up()
+    if on_gpu():  # the caching allocator knows
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results = work()
+        return max(torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in results), 0)
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins again at what is resident now
     before = _kibibytes("/proc/self/status", "VmRSS")

@@ -94,12 +94,18 @@ class Problem(NamedTuple):
 
 
 def make_problem(case: Case, dtype: torch.dtype = torch.float32) -> Problem:
-    """Random tensors for a case: |u| is about 1, votes as :class:`CapsuleLinear` makes them."""
+    """Random tensors for a case: |u| is about 1, votes as :class:`CapsuleLinear` makes them.
+
+    They are drawn on the CPU, and lie on torch's default device.
+    """
     batch, inputs, in_features, outputs, out_features = case[1:6]
-    generator = torch.Generator().manual_seed(case.seed)
+    generator = torch.Generator("cpu").manual_seed(case.seed)
 
     def normal(*shape: int, std: float) -> Tensor:
-        return torch.empty(shape).normal_(0, std, generator=generator).to(dtype)
+        if torch.get_default_device().type == "meta":
+            return torch.empty(shape, dtype=dtype)
+        x = torch.empty(shape, device="cpu").normal_(0, std, generator=generator)
+        return x.to(torch.get_default_device(), dtype)
 
     weight, logits = None, None
     std = min(outputs / math.sqrt(inputs), 1) / math.sqrt(out_features)

@@ -1,0 +1,335 @@
+"""The backward kernels. From ds^k = dL/ds^k of a pass, with p its coupling,
+
+    t_ij  = h_ij . ds^k_j,    db_ij = p_ij (t_ij - T),    dV^(k-1)_j = dV^k_j + sum over i of db_ij h_ij,
+
+where T = sum over j of p_ij t_ij, or over i, which is (s^k_j - bias_j) . ds^k_j: one stream for each pass from the
+last to the second. Then one stream makes every gradient from
+
+    dh_ij = sum over k of p^k_ij ds^k_j + db^k_ij V^(k-1)_j,    V^0 = 0.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .forward import added, from_keys, to_keys
+from .stream import normalised, pairs, softmax_parts, squash_scale, tile, votes
+
+
+@triton.jit
+def squash_gradient(s, g, eps):
+    """J_sq(s)^T g; this form is accurate to |s| = 1e18 in float32."""
+    n2 = tl.sum(s * s, 2, keep_dims=True)
+    r = tl.sqrt(n2 + eps)
+    f = n2 / (1 + n2) / r
+    unit = s / r
+    return f * g + (2 * r / (1 + n2) / (1 + n2) - f) * tl.sum(unit * g, 2, keep_dims=True) * unit
+
+
+@triton.jit(do_not_specialize=["B", "R"])
+def start(
+    grad, s, weight, bias, queries, slopes, key_queries, key_slopes, means, B, R, eps, strides,
+    SQUASH: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """V^1 .. V^(R-1) from what was saved, and ds^R = J_sq(s^R)^T dv; for keys also W^T V and W^T ds.
+
+    Over i also T_j = (s_j - bias_j) . ds_j.
+    """
+    ACC: tl.constexpr = P.acc
+    TB: tl.constexpr = P.TB
+    JB: tl.constexpr = P.JB
+    OB: tl.constexpr = P.OB
+    J: tl.constexpr = P.J
+    O: tl.constexpr = P.O
+    D: tl.constexpr = P.D
+    b, j, o = tile(P, OB)
+    inside = (b < B) & (j < J) & (o < O)
+    at = (b * J + j) * O + o
+    n = B.to(tl.int64) * (J * O)
+    V = tl.zeros([TB, JB, OB], ACC)
+    for k in range(0, R - 1):
+        s_k = tl.load(s + k * n + at, mask=inside, other=0)
+        V += squash_scale(tl.sum(s_k * s_k, 2, keep_dims=True), eps) * s_k
+        tl.store(queries + k * n + at, V, mask=inside)
+        if P.keys:
+            to_keys(V, weight, key_queries + k * (B.to(tl.int64) * (J * D)), b, j, o, B, strides, P)
+    g = tl.load(grad + b * strides[3] + j * strides[4] + o * strides[5], mask=inside, other=0).to(ACC)
+    s_k = g
+    if SQUASH:
+        s_k = tl.load(s + (R - 1) * n + at, mask=inside, other=0)
+        g = squash_gradient(s_k, g, eps)
+    elif P.over_inputs:
+        s_k = tl.load(s + at, mask=inside, other=0)
+    store_slope(g, s_k, weight, bias, slopes, key_slopes, means, b, j, o, R - 1, B, strides, P)
+
+
+@triton.jit
+def store_slope(ds, s, weight, bias, slopes, key_slopes, means, b, j, o, k, B, strides, P: tl.constexpr):
+    """ds^k [TB, JB, OB], as the streams of pass k read it."""
+    ACC: tl.constexpr = P.acc
+    J: tl.constexpr = P.J
+    O: tl.constexpr = P.O
+    D: tl.constexpr = P.D
+    inside = (b < B) & (j < J) & (o < O)
+    n = B.to(tl.int64) * J
+    tl.store(slopes + k * (n * O) + (b * J + j) * O + o, ds, mask=inside)
+    if P.over_inputs:
+        if bias is not None:
+            s -= tl.load(bias + j * O + o, mask=(j < J) & (o < O), other=0).to(ACC)
+        tl.store(means + k * n + b * J + j, tl.sum(s * ds, 2, keep_dims=True), mask=(b < B) & (j < J))
+    if P.keys:
+        to_keys(ds, weight, key_slopes + k * (n * D), b, j, o, B, strides, P)
+
+
+@triton.jit(do_not_specialize=["B", "k", "groups"])
+def between(
+    parts, s, weight, bias, dV, slopes, key_slopes, means, k, B, groups, eps, strides,
+    FIRST: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """dV^k = dV^(k+1) + sum of the parts of the stream of pass k + 1, and ds^k = J_sq(s^k)^T dV^k, k from 0."""
+    OB: tl.constexpr = P.OB
+    J: tl.constexpr = P.J
+    O: tl.constexpr = P.O
+    b, j, o = tile(P, OB)
+    inside = (b < B) & (j < J) & (o < O)
+    at = (b * J + j) * O + o
+    if P.keys:
+        g = from_keys(parts, None, 0.0, weight, b, j, o, groups, B, strides, P)
+    else:
+        g = added(parts, None, 0.0, b, j, o, groups, B, P)
+    if not FIRST:
+        g += tl.load(dV + at, mask=inside, other=0)
+    tl.store(dV + at, g, mask=inside)
+    s_k = tl.load(s + k * (B.to(tl.int64) * (J * O)) + at, mask=inside, other=0)
+    ds = squash_gradient(s_k, g, eps)
+    store_slope(ds, s_k, weight, bias, slopes, key_slopes, means, b, j, o, k, B, strides, P)
+
+
+@triton.jit
+def query_before(queries, k, n, at, inside, P: tl.constexpr):
+    """V^(k-1), of n numbers each; V^0 = 0 is not stored."""
+    GIVEN: tl.constexpr = P.given
+    place = k * n + at
+    if not GIVEN:
+        place -= n
+    return tl.load(queries + place, mask=inside & (place >= 0), other=0)
+
+
+@triton.jit
+def coupling_and_slope(h, prior, allowed, V, ds, tops, totals, means, k, row, b, i, j, B, I, P: tl.constexpr):
+    """p_ij and db_ij of pass k, [TB, JB, 1].
+
+    tops, totals, means: m, the sum of exp(a - m), and T, each [R, B, J] where the softmax runs over i; [R, B, I] where
+    it runs over j and J takes several tiles.
+    """
+    J: tl.constexpr = P.J
+    a = prior + tl.sum(h * V, 2, keep_dims=True)
+    a = tl.where(allowed, a, float("-inf"))
+    t = tl.sum(h * ds, 2, keep_dims=True)
+    if P.over_inputs or P.tiled:
+        sample = k * B.to(tl.int64) + b
+        if P.over_inputs:
+            at, inside = sample * J + j, (b < B) & (j < J)
+        else:
+            at, inside = sample * I + i, row
+        p = normalised(a, allowed, tl.load(tops + at, mask=inside, other=0), tl.load(totals + at, mask=inside, other=1))
+        T = tl.load(means + at, mask=inside, other=0)
+    else:
+        m, total = softmax_parts(a, P)
+        p = normalised(a, allowed, m, total)
+        T = tl.sum(p * t, 1, keep_dims=True)
+    return p, tl.where(allowed, p * (t - T), 0.0)
+
+
+@triton.jit(do_not_specialize=["B", "I", "k"])
+def rows(u, weight, logits, mask, queries, slopes, parts, k, B, I, strides, P: tl.constexpr):
+    """Where J takes several tiles: m, total and sum of exp(a - m) t over the j of this tile, parts [tiles, 3, B, I]."""
+    XB: tl.constexpr = P.XB
+    J: tl.constexpr = P.J
+    X: tl.constexpr = P.X
+    b, j, x = tile(P, XB)
+    inside = (b < B) & (j < J) & (x < X)
+    at = (b * J + j) * X + x
+    n = B.to(tl.int64) * (J * X)
+    V = query_before(queries, k, n, at, inside, P)
+    ds = tl.load(slopes + k * n + at, mask=inside, other=0)
+    begin = tl.program_id(2).to(tl.int64) * P.group
+    for i in range(begin, tl.minimum(begin + P.group, I)):
+        row, allowed, prior = pairs(logits, mask, b < B, b, i, j, strides, P)
+        h = votes(u, weight, b, i, j, x, row, allowed, strides, P)
+        a = tl.where(allowed, prior + tl.sum(h * V, 2, keep_dims=True), float("-inf"))
+        m, total = softmax_parts(a, P)
+        T = tl.sum(tl.exp(a - m) * tl.sum(h * ds, 2, keep_dims=True), 1, keep_dims=True)
+        m = tl.where(total == 0, float("-inf"), m)
+        to = parts + (tl.program_id(1) * 3 * B.to(tl.int64) + b) * I + i
+        tl.store(to, m, mask=b < B)
+        tl.store(to + B.to(tl.int64) * I, total, mask=b < B)
+        tl.store(to + 2 * (B.to(tl.int64) * I), T, mask=b < B)
+
+
+@triton.jit(do_not_specialize=["B", "I", "k"])
+def pass_(
+    u, weight, logits, mask, queries, slopes, tops, totals, means, parts, sums, k, B, I, strides, P: tl.constexpr
+):
+    """One group's part of sum over i of db_ij h_ij, parts [groups, B, J, X]; with sums that of p_ij h_ij too."""
+    ACC: tl.constexpr = P.acc
+    TB: tl.constexpr = P.TB
+    JB: tl.constexpr = P.JB
+    XB: tl.constexpr = P.XB
+    J: tl.constexpr = P.J
+    X: tl.constexpr = P.X
+    b, j, x = tile(P, XB)
+    inside = (b < B) & (j < J) & (x < X)
+    at = (b * J + j) * X + x
+    n = B.to(tl.int64) * (J * X)
+    V = query_before(queries, k, n, at, inside, P)
+    ds = tl.load(slopes + k * n + at, mask=inside, other=0)
+    e = tl.zeros([TB, JB, XB], ACC)
+    c = tl.zeros([TB, JB, XB], ACC)
+    g = tl.program_id(2).to(tl.int64)
+    begin = g * P.group
+    for i in range(begin, tl.minimum(begin + P.group, I)):
+        row, allowed, prior = pairs(logits, mask, b < B, b, i, j, strides, P)
+        h = votes(u, weight, b, i, j, x, row, allowed, strides, P)
+        p, db = coupling_and_slope(h, prior, allowed, V, ds, tops, totals, means, k, b < B, b, i, j, B, I, P)
+        e = tl.fma(tl.broadcast_to(db, [TB, JB, XB]), h, e)
+        if P.need_weight:
+            c = tl.fma(tl.broadcast_to(p, [TB, JB, XB]), h, c)
+    tl.store(parts + g * n + at, e, mask=inside)
+    if P.need_weight:
+        tl.store(sums + g * n + at, c, mask=inside)
+
+
+@triton.jit
+def vote_gradient(
+    h, prior, allowed, queries, slopes, tops, totals, means, row, b, i, j, x, first, R, B, I, P: tl.constexpr
+):
+    """dh_ij = sum over k of p ds + db V [IB, JB, XB], and sum over k of db [IB, JB, 1]; k from first to R - 1."""
+    ACC: tl.constexpr = P.acc
+    IB: tl.constexpr = P.TB
+    JB: tl.constexpr = P.JB
+    XB: tl.constexpr = P.XB
+    J: tl.constexpr = P.J
+    X: tl.constexpr = P.X
+    DETACH: tl.constexpr = P.detach
+    inside = (j < J) & (x < X)
+    at = (b * J + j) * X + x
+    n = B.to(tl.int64) * (J * X)
+    dh = tl.zeros([IB, JB, XB], ACC)
+    dlogits = tl.zeros([IB, JB, 1], ACC)
+    for k in range(first, R):
+        V = query_before(queries, k, n, at, inside, P)
+        ds = tl.load(slopes + k * n + at, mask=inside, other=0)
+        p, db = coupling_and_slope(h, prior, allowed, V, ds, tops, totals, means, k, row, b, i, j, B, I, P)
+        dh = tl.fma(tl.broadcast_to(p, [IB, JB, XB]), tl.broadcast_to(ds, [IB, JB, XB]), dh)
+        if not DETACH:
+            dh = tl.fma(tl.broadcast_to(db, [IB, JB, XB]), tl.broadcast_to(V, [IB, JB, XB]), dh)
+            dlogits += db
+    return tl.where(allowed, dh, 0.0), dlogits
+
+
+@triton.jit(do_not_specialize=["B", "I", "first", "R", "share"])
+def gradients(
+    u, weight, logits, mask, queries, slopes, tops, totals, means, du, dweight, dlogits,
+    first, R, B, I, share, strides, P: tl.constexpr,
+):  # fmt: skip
+    """The last stream: a program owns IB input capsules, W_i in registers, and goes through a share of the samples.
+
+    du_i = sum over j of W_ij^T dh_ij, in parts [tiles of j, B, I, D]; the gradient of given votes is dh itself.
+    dW_ij = sum over b of dh_ij u_i^T, in parts [shares, I, D, J, O].
+    dlogits by P.need_logits, the dimensions that the logits have: "bi" [B, I, J]; "b" parts [tiles of i, B, J]; "i"
+    parts [shares, I, J]; "j" parts [shares, tiles of i, J].
+    The tile has i where the other streams have samples: [IB, JB, XB], for W and dW [IB, DB, JB, XB].
+    """
+    ACC: tl.constexpr = P.acc
+    IB: tl.constexpr = P.TB
+    JB: tl.constexpr = P.JB
+    XB: tl.constexpr = P.XB
+    DB: tl.constexpr = P.DB
+    J: tl.constexpr = P.J
+    X: tl.constexpr = P.X
+    D: tl.constexpr = P.D
+    NEED: tl.constexpr = P.need_logits
+    i = (tl.program_id(0).to(tl.int64) * IB + tl.arange(0, IB))[:, None, None]
+    j = (tl.program_id(1) * JB + tl.arange(0, JB))[None, :, None]
+    x = tl.arange(0, XB)[None, None, :]
+    d = tl.arange(0, DB)[None, :, None, None]
+    of_i = i[:, :, :, None] * (D * J * X)
+    inner = d * (J * X) + (j * X + x)[:, None, :, :]
+    if P.pair:
+        in_weight = (i < I)[:, :, :, None] & (d < D) & ((j < J) & (x < X))[:, None, :, :]
+        W = tl.load(weight + of_i + inner, mask=in_weight, other=0).to(ACC)
+        dW = tl.zeros([IB, DB, JB, XB], ACC)
+    of_share = tl.zeros([IB, JB, 1], ACC)
+    begin = tl.program_id(2).to(tl.int64) * share
+    for sample in range(begin, tl.minimum(begin + share, B)):
+        b = tl.zeros([1, 1, 1], tl.int64) + sample
+        row, allowed, prior = pairs(logits, mask, i < I, b, i, j, strides, P)
+        if P.pair:
+            at = u + (b * strides[5] + i * strides[6])[:, :, :, None] + d
+            u_b = tl.load(at, mask=row[:, :, :, None] & (d < D), other=0).to(ACC)  # [IB, DB, 1, 1]
+            h = tl.sum(W * u_b, 1)
+            if P.logits:
+                h = tl.where(allowed, h, 0.0)
+        else:
+            h = votes(u, weight, b, i, j, x, row, allowed, strides, P)
+        dh, db = vote_gradient(
+            h, prior, allowed, queries, slopes, tops, totals, means, i < I, b, i, j, x, first, R, B, I, P
+        )
+        if P.pair:
+            if P.need_u:
+                du_b = tl.sum(tl.sum(W * dh[:, None, :, :], 3, keep_dims=True), 2, keep_dims=True)
+                du_b = tl.where(row[:, :, :, None], du_b, 0.0)  # W may hold what is not finite
+                to = du + ((tl.program_id(1) * B.to(tl.int64) + b) * I + i)[:, :, :, None] * D + d
+                tl.store(to, du_b.to(du.dtype.element_ty), mask=(i < I)[:, :, :, None] & (d < D))
+            if P.need_weight:
+                dW = tl.fma(
+                    tl.broadcast_to(u_b, [IB, DB, JB, XB]), tl.broadcast_to(dh[:, None, :, :], [IB, DB, JB, XB]), dW
+                )
+        elif P.need_u:
+            if P.keys:
+                to = du + ((tl.program_id(1) * B.to(tl.int64) + b) * I + i) * X + x
+                tl.store(to, tl.sum(dh, 1, keep_dims=True).to(du.dtype.element_ty), mask=(i < I) & (x < X))
+            else:
+                to = du + ((b * I.to(tl.int64) + i) * J + j) * X + x
+                tl.store(to, dh.to(du.dtype.element_ty), mask=(i < I) & (j < J) & (x < X))
+        if NEED == "bi":
+            tl.store(dlogits + (b * I + i) * J + j, db.to(dlogits.dtype.element_ty), mask=(i < I) & (j < J))
+        elif NEED == "b":
+            to = dlogits + (tl.program_id(0) * B.to(tl.int64) + b) * J + j
+            tl.store(to, tl.sum(db, 0, keep_dims=True), mask=j < J)
+        else:
+            of_share += db
+    if P.pair:  # noqa: SIM102
+        if P.need_weight:
+            to = dweight + tl.program_id(2) * (I.to(tl.int64) * (D * J * X)) + of_i + inner
+            tl.store(to, dW.to(dweight.dtype.element_ty), mask=in_weight)
+    if NEED == "i":
+        tl.store(dlogits + (tl.program_id(2) * I.to(tl.int64) + i) * J + j, of_share, mask=(i < I) & (j < J))
+    elif NEED == "j":
+        to = dlogits + (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * J + j
+        tl.store(to, tl.sum(of_share, 0, keep_dims=True), mask=j < J)
+
+
+@triton.jit(do_not_specialize=["N", "share"])
+def outer(x, y, out, N, share, P: tl.constexpr):
+    """out [shares, J, O, D]: sum over n of x[n, j, o] y[n, j, d]; shares of the N rows."""
+    ACC: tl.constexpr = P.acc
+    OB: tl.constexpr = P.OB
+    DB: tl.constexpr = P.DB
+    O: tl.constexpr = P.O
+    D: tl.constexpr = P.D
+    J: tl.constexpr = P.J
+    j = tl.program_id(0).to(tl.int64)
+    tiles = (D + DB - 1) // DB
+    o = (tl.program_id(1) // tiles * OB + tl.arange(0, OB))[:, None]
+    d = (tl.program_id(1) % tiles * DB + tl.arange(0, DB))[None, :]
+    total = tl.zeros([OB, DB], ACC)
+    begin = tl.program_id(2).to(tl.int64) * share
+    for n in range(begin, tl.minimum(begin + share, N)):
+        x_n = tl.load(x + (n * J + j) * O + o, mask=o < O, other=0)
+        y_n = tl.load(y + (n * J + j) * D + d, mask=d < D, other=0)
+        total = tl.fma(tl.broadcast_to(x_n, [OB, DB]), tl.broadcast_to(y_n, [OB, DB]), total)
+    to = out + ((tl.program_id(2).to(tl.int64) * J + j) * O + o) * D + d
+    tl.store(to, total, mask=(o < O) & (d < D))

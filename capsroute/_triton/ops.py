@@ -1,0 +1,55 @@
+"""The op set `capsroute_triton`: importing this module imports Triton, defines the ops and implements them."""
+
+from __future__ import annotations
+
+import torch
+
+from .._ops import define
+from . import NAMESPACE, backward, forward
+from .problem import Problem, run
+
+
+def _route(u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps, save, return_coupling):
+    problem = Problem.of(u, weight, bias, logits, mask, over_inputs, leaky)
+    return _run(u, forward.route(problem, iterations, eps, save, return_coupling))
+
+
+def _route_backward(
+    grad_v, s, norm, u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps, detach_coupling, *needs
+):
+    problem = Problem.of(u, weight, bias, logits, mask, over_inputs, leaky)
+    wanted = _wanted(needs, u, weight, bias, logits)
+    return _run(u, backward.route_backward(problem, grad_v, s, norm, iterations, eps, detach_coupling, wanted))
+
+
+def _routing_pass(u, weight, query, logits, mask, over_inputs, leaky, save, return_coupling):
+    problem = Problem.of(u, weight, query, logits, mask, over_inputs, leaky)
+    return _run(u, forward.routing_pass(problem, query, save, return_coupling))
+
+
+def _routing_pass_backward(grad_s, s, norm, u, weight, query, logits, mask, over_inputs, leaky, *needs):
+    problem = Problem.of(u, weight, query, logits, mask, over_inputs, leaky)
+    wanted = _wanted(needs, u, weight, query, logits)
+    return _run(u, backward.routing_pass_backward(problem, grad_s, s, norm, query, wanted))
+
+
+def _wanted(needs, *tensors) -> backward.Needs:
+    return backward.Needs(*(need and x is not None for need, x in zip(needs, tensors, strict=True)))
+
+
+def _run(u, planned):
+    steps, results = planned
+    with torch.accelerator.device_index(u.device.index):
+        run(steps)
+    return results
+
+
+define(NAMESPACE)
+for _name, _implementation in (
+    ("route", _route),
+    ("route_backward", _route_backward),
+    ("routing_pass", _routing_pass),
+    ("routing_pass_backward", _routing_pass_backward),
+):
+    for _device in ("cuda", "cpu"):  # ROCm's device is called cuda too; cpu is for the interpreter
+        torch.library.impl(f"{NAMESPACE}::{_name}", _device, _implementation)

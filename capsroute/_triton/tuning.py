@@ -1,0 +1,205 @@
+"""How large the tiles are: by rules whose numbers a table gives for each kind of GPU, with its reasons.
+
+No number here was measured: no GPU was at hand. `capsroute tune` measures on one, and stores what is better in a file
+that is read here.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The numbers behind the tiles. `work`, `row`, `tiled` and `held` decide in which order sums are added.
+
+    Attributes:
+        forward, backward: warps of a program at most, and numbers of each array of a tile that a thread holds, in a
+            stream. Forward holds V, s, the votes and temporaries: 16 warps leave 128 registers, of which 4 x 16 are
+            half; 32 numbers in 8 warps spilled on sm_90. Backward holds V, ds, two sums and the votes, and takes 182
+            registers for 16 numbers, so 8 warps.
+        loaded: instead of `forward` where a stream reads mask, logits or statistics, or keeps maxima.
+        between: likewise, between two streams.
+        held: likewise of W_i, and as many of dW_i, in the last stream.
+        row: numbers J x O (padded) of a sample up to which one tile takes all j. Above it the softmax over j takes a
+            stream of its own, which reads W once more, but tiles hold more samples, so W is read for fewer of them.
+        tiled: numbers j x O of a sample in a tile where J takes several.
+        work: multiply-adds for a sample in one group of input capsules, whose sum is one part. Fewer make more
+            programs, and more parts to write and read: MNIST at B = 128 has 4 tiles of 32 samples x 24 groups, 96
+            programs of 8 warps.
+        groups: input capsules of a group, at least: the parts of s are at most 1/16 of the votes.
+        programs: about as many as fill the device. The last stream shares out the samples, and a stream takes fewer
+            samples a tile, to have as many.
+        fewest: samples of a tile or a share, at least, unless the registers hold no more.
+    """
+
+    forward: tuple[int, int] = (16, 16)
+    loaded: tuple[int, int] = (8, 16)
+    backward: tuple[int, int] = (8, 16)
+    between: tuple[int, int] = (8, 8)
+    held: tuple[int, int] = (16, 32)
+    row: int = 1024
+    tiled: int = 256
+    work: int = 48 * 8 * 160
+    groups: int = 16
+    programs: int = 64
+    fewest: int = 8
+
+
+# One for all: sm_75 to sm_120 have 64 Ki registers for a processor and 255 for a thread, AMD's targets no fewer, and
+# the rules never ask for more shared memory than the 48 KiB that each has.
+DEFAULT = Tuning()
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Samples (or input capsules), output capsules, padded features, and the warps that work on them."""
+
+    rows: int
+    outputs: int
+    features: int
+    warps: int
+
+
+def _warps(numbers: int, per_thread: int, most: int) -> int:
+    return max(1, min(most, power_of_two(numbers) // (32 * per_thread)))
+
+
+def _outputs(tuning: Tuning, J: int, features: int) -> int:
+    """Output capsules of a tile: all, or as many as leave room for many samples."""
+    outputs = power_of_two(J)
+    return outputs if outputs * features <= tuning.row else max(1, min(outputs, tuning.tiled // features))
+
+
+def tiled(tuning: Tuning, J: int, X: int) -> bool:
+    """Whether J takes several tiles in the streams."""
+    return _outputs(tuning, J, power_of_two(X)) < J
+
+
+def group(tuning: Tuning, I: int, J: int, X: int, D: int) -> int:
+    """Input capsules whose sum is one part. It depends on one input capsule's work alone, so that a sample's sum is
+    added in the same order in any batch.
+    """
+    work = min(J, _outputs(tuning, J, power_of_two(X))) * X * D
+    return max(1, min(I, max(tuning.groups, tuning.work // work)))
+
+
+def tile(tuning: Tuning, shape: tuple[int, int], B: int, J: int, X: int, itemsize: int, groups: int) -> Tile:
+    """The tile of a stream over i: as many samples as fit the registers, so that W is read for all of them, but fewer
+    where the programs would be few.
+    """
+    features = power_of_two(X)
+    outputs = _outputs(tuning, J, features)
+    warps, per_thread = shape[0], max(1, shape[1] * 4 // itemsize)
+    rows = min(max(1, per_thread * 32 * warps // (outputs * features)), power_of_two(B))
+    warps = _warps(rows * outputs * features, per_thread, warps)
+    while rows > tuning.fewest and -(-B // rows) * -(-J // outputs) * groups < tuning.programs:
+        rows //= 2
+    # Then the warps remain, but not where one launch makes all passes: it spilled in 8 warps, and not in 4.
+    per_thread = per_thread if groups == 1 else max(1, per_thread // 2)
+    return Tile(rows, outputs, features, _warps(rows * outputs * features, per_thread, warps))
+
+
+def gradient_tile(tuning: Tuning, I: int, J: int, X: int, D: int, itemsize: int, narrow: bool) -> Tile:
+    """The tile of the last stream: as many input capsules as fit the registers with W_i and dW_i, so that V and ds
+    are read for all of them. Narrow types are converted in registers: with all of those full they spilled.
+    """
+    features, deep = power_of_two(X), power_of_two(D)
+    outputs = _outputs(tuning, J, features)
+    most, per_thread = tuning.held[0], max(1, tuning.held[1] * 4 // itemsize)
+    room = per_thread * 32 * most
+    while outputs > 1 and outputs * features * deep > room // (2 if narrow else 1):
+        outputs //= 2
+    rows = min(max(1, room // 2 // (outputs * features * deep)), power_of_two(max(I, 1)))
+    rows = min(rows, max(1, 4 * tuning.row // (outputs * features)))
+    return Tile(rows, outputs, features, _warps(rows * outputs * features * deep, per_thread, most))
+
+
+def share(tuning: Tuning, count: int, programs: int) -> int:
+    """How many of `count` samples one program takes, where so many programs take each."""
+    shares = max(1, min(-(-tuning.programs * 4 // programs), count // tuning.fewest))
+    return max(1, -(-count // shares))
+
+
+def for_shape(device: torch.device, form: str, J: int, O: int, D: int, dtype: torch.dtype) -> Tuning:
+    """What was measured best for a layer on this GPU, else the default."""
+    if device.type != "cuda":
+        return DEFAULT
+    return measured().get(torch.cuda.get_device_name(device), {}).get(key(form, J, O, D, dtype), DEFAULT)
+
+
+def key(form: str, J: int, O: int, D: int, dtype: torch.dtype) -> str:
+    """The layer in the file: not its batch, so that a sample is added up alike in any."""
+    return f"{form} J={J} O={O} D={D} {str(dtype).removeprefix('torch.')}"
+
+
+def cache_file() -> Path:
+    """CAPSROUTE_TUNING, else tuning.json in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("CAPSROUTE_TUNING") or cache / "capsroute" / "tuning.json")
+
+
+@functools.cache
+def measured() -> dict[str, dict[str, Tuning]]:
+    """By the name of the GPU and the layer, as `store` has written them; read once."""
+    path = cache_file()
+    if not path.exists():
+        return {}
+    try:
+        stored = json.loads(path.read_text())
+        return {gpu: {layer: _tuning(numbers) for layer, numbers in layers.items()} for gpu, layers in stored.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not what `capsroute tune` writes, delete it: {error}") from error
+
+
+def _tuning(numbers: dict) -> Tuning:
+    return Tuning(**{name: tuple(x) if isinstance(x, list) else x for name, x in numbers.items()})
+
+
+def store(gpu: str, layer: str, best: Tuning) -> Path:
+    """Add what was measured to the file."""
+    path = cache_file()
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    stored.setdefault(gpu, {})[layer] = asdict(best)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_suffix(".new")
+    written.write_text(json.dumps(stored, indent=1))
+    written.replace(path)  # whole, or not at all
+    measured.cache_clear()
+    return path
+
+
+# What `search` tries for each number.
+ALTERNATIVES: dict[str, tuple] = {
+    "forward": ((16, 16), (8, 16), (8, 32), (4, 16), (4, 32)),
+    "loaded": ((8, 16), (4, 16), (16, 8), (8, 8)),
+    "backward": ((8, 16), (4, 16), (16, 8), (8, 8)),
+    "held": ((16, 32), (8, 32), (8, 16), (16, 16)),
+    "work": tuple(n * 8 * 160 for n in (48, 24, 96, 192)),
+    "row": (1024, 512, 2048),
+    "programs": (64, 128, 256),
+}
+
+
+def search(seconds: Callable[[Tuning], float], start: Tuning = DEFAULT) -> tuple[Tuning, float, float]:
+    """The best of ALTERNATIVES, one number after another: what it is, its seconds, and those of `start`."""
+    best, at_start = start, seconds(start)
+    least = at_start
+    for name, values in ALTERNATIVES.items():
+        for value in values:
+            candidate = replace(best, **{name: value})
+            if candidate != best and (found := seconds(candidate)) < least:
+                best, least = candidate, found
+    return best, least, at_start

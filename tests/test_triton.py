@@ -1,0 +1,236 @@
+"""What only the Triton backend must show: the edges of its tiles, its launches and scratch, its refusals."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from judge import assert_as_exact_as_the_reference
+from problems import EVERY, cases, random_problem
+
+import capsroute
+from capsroute import _triton
+from capsroute.bench.registry import CASES
+from capsroute.bench.traffic import traffic
+from capsroute.cli import main
+
+
+@pytest.fixture
+def with_tuning(monkeypatch):
+    """Tiles by other numbers than the table's."""
+    from capsroute._triton import tuning
+
+    def use(**numbers):
+        monkeypatch.setattr(tuning, "DEFAULT", tuning.Tuning(**numbers))
+
+    return use
+
+
+# Several tiles of samples and groups of input capsules, j in one tile up to 16 numbers J x O and else in several;
+# every output capsule a tile of its own; one tile for all.
+SMALL = {"forward": (1, 2), "loaded": (1, 2), "backward": (1, 2), "between": (1, 1), "held": (1, 4)}
+TILES = {
+    "small": {**SMALL, "row": 16, "tiled": 16, "work": 1, "groups": 3, "programs": 4, "fewest": 2},
+    "gradients by j": {"held": (1, 2)},
+    "j by j": {"row": 1, "tiled": 1, "work": 1, "groups": 4},
+    "large": {},
+}
+
+SIZES = st.tuples(
+    st.sampled_from([0, 1, 2, 3, 5]),  # B: tiles of 1, 2 and 4
+    st.sampled_from([0, 1, 2, 3, 4, 5, 7]),  # I: groups of 3 and 4
+    st.sampled_from([1, 2, 3, 5]),  # D
+    st.sampled_from([1, 2, 3, 4, 5, 7]),  # J
+    st.sampled_from([1, 2, 3, 4, 5, 8, 9]),  # O
+)
+
+
+@pytest.mark.parametrize("tiles", TILES)
+def test_every_edge_of_the_tiles(with_tuning, tiles):
+    with_tuning(**TILES[tiles])
+
+    @hypothesis.settings(max_examples=5, phases=[hypothesis.Phase.generate])
+    @hypothesis.given(
+        sizes=SIZES,
+        case=st.sampled_from(cases(EVERY)),
+        dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    )
+    def check(sizes, case, dtype):
+        form, options = case
+        assert_as_exact_as_the_reference(random_problem(sizes, form=form, dtype=dtype, **EVERY[options]), "triton")
+
+    check()
+
+
+@pytest.mark.interpreted(2)
+@pytest.mark.parametrize("options", ["all", "in, all", "logits of b, j", "pass, all"])
+@pytest.mark.parametrize("form", ["ijod", "jod", "votes"])
+def test_several_tiles_in_each_direction(with_tuning, form, options):
+    with_tuning(**TILES["small"])
+    problem = random_problem((3, 4, 3, 3, 9), form=form, **{**EVERY[options]})
+    assert_as_exact_as_the_reference(problem, "triton")
+
+
+def test_offsets_beyond_31_bits(device):
+    """Samples that lie more than 2^31 numbers apart, in memory that is not touched but for them."""
+    if device != "cpu":
+        pytest.skip("the other devices' memory is touched")
+    problem = random_problem((2, 3, 2, 2, 3), dtype=torch.float16)
+    u, far = problem.tensors["u"], 2**31 + 5
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        memory = torch.empty(far + u[0].numel(), dtype=torch.float16)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    apart = memory.as_strided(u.shape, (far, *u.stride()[1:])).copy_(u)
+    expected = problem.run("triton")
+    problem.tensors["u"] = apart
+    assert torch.equal(problem.run("triton"), expected)
+
+
+# Launches and scratch: functions of the shape
+
+
+@pytest.mark.parametrize(
+    ("name", "launches"),
+    [("efficient", 1), ("segcaps", 1), ("mnist", 6), ("mnist-1", 6), ("mind", 6), ("imagenet", 12)],
+)
+def test_launches_of_the_forward(name, launches):
+    """One for a small problem, else two a pass, and where J takes several tiles two more."""
+    assert traffic(CASES[name], backward=False).launches == launches
+
+
+def test_one_launch_for_a_small_problem_in_any_batch():
+    for batch in (1, 100, 100_000):
+        small = CASES["comirec"]._replace(in_features=16, out_features=16, batch=batch)
+        assert traffic(small, backward=False).launches == 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scratch_is_a_small_part_of_the_votes(name):
+    case = CASES[name]
+    used = traffic(case, backward=True).scratch
+    state = 20 * case.batch * case.outputs * max(case.out_features, case.in_features)  # V, ds and their like
+    weight = 8 * case.in_features * case.outputs * case.out_features * (case.inputs if case.weight == "IJOD" else 64)
+    assert used <= 4 * (case.votes / 8 + state + weight)
+
+
+# Whom it serves
+
+
+def test_cpu_tensors_are_refused_outside_of_the_interpreter():
+    program = (
+        "import sys, torch, capsroute\n"
+        "assert 'triton' not in sys.modules\n"
+        "u = torch.ones(2, 5, 3)\n"
+        "capsroute.capsule_linear(u, torch.ones(5, 6, 4, 3))\n"
+        "assert 'triton' not in sys.modules\n"
+        "capsroute.capsule_linear(u, torch.ones(5, 6, 4, 3), backend='triton')\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith('RuntimeError: backend="triton" cannot serve this call: the input capsules are on the CPU')
+    assert "TRITON_INTERPRET=1" in error
+
+
+@pytest.mark.parametrize("version", ["3.5.1", "2.3.0"])
+def test_triton_that_is_too_old_is_a_reason(monkeypatch, version):
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: version)
+    can, why = capsroute.backends()["triton"]
+    assert not can
+    assert why == f"Triton {version} is too old, 3.6 or newer is needed"
+
+
+def test_triton_that_is_absent_is_a_reason(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert capsroute.backends()["triton"] == (False, "Triton is not installed")
+
+
+def test_gpus_of_other_makers_are_refused():
+    can, why = _triton.serves(torch.empty(1, 1, 1, device="meta"))
+    assert not can
+    assert "meta" in why
+
+
+# Compiled ahead of time
+
+
+def test_kernels_compile_for_gpus_that_are_not_here():
+    """A part of what `make gpu-proof` compiles. In a process of its own: here the interpreter is."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "capsroute._triton.aot", "--quick", "--target", "sm_90", "gfx942"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "backward.gradients" in result.stdout
+
+
+# Tuning
+
+
+def test_search_finds_the_best_of_each_number():
+    from capsroute._triton import tuning
+
+    wanted = {name: values[-1] for name, values in tuning.ALTERNATIVES.items()}
+
+    def seconds(candidate):
+        return 1 + sum(getattr(candidate, name) != value for name, value in wanted.items())
+
+    best, least, before = tuning.search(seconds)
+    assert {name: getattr(best, name) for name in wanted} == wanted
+    assert least == 1
+    assert before == seconds(tuning.DEFAULT)
+
+
+def test_tuning_is_kept_for_the_gpu_and_the_layer(monkeypatch, tmp_path):
+    from capsroute._triton import tuning
+
+    monkeypatch.setenv("CAPSROUTE_TUNING", str(tmp_path / "deep" / "tuning.json"))
+    tuning.measured.cache_clear()
+    gpu, layer = torch.device("cuda"), ("pair", 10, 16, 8, torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+    assert tuning.for_shape(gpu, *layer) == tuning.DEFAULT
+    best = tuning.Tuning(forward=(4, 16), work=9)
+    tuning.store("a GPU", tuning.key(*layer), best)
+    assert tuning.for_shape(gpu, *layer) == best
+    assert tuning.for_shape(gpu, "pair", 11, 16, 8, torch.float32) == tuning.DEFAULT
+    assert tuning.for_shape(torch.device("cpu"), *layer) == tuning.DEFAULT
+    tuning.cache_file().write_text('{"a GPU": {"layer": {"no such number": 1}}}')
+    tuning.measured.cache_clear()
+    with pytest.raises(ValueError, match=r"tuning\.json is not what `capsroute tune` writes"):
+        tuning.for_shape(gpu, *layer)
+    tuning.measured.cache_clear()
+
+
+def test_tune_and_gpu_benchmarks_say_that_there_is_no_gpu(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    for command in (["tune"], ["bench", "--device", "cuda"]):
+        assert main(command) == 2
+        assert "torch sees no GPU here" in capsys.readouterr().err
+
+
+# On a GPU
+
+
+def test_captures_in_a_cuda_graph(device):
+    """And so waits for nothing and allocates nothing that depends on data."""
+    if device == "cpu":
+        pytest.skip("needs a GPU; that tensors without data can be planned for is shown by the traffic's tests")
+    problem = random_problem((5, 67, 5, 3, 9), dtype=torch.float32, bias=True, logits="BIJ", mask="BI")
+    expected = problem.gradients("triton")
+    grad_v = torch.ones_like(expected["v"])
+    problem.gradients("triton", grad_v)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = problem.gradients("triton", grad_v)
+    graph.replay()
+    for name, x in problem.gradients("triton", grad_v).items():
+        assert torch.equal(found[name], x), name
