@@ -1,5 +1,6 @@
 """What `make gpu-proof` shows of the CUDA kernels without a GPU, too slow for every day.
 
+python tests/cuda_proof.py emulate    the suite of the other backends through the emulated kernels, all of it
 python tests/cuda_proof.py sanitize   the emulated kernels under Thread-, Address- and UndefinedBehaviorSanitizer
 python tests/cuda_proof.py mutate     each meeting left out, each bound loosened: some case fails
 python tests/cuda_proof.py compile    every kernel for every target: registers, shared memory, no spills;
@@ -13,7 +14,9 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 import emulated
@@ -24,6 +27,7 @@ PAGE = ROOT / "docs" / "cuda-kernels.md"
 STORAGE = {"float32": "float", "float64": "double", "bfloat16": "BFloat16", "float16": "Half"}
 TARGETS = (75, 80, 86, 89, 90, 100, 120)
 SPILLS_ALLOWED = (75,)
+SUITE = ("routing", "contract", "gradients", "compile", "reproducibility", "transforms")
 
 
 def program(sanitize: str = "") -> Path:
@@ -83,16 +87,35 @@ def mutate() -> list[str]:
 
 def sanitize() -> list[str]:
     failed = []
+    cases = re.findall(r"case (\d+)", run(program(), "--sites").stdout)
     for sanitizer in ("thread", "address,undefined"):
         way = program(sanitizer)
-        cases = [int(case) for case in re.findall(r"case (\d+)", run(program(), "--sites").stdout)]
-        for case in cases:
-            done = run(way, case, "none")
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            all_done = pool.map(run, repeat(way), cases, repeat("none"))
+        for case, done in zip(cases, all_done, strict=True):
             if done.returncode:
                 print(done.stdout[-2000:], done.stderr[-4000:])
                 failed.append(f"-fsanitize={sanitizer}, case {case}")
         print(f"-fsanitize={sanitizer}: {len(cases)} cases, {len(failed)} failed in all", flush=True)
     return failed
+
+
+# The suite
+
+
+def suite(few: int, *options: str) -> subprocess.CompletedProcess:
+    """The tests that every backend passes, through the emulated kernels: `few` parametrizations of each, or all (0)."""
+    files = [ROOT / "tests" / f"test_{name}.py" for name in SUITE]
+    command = [sys.executable, "-m", "pytest", "-p", "emulated", "--emulated", str(few), "-q", "-x", *files, *options]
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "CAPSROUTE_TEST_BACKEND": "emulated", "PYTHONPATH": path}
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+
+
+def emulate() -> list[str]:
+    done = suite(0)
+    print(done.stdout[-6000:] if done.returncode else done.stdout.splitlines()[-1], flush=True)
+    return ["emulation: the suite"] if done.returncode else []
 
 
 # Compilation
@@ -164,18 +187,21 @@ def compile_all() -> list[str]:
     return failed
 
 
+def timed(what: str) -> list[str]:
+    if what == "compile" and not shutil.which("nvcc"):
+        print("compile: skipped, nvcc was not found")
+        return []
+    begin = time.monotonic()
+    failed = STEPS[what]()
+    print(f"{what}: {len(failed)} failed, {time.monotonic() - begin:.0f} s", flush=True)
+    return failed
+
+
+STEPS = {"emulate": emulate, "sanitize": sanitize, "mutate": mutate, "compile": compile_all}
+
+
 def main() -> None:
-    wanted = sys.argv[1:] or ["sanitize", "mutate", "compile"]
-    failed = []
-    if "sanitize" in wanted:
-        failed += sanitize()
-    if "mutate" in wanted:
-        failed += mutate()
-    if "compile" in wanted:
-        if shutil.which("nvcc"):
-            failed += compile_all()
-        else:
-            print("compile: skipped, nvcc was not found")
+    failed = [line for what in sys.argv[1:] or STEPS for line in timed(what)]
     print("\n".join(failed))
     sys.exit(bool(failed))
 

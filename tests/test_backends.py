@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from problems import FUSED, random_problem
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 import capsroute
-from capsroute import _backends, _ops, _triton
+from capsroute import _backends, _ops, _triton, reference
 
 
 @pytest.fixture
@@ -74,6 +75,28 @@ def test_auto_logs_its_reason_once(log):
     assert len(log()) == 1
     random_problem(query="BJO").run("auto")
     assert len(log()) == 1
+
+
+@pytest.mark.parametrize(
+    ("cuda", "triton", "features", "takes"),
+    [
+        (True, True, 16, "cuda"),
+        (True, True, 129, "triton"),
+        (False, True, 16, "triton"),
+        (False, False, 16, "reference"),
+    ],
+)
+def test_auto_on_a_cuda_tensor_asks_cuda_then_triton(monkeypatch, log, cuda, triton, features, takes):
+    monkeypatch.setattr(_ops, "_cuda_loaded", (cuda, "hidden by the test"))
+    monkeypatch.setattr(_triton, "load", lambda: (triton, "hidden by the test"))
+    with FakeTensorMode():
+        u, weight = torch.empty(2, 5, 3, device="cuda"), torch.empty(5, 4, features, 3, device="cuda")
+        assert _backends.choose("auto", u, weight, reference.Options()) is _backends.BACKENDS[takes]
+    (line,) = log()
+    assert line.startswith(f"backend {takes}: ")
+    assert "not cpu: the input capsules are on cuda:0" in line
+    assert ("not cuda" in line, "not triton" in line) == (takes != "cuda", takes == "reference")
+    assert ("up to 128 in torch.float32, got 129" in line) == (features == 129)
 
 
 def test_explicit_backend_logs_nothing(log):

@@ -3,8 +3,6 @@
 import os
 import re
 import shutil
-import subprocess
-import sys
 from math import ceil
 
 import cuda_proof
@@ -14,7 +12,6 @@ import torch
 from problems import random_problem
 
 ROOT = emulated.ROOT
-SUITE = ("routing", "contract", "gradients", "compile", "reproducibility", "transforms")
 
 if os.environ.get("CAPSROUTE_NO_EXT") == "1":
     pytest.skip("CAPSROUTE_NO_EXT=1: there are no kernels to test", allow_module_level=True)
@@ -28,14 +25,8 @@ def _built():
 
 
 def test_the_suite_of_the_other_backends():
-    """Of every test that a backend must pass, two parametrizations; CAPSROUTE_EMULATED=0 takes all."""
-    few = os.environ.get("CAPSROUTE_EMULATED", "2")
-    files = [ROOT / "tests" / f"test_{name}.py" for name in SUITE]
-    command = [sys.executable, "-m", "pytest", "-p", "emulated", "--emulated", few, "-q", "-x", *files]
-    command += ["-k", "not real_shapes and not shape_of and not large_sizes"] if few != "0" else []  # minutes
-    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "CAPSROUTE_TEST_BACKEND": "emulated", "PYTHONPATH": path}
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    """Of every test that a backend must pass, two parametrizations; `make gpu-proof` takes all."""
+    done = cuda_proof.suite(2, "-k", "not real_shapes and not shape_of and not large_sizes")  # those take minutes
     assert done.returncode == 0, done.stdout[-6000:]
 
 
@@ -61,10 +52,18 @@ def test_rows_too_long_for_the_kernels_are_refused(sizes, form):
         problem.run("emulated")
 
 
+def test_more_than_32_bits_can_count_is_refused():
+    u, weight = torch.empty(1, 1, 1).expand(1, 2**31, 1), torch.empty(1, 1, 1)
+    with pytest.raises(RuntimeError, match="B, I, D and J up to 1073741824, got B=1 I=2147483648"):
+        torch.ops.capsroute_emulated.route(u, weight, None, None, None, 1, False, False, 1e-9, False, False)
+
+
 def test_only_one_header_knows_the_compilers():
-    for path in [*cuda_proof.CUDA.iterdir()]:
-        if path.name != "portable.cuh":
-            assert not re.search(r"^\s*#\s*(if|elif)|__CUDA|__GNUC__|emulation/", path.read_text(), re.MULTILINE), path
+    knows = r"__CUDA|__NVCC__|emulation/"
+    for path in (ROOT / "csrc").rglob("*.*"):
+        if path.name != "portable.cuh" and path.parent.name != "emulation":
+            conditions = r"|^\s*#\s*(if|elif)|__GNUC__" if path.parent.name == "cuda" else ""
+            assert not re.search(knows + conditions, path.read_text(), re.MULTILINE), path
 
 
 def test_every_meeting_and_bound_is_reached():

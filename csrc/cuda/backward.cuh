@@ -28,9 +28,9 @@ gradients_kernel(CAPSROUTE_ARGUMENT Gradients<X> a) {
   GradientStream<X, source>(a, block % tiles, block / tiles % chunks, block / tiles / chunks, memory).run();
 }
 
-template <class X>
+template <class A, class To>
 CAPSROUTE_KERNEL(kElementThreads)
-fold_kernel(CAPSROUTE_ARGUMENT Fold<X> a) {
+fold_kernel(CAPSROUTE_ARGUMENT Fold<A, To> a) {
   fold(a);
 }
 
@@ -180,7 +180,7 @@ class Backpropagation {
 
   template <class To>
   void fold(const A* part, int64_t parts, int64_t count, To* total) const {
-    launcher_.for_elements("fold", fold_kernel<To>, count, Fold<To>{count, parts, part, total});
+    launcher_.for_elements("fold", fold_kernel<A, To>, count, Fold<A, To>{count, parts, part, total});
   }
 
   template <class Parameter>
@@ -192,6 +192,8 @@ class Backpropagation {
 
   template <class Parameter>
   void logits_gradient(Parameter* dlogits) const {
+    if (out_.logits_B == p_.B && out_.logits_I == p_.I && p_.I > 1)  // nothing is summed
+      return fold(gradients_.dlogits, 1, p_.B * p_.I * p_.J, dlogits);
     launcher_.run("logits_gradient", logits_gradient_kernel<X, Parameter>, out_.logits_B * out_.logits_I * p_.J,
                   kSumThreads, kSumThreads * int64_t(sizeof(A)),
                   LogitsGradient<X, Parameter>{p_, out_.logits_B, out_.logits_I, gradients_.dlogits, dlogits});

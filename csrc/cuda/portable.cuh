@@ -154,6 +154,7 @@ template <class Arguments>
 void launch(const char* name, void (*kernel)(Arguments), int64_t blocks, int threads, int64_t shared, Stream stream,
             const std::string& shape, const Arguments& arguments) {
   if (blocks == 0) return;
+  if (blocks > INT32_MAX) check(cudaErrorInvalidConfiguration, name, shape);  // the cast would wrap around
   if (shared > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), name, shape);
   kernel<<<unsigned(blocks), threads, size_t(shared), stream>>>(arguments);

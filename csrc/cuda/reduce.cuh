@@ -70,20 +70,20 @@ CAPSROUTE_DEVICE void merge(const Merge<X>& a) {
 }
 
 // total[e] = sum over parts of part[e], in order
-template <class X>
+template <class A, class To>
 struct Fold {
   int64_t count, parts;
-  const Acc<X>* part;  // [parts, count]
-  X* total;
+  const A* part;  // [parts, count]
+  To* total;
 };
 
-template <class X>
-CAPSROUTE_DEVICE void fold(const Fold<X>& a) {
+template <class A, class To>
+CAPSROUTE_DEVICE void fold(const Fold<A, To>& a) {
   const int64_t e = own_element();
   if (!CAPSROUTE_WITHIN(e, a.count)) return;
-  Acc<X> sum = 0;
+  A sum = 0;
   for (int64_t part = 0; CAPSROUTE_WITHIN(part, a.parts); ++part) sum += load(a.part + part * a.count + e);
-  store(a.total + e, from_acc<X>(sum));
+  store(a.total + e, from_acc<To>(sum));
 }
 
 // The sum of a number of each thread, in order, for thread 0.
@@ -123,7 +123,7 @@ CAPSROUTE_DEVICE void bias_gradient(const BiasGradient<X, Parameter>& a, char* m
   if (thread_index() == 0) store(a.dbias + block, from_acc<Parameter>(sum));
 }
 
-// dlogits of the shape that the logits have: summed over b and over i where they broadcast. A block has one element.
+// dlogits of logits that broadcast: summed over b, over i or over both. A block has one element.
 template <class X, class Parameter>
 struct LogitsGradient {
   using A = Acc<X>;

@@ -2,6 +2,8 @@
 // current stream. On says which: a class made from u, alive while the tier launches, with a member `stream`.
 #pragma once
 
+#include <algorithm>
+
 #include "../ops.h"
 #include "kernels.h"
 
@@ -28,6 +30,9 @@ struct CudaTier {
     STD_TORCH_CHECK(p.O <= most && (!shared || p.D <= most),
                     "capsroute: the CUDA kernels take O (and D of a shared weight) up to ", most,
                     " in this dtype, got O=", p.O, " and D=", p.D);
+    STD_TORCH_CHECK(std::max({p.B, p.I, p.D, p.J}) <= cuda::kMostIndices,
+                    "capsroute: the CUDA kernels take B, I, D and J up to ", cuda::kMostIndices, ", got B=", p.B,
+                    " I=", p.I, " D=", p.D, " J=", p.J);
     const On on(u);
     const Tensor scratch = empty(u, {kernel(p, out, nullptr, on.stream)}, ScalarType::Byte);
     kernel(p, out, scratch.mutable_data_ptr(), on.stream);
