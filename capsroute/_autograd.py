@@ -16,9 +16,9 @@ def route(namespace, u, weight, bias, logits, mask, options, return_coupling) ->
     """v [B, J, O] and, if asked for, the coupling [B, I, J]."""
     tensors = _as_seen_by_dynamo(u, weight, bias, logits)
     if _needs_function(tensors):
-        v, _, _, c = _Route.apply(*tensors, mask, namespace, options, return_coupling)
+        v, *_, c = _Route.apply(*tensors, mask, namespace, options, return_coupling)
     else:
-        v, _, _, c = getattr(torch.ops, namespace).route(*tensors, mask, *_scalars(options), False, return_coupling)
+        v, *_, c = getattr(torch.ops, namespace).route(*tensors, mask, *_scalars(options), 0, return_coupling)
     return v, c
 
 
@@ -81,22 +81,24 @@ class _Route(torch.autograd.Function):
     @_positional
     def forward(u, weight, bias, logits, mask, namespace, options, return_coupling):
         route = getattr(torch.ops, namespace).route
-        return route(u, weight, bias, logits, mask, *_scalars(options), True, return_coupling)
+        save = 1 if options.detach_coupling else options.iterations
+        return route(u, weight, bias, logits, mask, *_scalars(options), save, return_coupling)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         *tensors, namespace, options, _ = inputs
-        _, s, norm, c = output
-        ctx.mark_non_differentiable(s, norm, c)
-        ctx.save_for_backward(*tensors, s, norm)
+        _, *saved, c = output
+        ctx.mark_non_differentiable(*saved, c)
+        ctx.save_for_backward(*tensors, *saved)
         ctx.namespace, ctx.options = namespace, options
 
     @staticmethod
     def backward(ctx, grad_v, *_):
-        *tensors, mask, s, norm = ctx.saved_tensors
+        *tensors, s, norm, last_logits = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:4])
         needs[3] = needs[3] and not ctx.options.detach_coupling
-        grads = _RouteBackward.apply(grad_v, s, norm, *tensors, mask, ctx.namespace, ctx.options, tuple(needs))
+        options = ctx.namespace, ctx.options, tuple(needs)
+        grads = _RouteBackward.apply(grad_v, *tensors, *options, s, norm, last_logits)
         return *_where(needs, grads), None, None, None, None
 
 
@@ -120,9 +122,9 @@ class _RoutingPass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_s, *_):
-        *tensors, mask, s, norm = ctx.saved_tensors
+        *tensors, s, norm = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
-        grads = _RoutingPassBackward.apply(grad_s, s, norm, *tensors, mask, ctx.namespace, ctx.options, needs)
+        grads = _RoutingPassBackward.apply(grad_s, *tensors, ctx.namespace, ctx.options, needs, s, norm)
         return *_where(needs, grads), None, None, None, None
 
 
@@ -133,20 +135,21 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        grad, _, _, *tensors, _, options, needs = inputs
+        grad, *tensors, _, options, needs = inputs[:9]
         ctx.save_for_backward(grad, *tensors)
-        ctx.options, ctx.needs = options, needs
+        ctx.options, ctx.needs, ctx.inputs = options, needs, len(inputs)
 
 
 class _RouteBackward(_Backward):
     @staticmethod
     @_positional
-    def forward(grad_v, s, norm, u, weight, bias, logits, mask, namespace, options, needs):
+    def forward(grad_v, u, weight, bias, logits, mask, namespace, options, needs, s, norm, last_logits):
         route_backward = getattr(torch.ops, namespace).route_backward
+        if options.detach_coupling:  # the coupling of the last pass is a constant: so that of one pass with its logits
+            logits = logits if options.iterations == 1 else last_logits
+            options = options._replace(iterations=1)
         return _in_logical_order(
-            *route_backward(
-                grad_v, s, norm, u, weight, bias, logits, mask, *_scalars(options), options.detach_coupling, *needs
-            )
+            *route_backward(grad_v, s, norm, u, weight, bias, logits, mask, *_scalars(options), *needs)
         )
 
     @staticmethod
@@ -157,7 +160,7 @@ class _RouteBackward(_Backward):
 class _RoutingPassBackward(_Backward):
     @staticmethod
     @_positional
-    def forward(grad_s, s, norm, u, weight, query, logits, mask, namespace, options, needs):
+    def forward(grad_s, u, weight, query, logits, mask, namespace, options, needs, s, norm):
         routing_pass_backward = getattr(torch.ops, namespace).routing_pass_backward
         over_inputs = options.coupling == "in"
         return _in_logical_order(
@@ -200,4 +203,4 @@ def _second_derivatives(operator, ctx, cotangents):
     result = [None] * len(tensors)
     for k, x in zip(given, second[1:], strict=True):
         result[k] = x
-    return second[0], None, None, *result, None, None, None, None
+    return second[0], *result, *[None] * (ctx.inputs - 5)

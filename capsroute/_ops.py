@@ -21,13 +21,16 @@ _ROUTE = (
 )
 _PASS = "Tensor u, Tensor? weight, Tensor? query, Tensor? logits, Tensor? mask, bool over_inputs, bool leaky"
 _SCHEMAS = {
-    # v [B, J, O]; s [R, B, J, O] before squash, in the accumulation dtype, empty unless save; norm [2, R, B, J]
-    # the largest logit over i and the sum of exp(logit - largest), empty unless save and over_inputs;
-    # coupling [B, I, J] of the last pass, empty unless asked for
-    "route": f"({_ROUTE}, bool save, bool return_coupling) -> (Tensor v, Tensor s, Tensor norm, Tensor coupling)",
-    # Gradients in the tensors' own shapes, but [I, D, J, O] for a weight [I, J, O, D]; empty where not needed.
-    "route_backward": f"(Tensor grad_v, Tensor s, Tensor norm, {_ROUTE}, bool detach_coupling, bool need_u, "
-    "bool need_weight, bool need_bias, bool need_logits) -> (Tensor u, Tensor weight, Tensor bias, Tensor logits)",
+    # v [B, J, O]; of the last `save` passes s [save, B, J, O] before squash, in the accumulation dtype, and, over
+    # inputs, norm [2, save, B, J], the largest logit over i and the sum of exp(logit - largest); last_logits
+    # [B, I, J] of the last pass, where some but not all passes are saved; its coupling [B, I, J], if asked for.
+    # What is not there is empty.
+    "route": f"({_ROUTE}, int save, bool return_coupling) "
+    "-> (Tensor v, Tensor s, Tensor norm, Tensor last_logits, Tensor coupling)",
+    # s and norm of all passes. Gradients in the tensors' own shapes, but [I, D, J, O] for a weight [I, J, O, D];
+    # empty where not needed. With a constant coupling it is that of one pass from last_logits.
+    "route_backward": f"(Tensor grad_v, Tensor s, Tensor norm, {_ROUTE}, bool need_u, bool need_weight, "
+    "bool need_bias, bool need_logits) -> (Tensor u, Tensor weight, Tensor bias, Tensor logits)",
     # s [B, J, O] in the accumulation dtype; norm [2, 1, B, J], coupling as above
     "routing_pass": f"({_PASS}, bool save, bool return_coupling) -> (Tensor s, Tensor norm, Tensor coupling)",
     "routing_pass_backward": f"(Tensor grad_s, Tensor s, Tensor norm, {_PASS}, bool need_u, bool need_weight, "
@@ -45,9 +48,10 @@ def define(namespace: str) -> None:
 
 def _fake_route(u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps, save, return_coupling):
     v = (u.shape[0], out_capsules(u, weight, bias, logits), u.shape[3] if weight is None else weight.shape[-2])
-    norm, coupling = _fake_extras(u, iterations, v[1], save and over_inputs, return_coupling)
-    s = u.new_empty((iterations, *v) if save else (0,), dtype=accumulation_dtype(u.dtype))
-    return u.new_empty(v), s, norm, coupling
+    norm, coupling = _fake_extras(u, save, v[1], save and over_inputs, return_coupling)
+    s = u.new_empty((save, *v) if save else (0,), dtype=accumulation_dtype(u.dtype))
+    last_logits = s.new_empty((*u.shape[:2], v[1]) if 0 < save < iterations else (0,))
+    return u.new_empty(v), s, norm, last_logits, coupling
 
 
 def _fake_routing_pass(u, weight, query, logits, mask, over_inputs, leaky, save, return_coupling):
@@ -56,8 +60,8 @@ def _fake_routing_pass(u, weight, query, logits, mask, over_inputs, leaky, save,
     return u.new_empty(s, dtype=accumulation_dtype(u.dtype)), norm, coupling
 
 
-def _fake_extras(u, iterations, outputs, has_norm, has_coupling):
-    norm = u.new_empty((2, iterations, u.shape[0], outputs) if has_norm else (0,), dtype=accumulation_dtype(u.dtype))
+def _fake_extras(u, saved, outputs, has_norm, has_coupling):
+    norm = u.new_empty((2, saved, u.shape[0], outputs) if has_norm else (0,), dtype=accumulation_dtype(u.dtype))
     return norm, u.new_empty((*u.shape[:2], outputs) if has_coupling else (0,))
 
 

@@ -135,31 +135,35 @@ inline std::vector<int64_t> shape_of(const Optional& x) {
   return {x->sizes().begin(), x->sizes().end()};
 }
 
-// What a forward returns beside its result.
+// What a forward returns beside its result; `saved` passes have a norm.
 template <class Tier>
 struct Extras {
   Tensor norm, coupling;
 
-  Extras(const Problem& p, const Tensor& u, bool save, bool return_coupling)
-      : norm(save && p.over_inputs ? Tier::empty(u, {2, p.R, p.B, p.J}, accumulation_type(u))
-                                   : Tier::empty(u, {0}, accumulation_type(u))),
+  Extras(const Problem& p, const Tensor& u, int64_t saved, bool return_coupling)
+      : norm(saved && p.over_inputs ? Tier::empty(u, {2, saved, p.B, p.J}, accumulation_type(u))
+                                    : Tier::empty(u, {0}, accumulation_type(u))),
         coupling(return_coupling ? Tier::empty(u, {p.B, p.I, p.J}, u.scalar_type())
                                  : Tier::empty(u, {0}, u.scalar_type())) {}
 };
 
 template <class Tier>
-std::tuple<Tensor, Tensor, Tensor, Tensor> route(const Tensor& u, const Optional& weight, const Optional& bias,
-                                                 const Optional& logits, const Optional& mask, int64_t iterations,
-                                                 bool over_inputs, bool leaky, double eps, bool save,
-                                                 bool return_coupling) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& u, const Optional& weight, const Optional& bias,
+                                                         const Optional& logits, const Optional& mask,
+                                                         int64_t iterations, bool over_inputs, bool leaky, double eps,
+                                                         int64_t save, bool return_coupling) {
   const Problem p = route_of(u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps);
+  STD_TORCH_CHECK(save >= 0 && save <= iterations, "capsroute: save must be from 0 to iterations");
+  auto accumulated = [&](bool wanted, const std::vector<int64_t>& shape) {
+    return Tier::empty(u, wanted ? shape : std::vector<int64_t>{0}, accumulation_type(u));
+  };
   Tensor v = Tier::empty(u, {p.B, p.J, p.O}, u.scalar_type());
-  Tensor s =
-      Tier::empty(u, save ? std::vector<int64_t>{p.R, p.B, p.J, p.O} : std::vector<int64_t>{0}, accumulation_type(u));
+  Tensor s = accumulated(save > 0, {save, p.B, p.J, p.O});
+  Tensor last_logits = accumulated(save > 0 && save < iterations, {p.B, p.I, p.J});
   const Extras<Tier> extras(p, u, save, return_coupling);
-  const Forward out{pointer(v), pointer(s), pointer(extras.norm), pointer(extras.coupling)};
+  const Forward out{pointer(v), pointer(s), pointer(extras.norm), pointer(extras.coupling), pointer(last_logits), save};
   if (p.B > 0) Tier::forward(p, out, u);
-  return {v, s, extras.norm, extras.coupling};
+  return {v, s, extras.norm, last_logits, extras.coupling};
 }
 
 template <class Tier>
@@ -169,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor> routing_pass(const Tensor& u, const Optional&
   const Problem p = pass_of(u, weight, query, logits, mask, over_inputs, leaky);
   Tensor s = Tier::empty(u, {p.B, p.J, p.O}, accumulation_type(u));
   const Extras<Tier> extras(p, u, save, return_coupling);
-  const Forward out{nullptr, pointer(s), pointer(extras.norm), pointer(extras.coupling)};
+  const Forward out{nullptr, pointer(s), pointer(extras.norm), pointer(extras.coupling), nullptr, 1};
   if (p.B > 0) Tier::forward(p, out, u);
   return {s, extras.norm, extras.coupling};
 }
@@ -220,14 +224,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_backward(const Tensor& grad_v, 
                                                           const Tensor& u, const Optional& weight, const Optional& bias,
                                                           const Optional& logits, const Optional& mask,
                                                           int64_t iterations, bool over_inputs, bool leaky, double eps,
-                                                          bool detach_coupling, bool need_u, bool need_weight,
-                                                          bool need_bias, bool need_logits) {
+                                                          bool need_u, bool need_weight, bool need_bias,
+                                                          bool need_logits) {
   const Problem p = route_of(u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps);
   STD_TORCH_CHECK(is_outputs(grad_v, p, u.scalar_type()), "capsroute: grad_v must be like v");
-  Gradients<Tier> gradients(p, u, weight, bias, logits, need_u, need_weight, need_bias,
-                            need_logits && !detach_coupling);
+  Gradients<Tier> gradients(p, u, weight, bias, logits, need_u, need_weight, need_bias, need_logits);
   Backward out{};
-  out.grad_v = float_array(grad_v), out.detach_coupling = detach_coupling;
+  out.grad_v = float_array(grad_v);
   gradients.compute(p, out, s, norm, u, logits);
   return gradients.all();
 }

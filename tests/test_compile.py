@@ -59,15 +59,14 @@ def test_ops_pass_opcheck(fused, form, options, layout):
     scalars = options if one_pass else (problem.options.get("iterations", 3), *options, 1e-9)
     ops = getattr(torch.ops, NAMESPACES[fused])
     forward, backward = (ops.routing_pass, ops.routing_pass_backward) if one_pass else (ops.route, ops.route_backward)
-    for save, return_coupling in [(False, True), (True, False)]:
+    saves = [False, True] if one_pass else [0, scalars[0], 1]
+    for save, return_coupling in zip(saves, (True, False, True), strict=False):
         torch.library.opcheck(forward.default, (*arguments, *scalars, save, return_coupling))
-    v, *s, norm, _ = forward(*arguments, *scalars, True, False)
+    v, *saved, _ = forward(*arguments, *scalars, saves[1], False)
+    s, norm = (v, *saved) if one_pass else saved[:2]
     every = tuple(x is not None for x in tensors)
-    flags = [every] if one_pass else [(False, *every), (True, every[0], False, every[2], False)]
-    for needs in flags:
-        torch.library.opcheck(
-            backward.default, (layout(cotangent(v)), v if one_pass else s[0], norm, *arguments, *scalars, *needs)
-        )
+    for needs in (every, (every[0], False, every[2], False)):
+        torch.library.opcheck(backward.default, (layout(cotangent(v)), s, norm, *arguments, *scalars, *needs))
 
 
 def add_lead(x: Tensor) -> Tensor:

@@ -140,6 +140,7 @@ def launches(dtype: torch.dtype, quick: bool = False) -> Iterator[tuple[str, Lau
     )
     over_inputs = {"over_inputs": True, "return_coupling": True}
     yield from _streams("MNIST, over i", _steps((128, 1152, 8, 10, 16), "IJOD", dtype, iterations=2, **over_inputs))
+    yield from _streams("MNIST, detached", _steps((128, 1152, 8, 10, 16), "IJOD", dtype, detach=True))
     query = torch.empty(8192, 8, 64, device="meta")
     p = Problem.of(*_tensors((8192, 50, 64, 8, 64), "OD", dtype), query, None, None, False, False)
     yield from _streams("one pass of MIND", forward.stream_query(p, query)[0])
@@ -159,7 +160,7 @@ def _tensors(sizes: tuple[int, ...], letters: str, dtype: torch.dtype) -> tuple[
 
 def _steps(
     sizes, letters, dtype, *, iterations=3, over_inputs=False, leaky=False, bias=False, logits=False, mask=False,
-    return_coupling=False,
+    return_coupling=False, detach=False,
 ) -> list[Step]:  # fmt: skip
     B, I, _, J, O = sizes
     u, weight = _tensors(sizes, letters, dtype)
@@ -169,9 +170,14 @@ def _steps(
         torch.empty(B, I, dtype=torch.bool, device="meta") if mask else None,
     ]
     p = Problem.of(u, weight, *given, over_inputs, leaky)
-    steps, (v, s, norm, _) = forward.route(p, iterations, 1e-9, True, return_coupling)
+    steps, (v, s, norm, last_logits, _) = forward.route(
+        p, iterations, 1e-9, 1 if detach else iterations, return_coupling
+    )
+    if detach:
+        iterations, logits = 1, False
+        p = Problem.of(u, weight, given[0], last_logits, given[2], over_inputs, leaky)
     needs = backward.Needs(True, weight is not None, bias, logits)
-    return steps + backward.route_backward(p, v, s, norm, iterations, 1e-9, False, needs)[0]
+    return steps + backward.route_backward(p, v, s, norm, iterations, 1e-9, needs)[0]
 
 
 def _distinct(case: str, steps: Iterable[Step]) -> Iterator[tuple[str, Launch]]:

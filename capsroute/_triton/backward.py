@@ -64,10 +64,9 @@ class Chain:
 
 
 def route_backward(
-    p: Problem, grad_v: Tensor, s: Tensor, norm: Tensor, R: int, eps: float, detach: bool, needs: Needs
+    p: Problem, grad_v: Tensor, s: Tensor, norm: Tensor, R: int, eps: float, needs: Needs
 ) -> tuple[list[Step], tuple[Tensor, ...]]:
     """The steps, and the gradients of u, weight, bias and logits, which they fill, the weight's [I, D, J, O]."""
-    needs = needs._replace(logits=needs.logits and not detach)
     results = empty_gradients(p, p.bias, needs)
     if p.B == 0:
         return zeros(results), results
@@ -75,19 +74,18 @@ def route_backward(
     steps: list[Step] = [start(p, grad_v, s, chain, eps)]
     of_weight = KeyWeight.empty(p, R) if p.keys and needs.weight else None
     dV = p.empty(p.B, p.J, p.O)
-    first = R - 1 if detach else 0  # the first pass that a gradient goes through
-    for k in reversed(range(first, R)):
+    for k in reversed(range(R)):
         steps += rows_of(p, chain, k) if chain.rows else []
-        if k > first or of_weight is not None:
+        if k > 0 or of_weight is not None:
             streamed, parts = stream(p, chain, k, of_weight)
             steps += streamed
-        if k > first:
+        if k > 0:
             steps.append(between(p, parts, s, dV, chain, k - 1, eps))
-    steps += last_stream(p, chain, first, detach, needs, results)
+    steps += last_stream(p, chain, needs, results)
     if of_weight is not None:
-        steps += of_weight.steps(p, chain, first, detach, results[1])
+        steps += of_weight.steps(p, chain, results[1])
     if needs.third:
-        steps.append(Sum(chain.ds[first:].view(-1, p.J, p.O), results[2]))
+        steps.append(Sum(chain.ds.view(-1, p.J, p.O), results[2]))
     return steps, results
 
 
@@ -111,9 +109,9 @@ def routing_pass_backward(
         steps += streamed
         if needs.third:
             steps.append(finish(p, Parts(parts, None), results[2], None))
-    steps += last_stream(p, chain, 0, False, needs, results)
+    steps += last_stream(p, chain, needs, results)
     if of_weight is not None:
-        steps += of_weight.steps(p, chain, 0, False, results[1])
+        steps += of_weight.steps(p, chain, results[1])
     return steps, results
 
 
@@ -215,9 +213,9 @@ class KeyWeight(NamedTuple):
     def empty(cls, p: Problem, R: int) -> KeyWeight:
         return cls(p.empty(R, p.B, p.J, p.D), p.empty(R - 1, p.B, p.J, p.D))
 
-    def steps(self, p: Problem, chain: Chain, first: int, detach: bool, out: Tensor) -> list[Step]:
-        products = [(chain.ds[first:], self.sums[first : chain.R])]
-        if len(self.slopes) and not detach:
+    def steps(self, p: Problem, chain: Chain, out: Tensor) -> list[Step]:
+        products = [(chain.ds, self.sums[: chain.R])]
+        if len(self.slopes):
             products.append((chain.V, self.slopes))
         static = p.between()[0]
         J = p.J if p.form == "output" else 1  # one weight for all j: they are rows as samples are
@@ -243,7 +241,7 @@ def gradient_tile(p: Problem) -> tuning.Tile:
     return tuning.gradient_tile(p.tuning, p.I, p.J, p.X, p.D if p.form == "pair" else 1, p.itemsize, narrow)
 
 
-def last_stream(p: Problem, chain: Chain, first: int, detach: bool, needs: Needs, results) -> list[Step]:
+def last_stream(p: Problem, chain: Chain, needs: Needs, results) -> list[Step]:
     """The gradients of u, a pair weight and the logits, and the sums of their parts."""
     du, dweight, _, dlogits = results
     of_pairs = needs.weight and p.form == "pair"
@@ -257,7 +255,8 @@ def last_stream(p: Problem, chain: Chain, first: int, detach: bool, needs: Needs
     kept = kept or ("j" if needs.logits else "")
     static = replace(
         p.backward[0], TB=tile.rows, JB=tile.outputs, XB=tile.features, tiled=p.tiled(tile),
-        near=False, given=chain.given, detach=detach, need_u=needs.u, need_weight=of_pairs, need_logits=kept,
+        near=False, given=chain.given, moves=chain.R > 1 or chain.given or needs.logits,
+        need_u=needs.u, need_weight=of_pairs, need_logits=kept,
     )  # fmt: skip
     sums: list[Step] = []
 
@@ -275,14 +274,14 @@ def last_stream(p: Problem, chain: Chain, first: int, detach: bool, needs: Needs
     if needs.logits:
         size = {"bi": (1,), "b": (grid[0], p.B, p.J), "i": (grid[2], p.I, p.J), "j": (grid[2] * grid[0], p.J)}[kept]
         to_logits = target(dlogits, *size)
-    passes = range(first, chain.R)
-    traffic = p.pair_bytes(grid[1]) + p.vote_bytes(grid[1], grid[2])
-    traffic += sum(grid[0] * chain.read_bytes(p, k) for k in passes)
+    traffic = p.pair_bytes(grid[1])
+    traffic += p.vote_bytes(grid[1], grid[2]) if static.moves or static.pair else 0
+    traffic += sum(grid[0] * chain.read_bytes(p, k) for k in range(chain.R))
     if p.over_inputs:
-        traffic += len(passes) * 3 * grid[0] * p.B * p.J * p.itemsize
+        traffic += chain.R * 3 * grid[0] * p.B * p.J * p.itemsize
     elif static.tiled:
-        traffic += len(passes) * 3 * grid[1] * p.B * p.I * p.itemsize
+        traffic += chain.R * 3 * grid[1] * p.B * p.I * p.itemsize
     traffic += sum(x.nbytes for x in (to_u, to_weight, to_logits) if x is not None)
     args = (p.u, p.pair_weight, p.logits, p.mask, chain.queries, chain.slopes, *chain.statistics)
-    args = (*args, to_u, to_weight, to_logits, first, chain.R, p.B, p.I, share, p.strides, static)
+    args = (*args, to_u, to_weight, to_logits, chain.R, p.B, p.I, share, p.strides, static)
     return [Launch(kernels.gradients, grid, args, tile.warps, traffic), *sums]

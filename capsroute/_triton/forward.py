@@ -19,6 +19,13 @@ class Parts(NamedTuple):
     online: Tensor | None
 
 
+class Pairs(NamedTuple):
+    """What a pass leaves of every pair, each [B, I, J] or None: its logits, prior ones included, and its coupling."""
+
+    logits: Tensor | None = None
+    coupling: Tensor | None = None
+
+
 class Norm(NamedTuple):
     """Of the softmax over i: the maximum of the logits and the sum of exp(logit - maximum), each [R, B, J]."""
 
@@ -30,29 +37,33 @@ class Norm(NamedTuple):
 
 
 def route(
-    p: Problem, R: int, eps: float, save: bool, return_coupling: bool
-) -> tuple[list[Step], tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The steps of all passes, and (v, s, norm, coupling), which they fill."""
+    p: Problem, R: int, eps: float, save: int, return_coupling: bool
+) -> tuple[list[Step], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """The steps of all passes, and (v, s, norm, last_logits, coupling), which they fill; s and norm of the last `save`
+    passes.
+    """
     v = p.u.new_empty(p.B, p.J, p.O)
-    s = p.empty(*((R, p.B, p.J, p.O) if save else (0,)))
-    norm = p.empty(*((2, R, p.B, p.J) if save and p.over_inputs else (0,)))
+    s = p.empty(*((save, p.B, p.J, p.O) if save else (0,)))
+    norm = p.empty(*((2, save, p.B, p.J) if save and p.over_inputs else (0,)))
+    last_logits = p.empty(*((p.B, p.I, p.J) if 0 < save < R else (0,)))
     coupling = p.u.new_empty((p.B, p.I, p.J) if return_coupling else (0,))
-    results = v, s, norm, coupling
+    results = v, s, norm, last_logits, coupling
     if p.B == 0:
         return [], results
-    wanted = coupling if coupling.numel() else None
+    wanted = Pairs(*(x if x.numel() else None for x in (last_logits, coupling)))
     grid = p.forward[1]
     if grid[1:] == (1, 1) and not p.keys and not (p.over_inputs and return_coupling):
-        return [whole(p, R, eps, save, *results)], results
+        return [whole(p, R, eps, v, s, norm, wanted)], results
     V = p.empty(p.B, p.J, p.O)
     query = p.empty(p.B, p.J, p.X) if p.keys else V
     norms = Norm(*norm) if norm.numel() else None
     steps: list[Step] = []
     for k in range(R):
-        last = k == R - 1
+        last, kept = k == R - 1, k - (R - save)
         given = query if k > 0 else None
         steps += one_pass(
-            p, given, s[k] if save else None, norms and norms.of_pass(k), wanted if last else None,
+            p, given, s[kept] if kept >= 0 else None, norms.of_pass(kept) if norms and kept >= 0 else None,
+            wanted if last else Pairs(),
             Squash(V, v, query if p.keys else None, eps, first=k == 0, last=last),
         )  # fmt: skip
     return steps, results
@@ -69,7 +80,7 @@ def routing_pass(
         return [], (s, norm, coupling)
     steps, query = stream_query(p, query)
     norms = Norm(*norm).of_pass(0) if norm.numel() else None
-    steps += one_pass(p, query, s, norms, coupling if coupling.numel() else None)
+    steps += one_pass(p, query, s, norms, Pairs(None, coupling if coupling.numel() else None))
     return steps, (s, norm, coupling)
 
 
@@ -99,41 +110,41 @@ class Squash(NamedTuple):
 
 
 def one_pass(
-    p: Problem, V: Tensor | None, s: Tensor | None, norm: Norm | None, coupling: Tensor | None,
-    squash: Squash | None = None,
-) -> list[Step]:  # fmt: skip
+    p: Problem, V: Tensor | None, s: Tensor | None, norm: Norm | None, wanted: Pairs, squash: Squash | None = None
+) -> list[Step]:
     """A stream over i with the query V, and what comes after it; V as the streams read it."""
-    if coupling is not None and p.over_inputs and norm is None:
+    afterwards = p.over_inputs and wanted.coupling is not None
+    if afterwards and norm is None:
         norm = Norm(*p.empty(2, p.B, p.J))
-    steps, parts = stream(p, V, None if p.over_inputs else coupling)
+    steps, parts = stream(p, V, wanted._replace(coupling=None) if afterwards else wanted)
     steps.append(finish(p, parts, s, norm, squash))
-    if coupling is not None and p.over_inputs:
-        steps.append(column_coupling(p, V, norm, coupling))
+    if afterwards:
+        steps.append(column_coupling(p, V, norm, wanted.coupling))
     return steps
 
 
-def whole(p: Problem, R: int, eps: float, save: bool, v, s, norm, coupling) -> Launch:
+def whole(p: Problem, R: int, eps: float, v: Tensor, s: Tensor, norm: Tensor, wanted: Pairs) -> Launch:
     """All passes in one launch."""
     static, grid, warps = p.forward
-    static = replace(static, coupling=coupling.numel() > 0)
-    traffic = R * p.read_bytes(grid) + sum(x.nbytes for x in (v, s, norm, coupling))
+    traffic = R * p.read_bytes(grid) + sum(x.nbytes for x in (v, s, norm, *wanted) if x is not None)
     traffic += grid[0] * p.bias.nbytes if p.bias is not None else 0
     norms = norm if norm.numel() else (None, None)
-    args = (p.u, p.pair_weight, p.bias, p.logits, p.mask, v, s, *norms, coupling, p.B, p.I, R, eps, p.strides)
-    return Launch(kernels.route, grid, (*args, save, static), warps, traffic)
+    save = len(s)
+    args = (p.u, p.pair_weight, p.bias, p.logits, p.mask, v, s, *norms, *wanted, p.B, p.I, R, R - save, eps, p.strides)
+    return Launch(kernels.route, grid, (*args, save > 0, static), warps, traffic)
 
 
-def stream(p: Problem, V: Tensor | None, coupling: Tensor | None) -> tuple[list[Step], Parts]:
+def stream(p: Problem, V: Tensor | None, wanted: Pairs) -> tuple[list[Step], Parts]:
     """The stream itself, with the two steps before it where a softmax over j spans several tiles."""
     static, grid, warps = p.forward
-    static = replace(static, query=V is not None, coupling=coupling is not None)
+    static = replace(static, query=V is not None)
     steps, rows = rows_of(p, static, grid, warps, V) if static.tiled else ([], (None, None))
     online = p.scratch("online", 2, grid[2], p.B, p.J) if p.over_inputs else None
     parts = Parts(p.scratch("parts", grid[2], p.B, p.J, p.X), online)
-    traffic = p.read_bytes(grid) + sum(x.nbytes for x in (*parts, coupling) if x is not None)
+    traffic = p.read_bytes(grid) + sum(x.nbytes for x in (*parts, *wanted) if x is not None)
     traffic += grid[2] * p.state_bytes if V is not None else 0
     traffic += 2 * grid[1] * p.B * p.I * p.itemsize if static.tiled else 0
-    args = (p.u, p.pair_weight, p.logits, p.mask, V, *rows, coupling, *parts, p.B, p.I, p.strides, static)
+    args = (p.u, p.pair_weight, p.logits, p.mask, V, *rows, *wanted, *parts, p.B, p.I, p.strides, static)
     return [*steps, Launch(kernels.pass_, grid, args, warps, traffic)], parts
 
 
@@ -142,7 +153,7 @@ def rows_of(p: Problem, static: Static, grid: Grid, warps: int, V: Tensor | None
     parts = p.scratch("rows of tiles", grid[1], 2, p.B, p.I)
     traffic = p.pair_bytes(grid[1]) + parts.nbytes
     traffic += p.vote_bytes(grid[1], grid[0]) + grid[2] * p.state_bytes if V is not None else 0
-    of_tile = replace(static, leaky=False, coupling=False)
+    of_tile = replace(static, leaky=False)
     args = (p.u, p.pair_weight, p.logits, p.mask, V, parts, p.B, p.I, p.strides, of_tile)
     rows = list(p.scratch("rows", 2, p.B, p.I))
     return [Launch(kernels.rows, grid, args, warps, traffic), merge_rows(p, static, parts, [*rows, None])], rows
@@ -151,7 +162,7 @@ def rows_of(p: Problem, static: Static, grid: Grid, warps: int, V: Tensor | None
 def merge_rows(p: Problem, static: Static, parts: Tensor, rows: list[Tensor | None]) -> Launch:
     """The statistics of all tiles from those of each, parts [tiles, 2 or 3, B, I]."""
     count, kinds = p.B * p.I, parts.shape[1]
-    static = replace(static, slope=kinds == 3, query=True, coupling=False)
+    static = replace(static, slope=kinds == 3, query=True)
     traffic = parts.nbytes * (kinds + 1) // kinds + kinds * count * p.itemsize
     grid = (max(1, ceil(count, static.width)), 1, 1)
     return Launch(kernels.merge_rows, grid, (parts, *rows, count, len(parts), static), 4, traffic)

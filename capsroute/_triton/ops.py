@@ -14,12 +14,10 @@ def _route(u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps, s
     return _run(u, forward.route(problem, iterations, eps, save, return_coupling))
 
 
-def _route_backward(
-    grad_v, s, norm, u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps, detach_coupling, *needs
-):
+def _route_backward(grad_v, s, norm, u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps, *needs):
     problem = Problem.of(u, weight, bias, logits, mask, over_inputs, leaky)
     wanted = _wanted(needs, u, weight, bias, logits)
-    return _run(u, backward.route_backward(problem, grad_v, s, norm, iterations, eps, detach_coupling, wanted))
+    return _run(u, backward.route_backward(problem, grad_v, s, norm, iterations, eps, wanted))
 
 
 def _routing_pass(u, weight, query, logits, mask, over_inputs, leaky, save, return_coupling):

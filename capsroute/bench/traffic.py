@@ -46,13 +46,15 @@ def planned(problem: Problem, backward: bool) -> tuple[list, int]:
     u, weight, logits, iterations, grad_v, coupling, detach = problem
     logits = None if logits is None else logits[None]
     p = Planned.of(u.detach(), weight, None, logits, None, coupling == "in", False)
-    steps, results = plan_forward.route(p, iterations, 1e-9, backward, False)
+    saved = (1 if detach else iterations) if backward else 0
+    steps, results = plan_forward.route(p, iterations, 1e-9, saved, False)
     scratch = _scratch(steps, (p.u, p.weight, logits, *results))
     if backward:
+        _, s, norm, last_logits, _ = results
+        logits = last_logits if detach and iterations > 1 else logits
         p = Planned.of(u.detach(), weight, None, logits, None, coupling == "in", False)
         needs = plan_backward.Needs(True, weight is not None, False, False)
-        _, s, norm, _ = results
-        second, gradients = plan_backward.route_backward(p, grad_v, s, norm, iterations, 1e-9, detach, needs)
+        second, gradients = plan_backward.route_backward(p, grad_v, s, norm, saved, 1e-9, needs)
         scratch = max(scratch, _scratch(second, (p.u, p.weight, logits, grad_v, s, norm, *gradients)))
         steps += second
     return steps, scratch
@@ -73,12 +75,12 @@ def _scratch(steps: list, kept: tuple) -> int:
 
 def fewest(problem: Problem, backward: bool) -> int:
     """Each input read once and each result written once, by the forward and by the backward."""
-    u, weight, logits, iterations, grad_v = problem[:5]
+    u, weight, logits, iterations, grad_v, _, detach = problem
     inputs = sum(x.nbytes for x in (u, weight, logits) if x is not None)
     v = grad_v.nbytes
     if not backward:
         return inputs + v
-    s = iterations * grad_v.numel() * accumulation_dtype(u.dtype).itemsize
+    s = (1 if detach else iterations) * grad_v.numel() * accumulation_dtype(u.dtype).itemsize
     gradients = u.nbytes + (0 if weight is None else weight.nbytes)
     return (inputs + v + s) + (inputs + v + s + gradients)
 

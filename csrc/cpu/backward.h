@@ -24,7 +24,7 @@ class BatchSums {
     const int64_t J = pad<A>(p_.J), outputs = layout_.outputs();
     if (first == 0) clear();
     if (dbias_)  // dbias = sum over samples and k of ds^k
-      for (int64_t k = plan_.detach ? p_.R : 1; k <= p_.R; ++k)
+      for (int64_t k = 1; k <= p_.R; ++k)
         add(dbias_, kept_.output(0, plan_.e(k)), plan_.terms * outputs, count, outputs);
     if (dlogits_ && out_.logits_B == 1) add(dlogits_, kept_.logit_sums, J, count, J);
     if (dlogits_ && out_.logits_B > 1)
@@ -52,15 +52,15 @@ class BatchSums {
   // four rows o at a time; over all j too where they share one matrix.
   void weight_gradient(int64_t count, const Parallel& parallel) {
     const int64_t quads = divide_up(p_.O, 4), F = layout_.F;
-    const int64_t pairs = plan_.detach ? count : count * plan_.terms, step = plan_.detach ? plan_.terms : 1;
+    const int64_t pairs = count * plan_.terms;
     parallel_for(parallel, layout_.weights * quads, [&](int64_t item, int64_t) {
       const int64_t matrix = item / quads, o = item % quads * 4, rows = minimum(4, p_.O - o);
       const bool one = p_.form == Weight::single;
       for (int64_t j = one ? 0 : matrix; j < (one ? p_.J : matrix + 1); ++j)
         for (int64_t n = 0; n < pairs; n += kSumBlock)
-          outer(dW_ + (matrix * p_.O + o) * F, F, kept_.outputs + n * step * layout_.outputs() + j * layout_.O + o,
-                step * layout_.outputs(), rows, kept_.sums + n * step * layout_.sums() + j * F, step * layout_.sums(),
-                F, minimum(kSumBlock, pairs - n), Write::add);
+          outer(dW_ + (matrix * p_.O + o) * F, F, kept_.outputs + n * layout_.outputs() + j * layout_.O + o,
+                layout_.outputs(), rows, kept_.sums + n * layout_.sums() + j * F, layout_.sums(), F,
+                minimum(kSumBlock, pairs - n), Write::add);
     });
   }
 

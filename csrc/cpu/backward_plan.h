@@ -32,15 +32,14 @@ struct BackwardPlan {
 
   BackwardPlan(const Layout<X>& layout, const Backward& out) : layout(layout), p(layout.p), out(out) {
     const int64_t R = p.R;
-    detach = out.detach_coupling;
     given = p.query.data ? 1 : 0;
     logits_by_row = out.logits && out.logits_I == p.I;
     logits_by_sum = out.logits && !logits_by_row;
-    terms = detach ? 1 + queried(R) : 2 * R - 1 + given;
-    used_terms = detach ? 1 : terms;
-    slots = (detach ? int64_t(queried(R)) : 2 * (R - 1 + given)) + logits_by_row;
+    terms = 2 * R - 1 + given;
+    slots = 2 * (R - 1 + given) + logits_by_row;
+    logits_move = R > 1 || given || out.logits;
     means = p.over_inputs ? 2 * R * pad<A>(p.J) : 0;
-    logit_sums = logits_by_sum || (p.over_inputs && !detach);
+    logit_sums = logits_by_sum || (p.over_inputs && logits_move);
     const int64_t vectors =
         (terms * (layout.outputs() + (layout.shared ? 2 * layout.sums() : 0)) + means) * int64_t(sizeof(A));
     const int64_t pairs = slots * layout.blocks * layout.lanes() * int64_t(sizeof(A));
@@ -51,38 +50,33 @@ struct BackwardPlan {
     chunk = divide_up(p.B, maximum(1, chunks));
 
     const bool needs_sums = layout.shared && out.weight;
-    if (detach)
-      last_pass = needs_sums || (keep_pairs && queried(R)) ? R : R + 1;
-    else
-      last_pass = needs_sums || out.logits || given ? 1 : 2;  // a pass 1 without a query does not look at rows
+    last_pass = needs_sums || out.logits || given ? 1 : 2;  // a pass 1 without a query does not look at rows
   }
 
   // Whether pass k compares rows with a query q^(k-1). That is zero for k = 1, unless it was given.
   bool queried(int64_t k) const { return k > first_queried() - 1; }
   int64_t first_queried() const { return given ? 1 : 2; }
-  // Indices among the terms of dh: e^1 .. e^R, then q^(first_queried() - 1) .. q^(R-1); if detached e^R, then
-  // q^(R-1), which dh does not use.
-  int64_t e(int64_t k) const { return detach ? 0 : k - 1; }
-  int64_t q(int64_t k) const { return detach ? 1 : p.R + k - 1 + given; }
+  // Indices among the terms of dh: e^1 .. e^R, then q^(first_queried() - 1) .. q^(R-1).
+  int64_t e(int64_t k) const { return k - 1; }
+  int64_t q(int64_t k) const { return p.R + k - 1 + given; }
   // Slots of p^k and db^k for the queried k: another p^1 needs no rows.
-  bool uses_unqueried() const { return !queried(detach ? p.R : 1); }  // whether dh does
-  int64_t p_slot(int64_t k) const { return detach ? 0 : 2 * (k - first_queried()); }
+  int64_t p_slot(int64_t k) const { return 2 * (k - first_queried()); }
   int64_t db_slot(int64_t k) const { return 2 * (k - first_queried()) + 1; }
   int64_t logits_slot() const { return slots - 1; }
 
   const Layout<X>& layout;
   const Problem& p;
   const Backward& out;
-  bool detach;
   int64_t given;                      // 1 if V^0 is, else 0
   bool logits_by_row, logits_by_sum;  // dlogits: for every i, or summed over i with each pass
   bool keep_pairs;
-  int64_t last_pass;          // the passes R .. last_pass are streamed
-  int64_t terms, used_terms;  // kept, and used by dh
-  int64_t slots;              // numbers kept for every [I, J]
-  int64_t means;              // numbers kept for a softmax over i: (s^k_j - bias_j) . ds^k_j, and their errors
-  bool logit_sums;            // whether the sums over i of db^k_ij are wanted
-  int64_t chunk;              // samples
+  int64_t last_pass;  // the passes R .. last_pass are streamed
+  int64_t terms;      // of dh
+  int64_t slots;      // numbers kept for every [I, J]
+  int64_t means;      // numbers kept for a softmax over i: (s^k_j - bias_j) . ds^k_j, and their errors
+  bool logits_move;   // whether any db^k_ij is wanted
+  bool logit_sums;    // whether the sums over i of db^k_ij are wanted
+  int64_t chunk;      // samples
 };
 
 // What the first part leaves to the second, for a chunk of samples.

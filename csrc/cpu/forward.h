@@ -76,6 +76,7 @@ class ForwardStream {
     const int64_t sums = layout_.sums(), J = p_.J, F = layout_.F;
     const A* queries = queried(step) ? of_tile(query_, tile, sums) : nullptr;
     A *sum = partial_ + partial * stream_.schedule.tile * state_, *c = scratch.coupling;
+    A* logits = out_.logits && step == p_.R - 1 ? scratch.logits : nullptr;
     if (step < p_.R) clear(sum, tile.count);
     stream_.for_blocks(tile, 0, group, step == 0, scratch, [&](int64_t n, int64_t i0, const Block<A>& block) {
       const A* query = queries ? queries + n * sums : nullptr;
@@ -84,12 +85,13 @@ class ForwardStream {
         couple_inputs(block, query, J, F, whole.highest, whole.total, c);
       } else {
         if (p_.over_inputs)
-          couple_online(block, query, J, F, online(sum, n), c);
+          couple_online(block, query, J, F, online(sum, n), c, logits);
         else
-          couple(block, query, J, F, p_.leaky, c);
+          couple(block, query, J, F, p_.leaky, c, logits);
         add_block(block, c, J, F, sum + n * state_);
       }
-      if (out_.coupling && step == steps_ - 1) write_coupling(tile.first + n, i0, c);
+      if (logits) write_pairs(static_cast<A*>(out_.logits), tile.first + n, i0, logits);
+      if (out_.coupling && step == steps_ - 1) write_pairs(static_cast<X*>(out_.coupling), tile.first + n, i0, c);
     });
   }
 
@@ -115,7 +117,7 @@ class ForwardStream {
       }
       if (bias_) fold_sum(s, bias_, layout_.outputs(), false);
       const int64_t b = tile.first + n;
-      if (out_.s) write(static_cast<A*>(out_.s) + (step * p_.B + b) * p_.J * p_.O, s);
+      if (out_.s && saved(step) >= 0) write(static_cast<A*>(out_.s) + (saved(step) * p_.B + b) * p_.J * p_.O, s);
       if (step == p_.R - 1 && !out_.v) continue;
       for (int64_t j = 0; j < p_.J; ++j) squash(s + j * layout_.O, v + j * layout_.O, layout_.O, p_.eps);
       if (step == p_.R - 1) {
@@ -132,6 +134,9 @@ class ForwardStream {
     return states + tile.slot * stream_.schedule.tile * size;
   }
 
+  // The place of a step among the saved ones, negative if it is none.
+  int64_t saved(int64_t step) const { return step - (p_.R - out_.saved); }
+
   bool queried(int64_t step) const { return p_.query.data || minimum(step, p_.R - 1) > 0; }
 
   Online<A> online(A* states, int64_t n) const {
@@ -147,14 +152,14 @@ class ForwardStream {
 
   // The sums over i of exp(logit - highest) h_ij become those of c_ij h_ij; an output capsule without inputs gets 0.
   void normalise(const Online<A>& online, int64_t step, int64_t b) const {
-    A* norm = static_cast<A*>(out_.norm) + (step * p_.B + b) * p_.J;
+    A* norm = static_cast<A*>(out_.norm) + (saved(step) * p_.B + b) * p_.J;
     for (int64_t j = 0; j < p_.J; ++j) {
       const A scale = online.total[j] == 0 ? 0 : 1 / online.total[j];
       for (int64_t f = j * layout_.F; f < (j + 1) * layout_.F; f += W<A>)
         store(online.sums + f, load(online.sums + f) * scale);
-      if (!out_.norm) continue;
+      if (!out_.norm || saved(step) < 0) continue;
       norm[j] = online.total[j] == 0 ? 0 : online.highest[j];
-      norm[p_.R * p_.B * p_.J + j] = online.total[j];
+      norm[out_.saved * p_.B * p_.J + j] = online.total[j];
     }
   }
 
@@ -164,10 +169,12 @@ class ForwardStream {
     for (int64_t j = 0; j < p_.J; ++j) narrow(to + j * p_.O, from + j * layout_.O, p_.O);
   }
 
-  void write_coupling(int64_t b, int64_t i0, const A* c) const {
-    X* to = static_cast<X*>(out_.coupling) + (b * p_.I + i0) * p_.J;
+  // A block's [J, W] to [B, I, J].
+  template <class To>
+  void write_pairs(To* to, int64_t b, int64_t i0, const A* pairs) const {
+    to += (b * p_.I + i0) * p_.J;
     for (int64_t l = 0; l < minimum(W<A>, p_.I - i0); ++l)
-      for (int64_t j = 0; j < p_.J; ++j) to[l * p_.J + j] = from_acc<X>(c[j * W<A> + l]);
+      for (int64_t j = 0; j < p_.J; ++j) to[l * p_.J + j] = from_acc<To>(pairs[j * W<A> + l]);
   }
 
   const Forward& out_;

@@ -40,12 +40,12 @@ class LogitStream {
     for (int64_t n = 0; n < tile.count; ++n) {
       A* V = dV(tile, n);  // free until the end of this loop
       read_query(p_, first_ + tile.first + n, V, layout_);
-      if (plan_.given && (!plan_.detach || p_.R == 1)) keep(tile.first + n, plan_.q(0), V);
+      if (plan_.given) keep(tile.first + n, plan_.q(0), V);
       for (int64_t k = 1; k < p_.R; ++k) {
         read_s(tile.first + n, k, s);
         for (int64_t j = 0; j < p_.J; ++j) squash(s + j * layout_.O, v + j * layout_.O, layout_.O, p_.eps);
         fold_sum(V, v, layout_.outputs(), false);
-        if (!plan_.detach || k == p_.R - 1) keep(tile.first + n, plan_.q(k), V);
+        keep(tile.first + n, plan_.q(k), V);
       }
       set_zero(V, layout_.outputs());
       read_last(tile.first + n, v, s);
@@ -72,17 +72,16 @@ class LogitStream {
     A *s = s_ + tile.slot * outputs, *v = v_ + tile.slot * outputs;
     for (int64_t n = 0; n < tile.count; ++n) {
       const A *logit_sum = total(tile, n), *coupled = logit_sum + sums;
-      if (p_.over_inputs && !plan_.detach) correct_sums(tile, n, k, s);
+      if (p_.over_inputs && plan_.logits_move) correct_sums(tile, n, k, s);
       if (layout_.shared) {
-        if (plan_.queried(k) && !plan_.detach)
-          fold_sum(kept_.sum(tile.first + n, plan_.q(k - 1)), logit_sum, sums, true);
+        if (plan_.queried(k)) fold_sum(kept_.sum(tile.first + n, plan_.q(k - 1)), logit_sum, sums, true);
         fold_sum(kept_.sum(tile.first + n, plan_.e(k)), coupled, sums, true);
       }
       if (plan_.logits_by_sum) {
         const int64_t J = pad<A>(p_.J);
         fold_sum(kept_.logit_sums + (tile.first + n) * J, total(tile, n) + sums_ - J, J, step == 0);
       }
-      if (!plan_.queried(k) || plan_.detach) continue;
+      if (!plan_.queried(k)) continue;
       if (layout_.shared) stream_.to_outputs(logit_sum, v);
       fold_sum(dV(tile, n), layout_.shared ? v : logit_sum, outputs, false);
       if (k > 1)
@@ -101,8 +100,8 @@ class LogitStream {
     A* c = pairs && queried ? pairs + plan_.p_slot(k) * lanes : scratch.coupling;
     couple_again(n, k, block, c);
     if (sums && layout_.shared) add_block(block, c, J, F, sums + layout_.sums());
-    if (plan_.detach || !(queried || plan_.out.logits)) return;
-    A* db = pairs && queried ? pairs + plan_.db_slot(k) * lanes : scratch.gradient;
+    if (!(queried || plan_.out.logits)) return;
+    A* db = pairs && queried ? pairs + plan_.db_slot(k) * lanes : scratch.logits;
     const A* e = kept_.row(n, plan_.e(k));
     if (p_.over_inputs)
       couple_inputs_backward(block, c, e, J, F, kept_.mean(n, k), db);

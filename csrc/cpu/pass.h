@@ -15,11 +15,11 @@ CAPSROUTE_INLINE Vec<A> logit_of(const Block<A> block, const A* q, int64_t j, in
 }
 
 // c_ij = softmax over j of (logits_ij + h_ij . q_j), to c[j, lane]; 0 in lanes that are not live and
-// for forbidden pairs. A null query counts as zero: then rows are not read.
+// for forbidden pairs. A null query counts as zero: then rows are not read. The logits are left too, if wanted.
 template <class A>
-void couple(const Block<A> block, const A* q, int64_t J, int64_t F, bool leaky, A* c) {
+void couple(const Block<A> block, const A* q, int64_t J, int64_t F, bool leaky, A* c, A* logits = nullptr) {
   const Mask<A> live = block.live != 0;
-  if (!q && !block.prior) {
+  if (!q && !block.prior && !logits) {
     const Vec<A> uniform = live ? all<A>(A(1) / A(leaky ? J + 1 : J)) : all<A>(0);
     for (int64_t j = 0; j < J; ++j) store(c + j * W<A>, uniform);
     return;
@@ -30,6 +30,7 @@ void couple(const Block<A> block, const A* q, int64_t J, int64_t F, bool leaky, 
     highest = highest > logit ? highest : logit;  // a NaN passes on its way, and makes the sum NaN
     store(c + j * W<A>, logit);
   }
+  if (logits) __builtin_memcpy(logits, c, J * W<A> * sizeof(A));
   if (block.forbids) highest = highest == -A(__builtin_inf()) ? all<A>(0) : highest;
   Vec<A> sum = leaky ? exp_negative<A>(-highest) : all<A>(0);
   for (int64_t j = 0; j < J; ++j) {
@@ -63,15 +64,17 @@ CAPSROUTE_INLINE A rescale(A from, A to) {
 }
 
 // Softmax over i, on the way: c_ij = exp(logits_ij + h_ij . q_j - highest_j), to c[j, lane], for the largest logit up
-// to and with this block, to which total and sums are brought.
+// to and with this block, to which total and sums are brought. The logits are left too, if wanted.
 template <class A>
-void couple_online(const Block<A> block, const A* q, int64_t J, int64_t F, const Online<A>& online, A* c) {
+void couple_online(const Block<A> block, const A* q, int64_t J, int64_t F, const Online<A>& online, A* c,
+                   A* logits = nullptr) {
   const Mask<A> live = block.live != 0;
   const Vec<A> never = all<A>(-A(__builtin_inf()));
   for (int64_t j = 0; j < J; ++j) {
     Vec<A> logit = logit_of(block, q, j, F);
     logit = live ? logit : never;
     if (block.forbids) logit = load(block.prior + j * W<A>) == never ? never : logit;
+    if (logits) store(logits + j * W<A>, logit);
     A highest = online.highest[j];
     for (int64_t l = 0; l < W<A>; ++l) highest = logit[l] > highest ? logit[l] : highest;
     if (highest > online.highest[j]) {

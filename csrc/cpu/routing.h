@@ -5,6 +5,8 @@
 // R routing iterations. One pass over the input capsules is
 //   c_ij = softmax over j of (logits_ij + h_ij . V_j),   s_j = sum over i of c_ij h_ij,
 // with V^0 = 0 and V^k = V^(k-1) + squash(s^k), so the state between passes is V [B, J, O] alone.
+// Where the coupling of the last pass is a constant, the backward is that of one pass, R = 1, whose prior logits are
+// those that Forward saved, and which wants no gradient for them.
 // A routing pass by itself is R = 1 from V^0 = query, without squash: then s is the result, not v.
 #pragma once
 
@@ -45,18 +47,19 @@ struct Problem {
 // Outputs are dense. The accumulation type is float64 for float64, else float32.
 struct Forward {
   void* v;         // [B, J, O], or null: no squash after the last pass
-  void* s;         // [R, B, J, O] in the accumulation type, or null
-  void* norm;      // over_inputs: [2, R, B, J] in the accumulation type, the largest logit over i and the sum over i
-                   // of exp(logit - largest); or null
+  void* s;         // [saved, B, J, O] in the accumulation type, or null
+  void* norm;      // over_inputs: [2, saved, B, J] in the accumulation type, the largest logit over i and the sum over
+                   // i of exp(logit - largest); or null
   void* coupling;  // [B, I, J] of the last pass, or null
+  void* logits;    // [B, I, J] of the last pass in the accumulation type, logits_ij + h_ij . V_j; or null
+  int64_t saved;   // passes, the last ones, whose s and norm are wanted
 };
 
 struct Backward {
   Array grad_v;   // [b, j, o] of the dtype of u, or null, and then
   Array grad_s;   // [b, j, o] of s^R in the accumulation type
-  const void* s;  // what Forward saved
+  const void* s;  // what Forward saved, of all R passes
   const void* norm;
-  bool detach_coupling;
   int64_t logits_B, logits_I;  // 1 or B, 1 or I: the dimensions that the logits themselves have
   void* u;                     // as Problem::u, or null where not wanted; so the others
   void* weight;                // [I, D, J, O], [J, O, D] or [O, D]

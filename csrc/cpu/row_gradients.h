@@ -53,7 +53,7 @@ class RowGradients {
   struct Scratch {
     A* uniform;             // [kSubBatch][J, W]: p^1 where it has no query
     A* pairs;               // [kSubBatch][slot][J, W], where they are not kept
-    const A** coefficient;  // [used_terms]
+    const A** coefficient;  // [terms]
     A* dh;                  // [kSubLanes<A>][kSubBatch][J, F]
     A* inputs;              // [kSubBatch][D]
     A* du;                  // [kSubBatch][D or F]
@@ -66,7 +66,7 @@ class RowGradients {
     Scratch s;
     s.uniform = carver.take<A>(kSubBatch * layout_.lanes());
     s.pairs = carver.take<A>(plan_.keep_pairs ? 0 : kSubBatch * kept_.block_pairs());
-    s.coefficient = carver.take<const A*>(plan_.used_terms);
+    s.coefficient = carver.take<const A*>(plan_.terms);
     s.dh = carver.take<A>(kSubLanes<A> * kSubBatch * layout_.sums());
     s.inputs = carver.take<A>(kSubBatch * maximum(1, p_.D));
     s.du = carver.take<A>(kSubBatch * maximum(p_.D, layout_.F));
@@ -84,8 +84,8 @@ class RowGradients {
       for (int64_t n = 0; n < samples; ++n) {
         A* uniform = scratch.uniform + n * layout_.lanes();
         blocks[n] = logits_.stream().rows.lanes(first + m + n, i0, uniform);
-        if (plan_.uses_unqueried()) logits_.couple_again(m + n, 1, blocks[n], uniform);
-        if (p_.over_inputs && !plan_.detach) correct_pairs(m + n, pairs(m, n, i0, scratch), uniform);
+        if (!plan_.queried(1)) logits_.couple_again(m + n, 1, blocks[n], uniform);
+        if (p_.over_inputs && plan_.logits_move) correct_pairs(m + n, pairs(m, n, i0, scratch), uniform);
       }
       if (plan_.logits_by_row) logit_gradients(first, m, samples, i0, scratch);
       for (int64_t l = 0; rows && l < lanes; l += kSubLanes<A>)
@@ -108,7 +108,7 @@ class RowGradients {
       for (int64_t n = 0; n < some; ++n) {
         const Block<A> block =
             stream.rows.block(first + m + n0 + n, i0, own.rows.staged + n * layout_.block_size(), own.rows.prior);
-        const int64_t last = plan_.detach ? p_.R : (plan_.logits_by_row ? 1 : plan_.first_queried());
+        const int64_t last = plan_.logits_by_row ? 1 : plan_.first_queried();
         for (int64_t k = p_.R; k >= last; --k)
           logits_.pass(m + n0 + n, k, block, pairs(m, n0 + n, i0, scratch), own, nullptr);
       }
@@ -132,7 +132,7 @@ class RowGradients {
   // dh_ij = sum over terms of coefficient_ij vector_j, for the lanes l0 .. l0 + lanes of one sample.
   void votes_gradient(int64_t n, const Block<A>& block, const A* const* coefficient, int64_t l0, A* dh) const {
     constexpr int N = kSubLanes<A>;
-    const int64_t F = layout_.F, sums = layout_.sums(), next = kSubBatch * sums, terms = plan_.used_terms;
+    const int64_t F = layout_.F, sums = layout_.sums(), next = kSubBatch * sums, terms = plan_.terms;
     const A* vectors = kept_.row(n, 0);
     for (int64_t j = 0; j < p_.J; ++j) {
       const int64_t lane = j * W<A> + l0, end = (j + 1) * F;
@@ -154,9 +154,8 @@ class RowGradients {
     for (int64_t n = 0; n < samples; ++n) {
       const A* kept = pairs(m, n, i0, scratch);
       const A** coefficient = scratch.coefficient;
-      if (plan_.detach) coefficient[0] = kept + plan_.p_slot(p_.R) * layout_.lanes();
-      if (plan_.uses_unqueried()) coefficient[0] = scratch.uniform + n * layout_.lanes();
-      for (int64_t k = plan_.first_queried(); !plan_.detach && k <= p_.R; ++k) {
+      if (!plan_.queried(1)) coefficient[0] = scratch.uniform + n * layout_.lanes();
+      for (int64_t k = plan_.first_queried(); k <= p_.R; ++k) {
         coefficient[plan_.e(k)] = kept + plan_.p_slot(k) * layout_.lanes();
         coefficient[plan_.q(k - 1)] = kept + plan_.db_slot(k) * layout_.lanes();
       }

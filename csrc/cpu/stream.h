@@ -18,7 +18,7 @@ class Stream {
   struct Scratch {
     typename Rows<X>::Scratch rows;
     A* coupling;  // [J, W]
-    A* gradient;  // [J, W], of the logits
+    A* logits;    // [J, W], or their gradient
   };
 
   Stream(const Layout<X>& layout, int64_t batch, int64_t passes, Carver& carver, const Parallel& parallel)
@@ -82,7 +82,7 @@ class Stream {
     Scratch s;
     s.rows = Rows<X>::Scratch::carve(layout, carver);
     s.coupling = carver.take<A>(layout.lanes());
-    s.gradient = carver.take<A>(layout.lanes());
+    s.logits = carver.take<A>(layout.lanes());
     return s;
   }
 

@@ -66,7 +66,6 @@ class Backpropagation {
         launcher_(p, stream),
         layout_(launcher_.layout),
         staged_(source_of(p) == Source::staged),
-        first_pass_(out.detach_coupling ? p.R - 1 : 0),
         split_(Split::of(p, layout_.row_slices, most_warps<A>(Direction::backward), 1, kChunks)),
         carver_{static_cast<char*>(scratch)} {
     launcher_.pack_weight(carver_);
@@ -113,7 +112,7 @@ class Backpropagation {
   }
 
   void carve_gradients() {
-    gradients_ = {p_, layout_, split_, states_, launcher_.weight, statistics_, out_.detach_coupling};
+    gradients_ = {p_, layout_, split_, states_, launcher_.weight, statistics_};
     gradients_.all_tiles = source_of(p_) == Source::made && out_.weight;
     gradients_.split = Split::of(p_, layout_.row_slices, kMaxSlices, gradients_.all_tiles ? 1 : layout_.tiles, kBlocks);
     gradients_.du = static_cast<X*>(out_.u);
@@ -143,8 +142,8 @@ class Backpropagation {
     launcher_.run("begin_backward", begin_backward_kernel<X>, blocks, kFinishThreads, shared, finish);
 
     Pass<X> pass{p_, layout_, split_, launcher_.weight};
-    for (int64_t k = p_.R - 1; k >= first_pass_; --k) {
-      finish.dV = k > first_pass_ ? dV_ : nullptr;
+    for (int64_t k = p_.R - 1; k >= 0; --k) {
+      finish.dV = k > 0 ? dV_ : nullptr;
       finish.dquery = k == 0 ? static_cast<A*>(out_.query) : nullptr;
       const bool corrects = p_.over_inputs && out_.logits;  // db_ij over inputs is known only after its sum
       const bool sums = finish.dV || finish.dquery || partial_p_ || corrects;
@@ -186,8 +185,7 @@ class Backpropagation {
   template <class Parameter>
   void bias_gradient(Parameter* dbias) const {
     launcher_.run("bias_gradient", bias_gradient_kernel<X, Parameter>, p_.J * p_.O, kSumThreads,
-                  kSumThreads * int64_t(sizeof(A)),
-                  BiasGradient<X, Parameter>{p_, layout_, states_.ds, first_pass_, dbias});
+                  kSumThreads * int64_t(sizeof(A)), BiasGradient<X, Parameter>{p_, layout_, states_.ds, dbias});
   }
 
   template <class Parameter>
@@ -202,8 +200,8 @@ class Backpropagation {
   int64_t matrices() const { return p_.form == Weight::single ? 1 : p_.J; }
 
   void run_shared_weight_gradient() const {
-    SharedWeightGradient<X> a{p_, layout_, states_, sum_p_, out_.detach_coupling ? nullptr : sum_db_};
-    a.first_pass = first_pass_, a.parts = parts_, a.dweight = dweight_parts_;
+    SharedWeightGradient<X> a{p_, layout_, states_, sum_p_, sum_db_};
+    a.parts = parts_, a.dweight = dweight_parts_;
     const int64_t blocks = parts_ * matrices() * divide_up(p_.O, kSquare) * divide_up(p_.D, kSquare);
     launcher_.run("shared_weight_gradient", shared_weight_gradient_kernel<X>, blocks, kSquare * kSquare,
                   2 * kSquare * (kLanes + 1) * int64_t(sizeof(A)), a);
@@ -215,7 +213,6 @@ class Backpropagation {
   Launcher<X> launcher_;
   const Layout& layout_;
   bool staged_;
-  int64_t first_pass_;
   Split split_;
   Carver carver_;
   States<X> states_{};

@@ -194,8 +194,9 @@ struct Finish {
   A* statistics;              // over inputs: [tile, j, 3, lane], m and 1/z are left here
   A* V;                       // [tile, j, o, lane]
   A* query;                   // of a shared weight, W_j^T V_j: [tile, j, row, lane]
-  A* s;                       // [R, B, J, O], or null
-  A* norm;                    // [2, R, B, J], or null
+  A* s;                       // [saved, B, J, O], or null
+  A* norm;                    // [2, saved, B, J], or null
+  int64_t saved;              // of the R passes, the last ones
   X* v;                       // [B, J, O], or null
   int64_t pass;               // of a launch of its own
 };
@@ -213,6 +214,7 @@ CAPSROUTE_DEVICE void finish(const Finish<X>& a, int64_t pass, int64_t tile, int
   const Problem& p = a.p;
   const Capsule<X> capsule(p, a.layout, tile, j, memory);
   const int lane = capsule.lane;
+  const int64_t kept = pass - (p.R - a.saved);  // the place among the saved passes
   if (p.over_inputs) {
     A m, z;
     capsule.join_chunks(a.chunk_statistics, a.chunks, m, z);
@@ -221,8 +223,9 @@ CAPSROUTE_DEVICE void finish(const Finish<X>& a, int64_t pass, int64_t tile, int
     if (capsule.warp == 0) {
       A* all = statistics_at(a.statistics, tile, p.J, j, lane);
       store(all, m), store(all + kLanes, r);
-      const int64_t b = tile * kLanes + lane, to = (pass * p.B + b) * p.J + j;
-      if (a.norm && CAPSROUTE_WITHIN(b, p.B)) store(a.norm + to, m), store(a.norm + p.R * p.B * p.J + to, z);
+      const int64_t b = tile * kLanes + lane, to = (kept * p.B + b) * p.J + j;
+      if (a.norm && kept >= 0 && CAPSROUTE_WITHIN(b, p.B))
+        store(a.norm + to, m), store(a.norm + a.saved * p.B * p.J + to, z);
     }
   } else {
     capsule.sum_chunks(a.partial, a.chunks);
@@ -234,7 +237,7 @@ CAPSROUTE_DEVICE void finish(const Finish<X>& a, int64_t pass, int64_t tile, int
       s[column_at(o, lane)] += capsule.bias(o);
     CAPSROUTE_SYNC();
   }
-  if (a.s) capsule.write(a.s + pass * p.B * p.J * p.O, s, static_cast<const A*>(nullptr));
+  if (a.s && kept >= 0) capsule.write(a.s + kept * p.B * p.J * p.O, s, static_cast<const A*>(nullptr));
   if (!a.v) return;
   capsule.squash_scale(s);
   if (pass == p.R - 1) {

@@ -10,7 +10,7 @@ CAPSROUTE_KERNEL(most_warps<Acc<X>>(direction) * kLanes)
 pass_kernel(CAPSROUTE_ARGUMENT Pass<X> a) {
   CAPSROUTE_SHARED(memory);
   const int block = block_index(), tiles = int(a.layout.tiles), chunks = int(a.split.chunks);
-  pass<X, source, direction, over_inputs>(a, a.query, a.coupling, block % tiles, block / tiles % chunks,
+  pass<X, source, direction, over_inputs>(a, a.query, true, block % tiles, block / tiles % chunks,
                                           block / tiles / chunks, memory);
 }
 
@@ -61,8 +61,7 @@ route_kernel(CAPSROUTE_ARGUMENT Route<X> a) {
   }
   for (int64_t k = 0; k < p.R; ++k) {
     const Acc<X>* query = k == 0 && !p.query.data ? nullptr : a.pass.query;
-    X* coupling = k == p.R - 1 ? a.pass.coupling : nullptr;
-    pass<X, source, Direction::forward, false>(a.pass, query, coupling, tile, 0, 0, memory);
+    pass<X, source, Direction::forward, false>(a.pass, query, k == p.R - 1, tile, 0, 0, memory);
     CAPSROUTE_SYNC();
     for (int64_t j = 0; j < p.J; ++j) {
       finish(a.finish, k, tile, j, memory);
@@ -135,7 +134,8 @@ struct Launcher {
       };
       if (group_statistics) {
         Pass<X> first = a;
-        first.partial = nullptr, first.coupling = nullptr, first.group_statistics = group_statistics;
+        first.partial = nullptr, first.coupling = nullptr, first.logits = nullptr;
+        first.group_statistics = group_statistics;
         pass("statistics", first);
         for_elements("merge", merge_kernel<X>, layout.tiles * p.I * kLanes,
                      Merge<X>{p, layout.tiles, a.split.groups, direction == Direction::backward, group_statistics,
@@ -164,6 +164,7 @@ int64_t forward(const Problem& p, const Forward& out, void* scratch, void* strea
   finish.V = carver.take<A>(layout.out_state(p));
   finish.query = source_of(p) == Source::staged ? carver.take<A>(layout.row_state(p)) : finish.V;
   finish.s = static_cast<A*>(out.s), finish.v = static_cast<X*>(out.v), finish.norm = static_cast<A*>(out.norm);
+  finish.saved = out.saved;
   A *statistics = nullptr, *group_statistics = nullptr;
   if (split.groups > 1 || p.over_inputs) statistics = carver.take<A>(launcher.statistics_size());
   if (p.over_inputs) {
@@ -177,8 +178,9 @@ int64_t forward(const Problem& p, const Forward& out, void* scratch, void* strea
 
   const int64_t finish_shared = finish_shared_bytes<X>(layout);
   X* coupling = static_cast<X*>(out.coupling);
+  A* logits = static_cast<A*>(out.logits);
   if (split.groups == 1 && split.chunks == 1 && !p.over_inputs) {
-    pass.query = finish.query, pass.coupling = coupling;
+    pass.query = finish.query, pass.coupling = coupling, pass.logits = logits;
     with_source(source_of(p), [&](auto constant) {
       constexpr Source source = decltype(constant)::value;
       launcher.run("route", route_kernel<X, source>, layout.tiles, launcher.threads(split),
@@ -191,6 +193,7 @@ int64_t forward(const Problem& p, const Forward& out, void* scratch, void* strea
     for (int64_t k = 0; k < p.R; ++k) {
       pass.query = k == 0 && !p.query.data ? nullptr : finish.query;
       pass.coupling = k == p.R - 1 && !p.over_inputs ? coupling : nullptr;
+      pass.logits = k == p.R - 1 ? logits : nullptr;
       launcher.template run_pass<Direction::forward>(pass, group_statistics);
       finish.pass = k;
       launcher.run("finish", finish_kernel<X>, blocks, kFinishThreads, finish_shared, finish);
@@ -198,7 +201,7 @@ int64_t forward(const Problem& p, const Forward& out, void* scratch, void* strea
   }
   if (coupling && p.over_inputs) {  // it is known only now; V is still that of the last pass
     pass.query = p.R == 1 && !p.query.data ? nullptr : finish.query;
-    pass.statistics = statistics, pass.partial = nullptr, pass.coupling = coupling;
+    pass.statistics = statistics, pass.partial = nullptr, pass.coupling = coupling, pass.logits = nullptr;
     launcher.template run_pass<Direction::forward>(pass, nullptr);
   }
   return carver.used;

@@ -25,13 +25,12 @@ struct Gradients {
   States<X> states;
   const X* weight;      // [I, D, J, O padded] for Source::made
   const A* statistics;  // [R, tile, i, 3, lane], over inputs [R, tile, j, 3, lane]
-  bool detach_coupling;
-  bool all_tiles;  // one block for all tiles
-  A* du_groups;    // [group, B, I, D], or null: there is one group
-  X* du;           // [B, I, D], or the votes' [B, I, J, O]; null where not wanted
-  A* dweight_sum;  // [I, D, J, O] between tiles
-  X* dweight;      // [I, D, J, O], or null
-  A* dlogits;      // [B, I, J] in A, or null
+  bool all_tiles;       // one block for all tiles
+  A* du_groups;         // [group, B, I, D], or null: there is one group
+  X* du;                // [B, I, D], or the votes' [B, I, J, O]; null where not wanted
+  A* dweight_sum;       // [I, D, J, O] between tiles
+  X* dweight;           // [I, D, J, O], or null
+  A* dlogits;           // [B, I, J] in A, or null
 };
 
 // Bytes of shared memory: the stages, then logits and targets twice, du of each slice, dh with its lanes in a row.
@@ -107,7 +106,7 @@ class GradientStream {
       prior[n] = prior_logit<X>(p_, place_, i + n, live[n]);
       live[n] = live[n] && prior[n] != -infinity<A>();  // of a forbidden pair nothing may be used, NaN or not
     }
-    for (int k = int(p_.R) - 1; k >= (a_.detach_coupling ? p_.R - 1 : 0); --k) {
+    for (int k = int(p_.R) - 1; k >= 0; --k) {
       A e[K], q[K];
       clear(e), clear(q);
       if (active) load_slice(e, a_.states.row_ds + k * state, at, place_.lane);
@@ -142,7 +141,7 @@ class GradientStream {
     const A* all = statistics_at(a_.statistics, k * a_.layout.tiles + place_.tile, count, index, place_.lane);
     const A share = exp(logit - load(all));
     p = share != 0 ? share * load(all + kLanes) : A(0);
-    db = a_.detach_coupling || p == 0 ? A(0) : p * (target - load(all + 2 * kLanes));
+    db = p == 0 ? A(0) : p * (target - load(all + 2 * kLanes));
   }
 
   // Sums over the slices of each j, through shared memory; the halves take turns.

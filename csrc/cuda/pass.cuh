@@ -48,6 +48,7 @@ struct Pass {
                   // over inputs [tile, j, 3, lane], known, or null
   A* chunk_statistics;  // over inputs: [chunk, tile, j, 3, lane], m and z of the chunk, in the backward sum of db_ij
   X* coupling;          // [B, I, J], or null
+  A* logits;            // likewise, before the softmax
 };
 
 // Shared memory of a pass: the stages, then twice the logits [n, slice, lane] and, in the backward, t.
@@ -60,8 +61,7 @@ int64_t pass_shared_bytes(int64_t units) {
 // The softmax over the group's j of input capsule i, by one thread for its lane. l holds the logits and t the h . e
 // of the slices; they leave as c, or as db, at each j's first slice.
 template <class X, Direction direction>
-CAPSROUTE_DEVICE void couple(const Pass<X>& a, X* coupling, const Place& place, int group, int i, Acc<X>* l,
-                             Acc<X>* t) {
+CAPSROUTE_DEVICE void couple(const Pass<X>& a, bool last, const Place& place, int group, int i, Acc<X>* l, Acc<X>* t) {
   using A = Acc<X>;
   constexpr bool backward = direction == Direction::backward;
   const Problem& p = a.p;
@@ -78,6 +78,8 @@ CAPSROUTE_DEVICE void couple(const Pass<X>& a, X* coupling, const Place& place, 
       if constexpr (backward) t[j * step] += t[j * step + s * kLanes];
     }
     m = l[j * step] > m ? l[j * step] : m;  // a NaN passes on its way, and makes the sum NaN
+    if (!backward && last && a.logits && CAPSROUTE_WITHIN(place.b, p.B))
+      store(a.logits + (int64_t(place.b) * p.I + i) * p.J + place.first_output + j, l[j * step]);
   }
   if (merged) {
     const A* all = statistics_at(a.statistics, place.tile, p.I, i, place.lane);
@@ -114,8 +116,8 @@ CAPSROUTE_DEVICE void couple(const Pass<X>& a, X* coupling, const Place& place, 
       l[j * step] = c != 0 ? c * (t[j * step] - mean) : A(0);
     } else {
       l[j * step] = c;
-      if (coupling && CAPSROUTE_WITHIN(place.b, p.B))
-        store(coupling + (int64_t(place.b) * p.I + i) * p.J + place.first_output + j, from_acc<X>(c));
+      if (last && a.coupling && CAPSROUTE_WITHIN(place.b, p.B))
+        store(a.coupling + (int64_t(place.b) * p.I + i) * p.J + place.first_output + j, from_acc<X>(c));
     }
   }
 }
@@ -128,8 +130,9 @@ CAPSROUTE_DEVICE Acc<X> prior_logit(const Problem& p, const Place& place, int i,
   return load_element<X>(p.logits, p.u.dtype, place.b * stride[0] + i * stride[1] + place.j * stride[2]);
 }
 
+// `last_pass` says that it leaves coupling and logits, if they are wanted.
 template <class X, Source source, Direction direction, bool over_inputs>
-CAPSROUTE_DEVICE void pass(const Pass<X>& a, const Acc<X>* query, X* coupling, int tile, int chunk, int group,
+CAPSROUTE_DEVICE void pass(const Pass<X>& a, const Acc<X>* query, bool last_pass, int tile, int chunk, int group,
                            char* memory) {
   using A = Acc<X>;
   using MyRows = Rows<X, source>;
@@ -183,7 +186,7 @@ CAPSROUTE_DEVICE void pass(const Pass<X>& a, const Acc<X>* query, X* coupling, i
     CAPSROUTE_ROLL
     for (int n = place.warp; n < N && !over_inputs; n += place.warps)
       if (CAPSROUTE_WITHIN(i + n, last))
-        couple<X, direction>(a, coupling, place, group, i + n, logits + n * size, targets + n * size);
+        couple<X, direction>(a, last_pass, place, group, i + n, logits + n * size, targets + n * size);
     wait_copies();
     CAPSROUTE_SYNC();
     CAPSROUTE_UNROLL
@@ -198,12 +201,14 @@ CAPSROUTE_DEVICE void pass(const Pass<X>& a, const Acc<X>* query, X* coupling, i
           c += logits[own + s * kLanes];
           if constexpr (backward) target += targets[own + s * kLanes];
         }
+        if (!backward && last_pass && a.logits && place.slice == 0 && CAPSROUTE_WITHIN(place.b, p.B))
+          store(a.logits + (int64_t(place.b) * p.I + i + n) * p.J + place.j, c);
         if (known) {
           const A share = used[n] ? exp(c - m) * z : A(0);
           c = !backward ? share : share != 0 ? share * (target - mean) : A(0);
           excess += c;
-          if (!backward && coupling && place.slice == 0 && CAPSROUTE_WITHIN(place.b, p.B))
-            store(coupling + (int64_t(place.b) * p.I + i + n) * p.J + place.j, from_acc<X>(c));
+          if (!backward && last_pass && a.coupling && place.slice == 0 && CAPSROUTE_WITHIN(place.b, p.B))
+            store(a.coupling + (int64_t(place.b) * p.I + i + n) * p.J + place.j, from_acc<X>(c));
         } else if (used[n]) {
           const A highest = c > m ? c : m, scale = exp(m - highest);
           CAPSROUTE_UNROLL

@@ -97,14 +97,13 @@ CAPSROUTE_DEVICE A sum_threads(A x, A* memory) {
   return sum;
 }
 
-// dbias[j, o] = sum over k and b of ds^k_j; with detached coupling of the last pass alone. A block has one (j, o).
+// dbias[j, o] = sum over k and b of ds^k_j. A block has one (j, o).
 template <class X, class Parameter>
 struct BiasGradient {
   using A = Acc<X>;
   Problem p;
   Layout layout;
-  const A* ds;  // [R, tile, j, o, lane]
-  int64_t first_pass;
+  const A* ds;       // [R, tile, j, o, lane]
   Parameter* dbias;  // [J, O]
 };
 
@@ -114,7 +113,7 @@ CAPSROUTE_DEVICE void bias_gradient(const BiasGradient<X, Parameter>& a, char* m
   const Problem& p = a.p;
   const int64_t block = block_index(), j = block / p.O, o = block % p.O, tiles = a.layout.tiles;
   A sum = 0;
-  for (int64_t k = a.first_pass; k < p.R; ++k)
+  for (int64_t k = 0; k < p.R; ++k)
     for (int64_t e = thread_index(); CAPSROUTE_WITHIN(e, tiles * kLanes); e += thread_count()) {
       const int64_t tile = e / kLanes, lane = e % kLanes;
       sum += load(a.ds + k * a.layout.out_state(p) + ((tile * p.J + j) * a.layout.out_padded + o) * kLanes + lane);
@@ -161,7 +160,6 @@ struct SharedWeightGradient {
   States<X> states;
   const A* sum_p;  // [R, tile, j, row, lane]
   const A* sum_db;
-  int64_t first_pass;
   int64_t parts;  // of the tiles
   A* dweight;     // [part, J or 1, O, D]
 };
@@ -198,10 +196,10 @@ CAPSROUTE_DEVICE void shared_weight_gradient(const SharedWeightGradient<X>& a, c
     CAPSROUTE_SYNC();
   };
   for (int64_t tile = first; CAPSROUTE_WITHIN(tile, minimum(first + per_part, layout.tiles)); ++tile)
-    for (int64_t k = a.first_pass; k < p.R; ++k)
+    for (int64_t k = 0; k < p.R; ++k)
       for (int64_t j = one ? 0 : matrix; j <= (one ? p.J - 1 : matrix); ++j) {
         add(a.states.ds + k * layout.out_state(p), a.sum_p + k * layout.row_state(p), tile, j);
-        if (a.sum_db && (k > 0 || p.query.data))
+        if (k > 0 || p.query.data)
           add(a.states.V + k * layout.out_state(p), a.sum_db + k * layout.row_state(p), tile, j);
       }
   if (CAPSROUTE_WITHIN(o0 + own_o, p.O) && CAPSROUTE_WITHIN(d0 + own_d, p.D))

@@ -236,10 +236,12 @@ Result run(const Case& c, const Values& x, const Vector& grad, DType dtype, int6
 
   if (c.pass) p.query = {query.bytes.get(), accumulated, {c.J * c.O, c.O, 1, 0}};
 
-  Store v(dtype, c.pass ? 0 : outputs), s(accumulated, c.R * outputs), coupling(dtype, c.B * c.I * c.J);
-  Store norm(accumulated, c.over_inputs ? 2 * c.R * c.B * c.J : 0);
+  const int64_t saved = c.detach ? 1 : c.R;
+  Store v(dtype, c.pass ? 0 : outputs), s(accumulated, saved * outputs), coupling(dtype, c.B * c.I * c.J);
+  Store norm(accumulated, c.over_inputs ? 2 * saved * c.B * c.J : 0);
+  Store last_logits(accumulated, c.detach ? c.B * c.I * c.J : 0);
   auto pointer = [](const Store& store) -> void* { return store.count ? store.bytes.get() : nullptr; };
-  const Forward out{pointer(v), pointer(s), pointer(norm), pointer(coupling)};
+  const Forward out{pointer(v), pointer(s), pointer(norm), pointer(coupling), pointer(last_logits), saved};
   const Parallel parallel = threads(thread_count);
   Scratch forward(tested::kernels.forward_scratch(p, out, thread_count));
   tested::kernels.forward(p, out, forward.start, parallel);
@@ -248,7 +250,8 @@ Result run(const Case& c, const Values& x, const Vector& grad, DType dtype, int6
       dlogits(accumulated, c.detach ? 0 : x.logits.size()), dquery(accumulated, x.query.size());
   Backward back{};
   (c.pass ? back.grad_s : back.grad_v) = {g.bytes.get(), g.dtype, {c.J * c.O, c.O, 1, 0}};
-  back.s = pointer(s), back.norm = pointer(norm), back.detach_coupling = c.detach;
+  back.s = pointer(s), back.norm = pointer(norm);
+  if (c.detach) p.R = 1, p.logits = {last_logits.bytes.get(), accumulated, {c.I * c.J, c.J, 1, 0}};
   back.logits_B = c.logits_B(), back.logits_I = c.logits_I();
   back.u = pointer(du), back.weight = pointer(dweight), back.bias = pointer(dbias);
   back.logits = pointer(dlogits), back.query = pointer(dquery);

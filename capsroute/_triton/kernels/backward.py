@@ -124,9 +124,11 @@ def coupling_and_slope(h, prior, allowed, V, ds, tops, totals, means, k, row, b,
     it runs over j and J takes several tiles.
     """
     J: tl.constexpr = P.J
-    a = prior + tl.sum(h * V, 2, keep_dims=True)
+    a, t = prior, tl.zeros_like(prior)
+    if P.moves:
+        a += tl.sum(h * V, 2, keep_dims=True)
+        t = tl.sum(h * ds, 2, keep_dims=True)
     a = tl.where(allowed, a, float("-inf"))
-    t = tl.sum(h * ds, 2, keep_dims=True)
     if P.over_inputs or P.tiled:
         sample = k * B.to(tl.int64) + b
         if P.over_inputs:
@@ -202,37 +204,38 @@ def pass_(
 
 
 @triton.jit
-def vote_gradient(
-    h, prior, allowed, queries, slopes, tops, totals, means, row, b, i, j, x, first, R, B, I, P: tl.constexpr
-):
-    """dh_ij = sum over k of p ds + db V [IB, JB, XB], and sum over k of db [IB, JB, 1]; k from first to R - 1."""
+def vote_gradient(h, prior, allowed, queries, slopes, tops, totals, means, row, b, i, j, x, R, B, I, P: tl.constexpr):
+    """dh_ij = sum over k of p ds + db V [IB, JB, XB], and sum over k of db [IB, JB, 1]. One that does not move
+    the logits needs no votes.
+    """
     ACC: tl.constexpr = P.acc
     IB: tl.constexpr = P.TB
     JB: tl.constexpr = P.JB
     XB: tl.constexpr = P.XB
     J: tl.constexpr = P.J
     X: tl.constexpr = P.X
-    DETACH: tl.constexpr = P.detach
     inside = (j < J) & (x < X)
     at = (b * J + j) * X + x
     n = B.to(tl.int64) * (J * X)
     dh = tl.zeros([IB, JB, XB], ACC)
     dlogits = tl.zeros([IB, JB, 1], ACC)
-    for k in range(first, R):
-        V = query_before(queries, k, n, at, inside, P)
+    for k in range(R):
+        V = dh  # for nothing
+        if P.moves:
+            V = query_before(queries, k, n, at, inside, P)
         ds = tl.load(slopes + k * n + at, mask=inside, other=0)
         p, db = coupling_and_slope(h, prior, allowed, V, ds, tops, totals, means, k, row, b, i, j, B, I, P)
         dh = tl.fma(tl.broadcast_to(p, [IB, JB, XB]), tl.broadcast_to(ds, [IB, JB, XB]), dh)
-        if not DETACH:
+        if P.moves:
             dh = tl.fma(tl.broadcast_to(db, [IB, JB, XB]), tl.broadcast_to(V, [IB, JB, XB]), dh)
             dlogits += db
     return tl.where(allowed, dh, 0.0), dlogits
 
 
-@triton.jit(do_not_specialize=["B", "I", "first", "R", "share"])
+@triton.jit(do_not_specialize=["B", "I", "R", "share"])
 def gradients(
     u, weight, logits, mask, queries, slopes, tops, totals, means, du, dweight, dlogits,
-    first, R, B, I, share, strides, P: tl.constexpr,
+    R, B, I, share, strides, P: tl.constexpr,
 ):  # fmt: skip
     """The last stream: a program owns IB input capsules, W_i in registers, and goes through a share of the samples.
 
@@ -266,17 +269,16 @@ def gradients(
     for sample in range(begin, tl.minimum(begin + share, B)):
         b = tl.zeros([1, 1, 1], tl.int64) + sample
         row, allowed, prior = pairs(logits, mask, i < I, b, i, j, strides, P)
+        h = tl.zeros([IB, JB, XB], ACC)
         if P.pair:
             at = u + (b * strides[5] + i * strides[6])[:, :, :, None] + d
             u_b = tl.load(at, mask=row[:, :, :, None] & (d < D), other=0).to(ACC)  # [IB, DB, 1, 1]
             h = tl.sum(W * u_b, 1)
             if P.logits:
                 h = tl.where(allowed, h, 0.0)
-        else:
+        elif P.moves:
             h = votes(u, weight, b, i, j, x, row, allowed, strides, P)
-        dh, db = vote_gradient(
-            h, prior, allowed, queries, slopes, tops, totals, means, i < I, b, i, j, x, first, R, B, I, P
-        )
+        dh, db = vote_gradient(h, prior, allowed, queries, slopes, tops, totals, means, i < I, b, i, j, x, R, B, I, P)
         if P.pair:
             if P.need_u:
                 du_b = tl.sum(tl.sum(W * dh[:, None, :, :], 3, keep_dims=True), 2, keep_dims=True)

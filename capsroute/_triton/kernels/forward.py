@@ -15,12 +15,13 @@ from .stream import at_sample, normalised, pairs, softmax_parts, squash_scale, t
 
 @triton.jit
 def stream(
-    u, weight, logits, mask, tops, totals, coupling, V, b, j, x, begin, end, last, B, I, strides, P: tl.constexpr
-):
+    u, weight, logits, mask, tops, totals, left, coupling, V, b, j, x, begin, end, last, B, I, strides,
+    P: tl.constexpr,
+):  # fmt: skip
     """s [TB, JB, XB] over begin <= i < end.
 
     Where the softmax runs over i, s is the online sum of exp(b_ij - m_j) h_ij, and m, total [TB, JB, 1] its maximum
-    and normaliser. The coupling is stored if `last`.
+    and normaliser. Where they are wanted, the logits are left and the coupling is stored if `last`.
     """
     ACC: tl.constexpr = P.acc
     TB: tl.constexpr = P.TB
@@ -37,6 +38,9 @@ def stream(
         if P.query:
             a += tl.sum(h * V, 2, keep_dims=True)
         a = tl.where(allowed, a, float("-inf"))
+        if left is not None:  # noqa: SIM102
+            if last:
+                tl.store(at_sample(left + i * J, b, I * J, P) + j, a, mask=(b < B) & (j < J))
         if P.over_inputs:
             highest = tl.maximum(m, a)
             safe = tl.where(highest == float("-inf"), 0.0, highest)
@@ -51,7 +55,7 @@ def stream(
             else:
                 top, of_row = softmax_parts(a, P)
             c = normalised(a, allowed, top, of_row)
-            if P.coupling:  # noqa: SIM102
+            if coupling is not None:  # noqa: SIM102
                 if last:
                     at = at_sample(coupling + i * J, b, I * J, P) + j
                     tl.store(at, c.to(coupling.dtype.element_ty), mask=(b < B) & (j < J))
@@ -59,12 +63,15 @@ def stream(
     return s, m, total
 
 
-@triton.jit(do_not_specialize=["B", "I", "R"])
+@triton.jit(do_not_specialize=["B", "I", "R", "unsaved"])
 def route(
-    u, weight, bias, logits, mask, v, s, tops, totals, coupling, B, I, R, eps, strides,
+    u, weight, bias, logits, mask, v, s, tops, totals, left, coupling, B, I, R, unsaved, eps, strides,
     SAVE: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """All passes of a tile of samples, where one group holds every input capsule and one tile every j."""
+    """All passes of a tile of samples, where one group holds every input capsule and one tile every j.
+
+    With SAVE, s and the norms of all passes but the first `unsaved` are stored.
+    """
     ACC: tl.constexpr = P.acc
     TB: tl.constexpr = P.TB
     JB: tl.constexpr = P.JB
@@ -82,17 +89,20 @@ def route(
     begin = tl.program_id(2).to(tl.int64)  # 0: there is one group
     for k in range(R):
         s_k, m, total = stream(
-            u, weight, logits, mask, None, None, coupling, V, b, j, o, begin, begin + I, k == R - 1, B, I, strides, P
-        )
+            u, weight, logits, mask, None, None, left, coupling, V, b, j, o,
+            begin, begin + I, k == R - 1, B, I, strides, P,
+        )  # fmt: skip
+        kept = tl.zeros([1, 1, 1], tl.int64) + k - unsaved
         if P.over_inputs:
             if SAVE:
-                to = (k * B.to(tl.int64) + b) * J + j
-                tl.store(tops + to, tl.where(m == float("-inf"), 0.0, m), mask=(b < B) & (j < J))
-                tl.store(totals + to, total, mask=(b < B) & (j < J))
+                to = (kept * B.to(tl.int64) + b) * J + j
+                here = (b < B) & (j < J) & (kept >= 0)
+                tl.store(tops + to, tl.where(m == float("-inf"), 0.0, m), mask=here)
+                tl.store(totals + to, total, mask=here)
             s_k = s_k / tl.where(total == 0, 1.0, total)
         s_k += beta
         if SAVE:
-            tl.store(s + k * (B.to(tl.int64) * (J * O)) + at, s_k, mask=inside)
+            tl.store(s + kept * (B.to(tl.int64) * (J * O)) + at, s_k, mask=inside & (kept >= 0))
         v_k = squash_scale(tl.sum(s_k * s_k, 2, keep_dims=True), eps) * s_k
         V += v_k
     tl.store(v + at, v_k.to(v.dtype.element_ty), mask=inside)
@@ -155,7 +165,7 @@ def merge_rows(parts, tops, totals, means, N, tiles, P: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["B", "I"])
-def pass_(u, weight, logits, mask, V, tops, totals, coupling, parts, online, B, I, strides, P: tl.constexpr):
+def pass_(u, weight, logits, mask, V, tops, totals, left, coupling, parts, online, B, I, strides, P: tl.constexpr):
     """One group's part of s, parts [groups, B, J, X]; over i also its maxima and sums, online [2, groups, B, J]."""
     ACC: tl.constexpr = P.acc
     XB: tl.constexpr = P.XB
@@ -170,7 +180,7 @@ def pass_(u, weight, logits, mask, V, tops, totals, coupling, parts, online, B, 
     g = tl.program_id(2).to(tl.int64)
     begin = g * P.group
     s, m, total = stream(
-        u, weight, logits, mask, tops, totals, coupling, V_t, b, j, x,
+        u, weight, logits, mask, tops, totals, left, coupling, V_t, b, j, x,
         begin, tl.minimum(begin + P.group, I), True, B, I, strides, P,
     )  # fmt: skip
     tl.store(parts + g * (B * (J * X)) + at, s, mask=inside)

@@ -43,11 +43,10 @@ class Static:
     query: bool = True
     slope: bool = False  # rows hold T as well
     width: int = 256  # of a tile of rows
-    coupling: bool = False
     need_u: bool = False
     need_weight: bool = False
     need_logits: str = ""  # the dimensions of b, i that the logits have, "j" if none
-    detach: bool = False
+    moves: bool = True  # the gradient goes through the logits too: false of one pass whose logits want none
     given: bool = False  # V^0 is given: the backward of one pass from a query
 
 
