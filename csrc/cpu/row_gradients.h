@@ -53,10 +53,10 @@ class RowGradients {
   struct Scratch {
     A* uniform;             // [kSubBatch][J, W]: p^1 where it has no query
     A* pairs;               // [kSubBatch][slot][J, W], where they are not kept
-    const A** coefficient;  // [terms]
+    const A** coefficient;  // [terms], where all j share a row [terms][J]
     A* dh;                  // [kSubLanes<A>][kSubBatch][J, F]
     A* inputs;              // [kSubBatch][D]
-    A* du;                  // [kSubBatch][D or F]
+    A* du;                  // [kSubBatch][D]
     A* dlogits;             // [J, W]
   };
 
@@ -66,10 +66,10 @@ class RowGradients {
     Scratch s;
     s.uniform = carver.take<A>(kSubBatch * layout_.lanes());
     s.pairs = carver.take<A>(plan_.keep_pairs ? 0 : kSubBatch * kept_.block_pairs());
-    s.coefficient = carver.take<const A*>(plan_.terms);
+    s.coefficient = carver.take<const A*>(plan_.terms * (layout_.shared ? p_.J : 1));
     s.dh = carver.take<A>(kSubLanes<A> * kSubBatch * layout_.sums());
     s.inputs = carver.take<A>(kSubBatch * maximum(1, p_.D));
-    s.du = carver.take<A>(kSubBatch * maximum(p_.D, layout_.F));
+    s.du = carver.take<A>(kSubBatch * maximum(1, p_.D));
     s.dlogits = carver.take<A>(layout_.lanes());
     return s;
   }
@@ -129,23 +129,35 @@ class RowGradients {
     }
   }
 
-  // dh_ij = sum over terms of coefficient_ij vector_j, for the lanes l0 .. l0 + lanes of one sample.
-  void votes_gradient(int64_t n, const Block<A>& block, const A* const* coefficient, int64_t l0, A* dh) const {
-    constexpr int N = kSubLanes<A>;
-    const int64_t F = layout_.F, sums = layout_.sums(), next = kSubBatch * sums, terms = plan_.terms;
+  // dh_ij = sum over terms of coefficient_ij vector_j, for the lanes l0 .. l0 + lanes of one sample; summed over j too
+  // where all j share a row.
+  void votes_gradient(int64_t n, const Block<A>& block, const A** coefficient, int64_t l0, A* dh) const {
+    const int64_t F = layout_.F, sums = layout_.sums(), next = kSubBatch * sums, terms = plan_.terms, J = p_.J;
     const A* vectors = kept_.row(n, 0);
-    for (int64_t j = 0; j < p_.J; ++j) {
-      const int64_t lane = j * W<A> + l0, end = (j + 1) * F;
-      int64_t f = j * F;
-      for (; f + 2 * W<A> <= end; f += 2 * W<A>)
-        combine_panel<N, 2>(dh + f, next, coefficient, lane, vectors + f, sums, terms);
-      for (; f < end; f += W<A>) combine_panel<N, 1>(dh + f, next, coefficient, lane, vectors + f, sums, terms);
+    const bool at_once = layout_.shared && !block.forbids;  // the vectors of all j follow each other
+    if (at_once) {
+      for (int64_t t = terms * J - 1; t >= 0; --t) coefficient[t] = coefficient[t / J] + t % J * W<A>;
+      combine(dh, next, coefficient, l0, vectors, F, terms * J);
     }
+    for (int64_t j = 0; !at_once && j < J; ++j)
+      combine(dh + j * F, next, coefficient, j * W<A> + l0, vectors + j * F, sums, terms);
     for (int64_t l = 0; l < kSubLanes<A>; ++l) {  // exactly 0, also where a vector is NaN
-      if (block.live[l0 + l] == 0) set_zero(dh + l * next, layout_.sums());
-      for (int64_t j = 0; block.forbids && j < p_.J; ++j)
-        if (coefficient[0][j * W<A> + l0 + l] == 0) set_zero(dh + l * next + j * F, F);
+      A* own = dh + l * next;
+      if (block.live[l0 + l] == 0) set_zero(own, at_once ? F : sums);
+      for (int64_t j = 0; block.forbids && j < J; ++j)
+        if (coefficient[0][j * W<A> + l0 + l] == 0) set_zero(own + j * F, F);
+      for (int64_t j = 1; layout_.shared && !at_once && j < J; ++j) fold_sum(own, own + j * F, F, false);
     }
+  }
+
+  // to[l] = sum over terms of coefficient[term][lane + l] vectors[term], [F], for kSubLanes lanes l
+  void combine(A* to, int64_t next, const A* const* coefficient, int64_t lane, const A* vectors, int64_t stride,
+               int64_t terms) const {
+    constexpr int N = kSubLanes<A>;
+    int64_t f = 0;
+    for (; f + 2 * W<A> <= layout_.F; f += 2 * W<A>)
+      combine_panel<N, 2>(to + f, next, coefficient, lane, vectors + f, stride, terms);
+    for (; f < layout_.F; f += W<A>) combine_panel<N, 1>(to + f, next, coefficient, lane, vectors + f, stride, terms);
   }
 
   void row_gradients(int64_t first, int64_t m, int64_t samples, int64_t i0, int64_t l0, int64_t lanes,
@@ -166,7 +178,7 @@ class RowGradients {
       if (p_.form == Weight::pair)
         pair_gradients(first + m, samples, i0 + l0 + l, dh, scratch);
       else
-        for (int64_t n = 0; n < samples; ++n) given_gradient(first + m + n, i0 + l0 + l, dh + n * sums, scratch.du);
+        for (int64_t n = 0; n < samples; ++n) given_gradient(first + m + n, i0 + l0 + l, dh + n * sums);
     }
   }
 
@@ -187,19 +199,10 @@ class RowGradients {
   }
 
   // The gradient of given rows: of the votes, or of an input capsule that all j share.
-  void given_gradient(int64_t b, int64_t i, const A* dh, A* du) const {
-    const int64_t n = layout_.features, F = layout_.F;
-    X* to = static_cast<X*>(out_.u) + (b * p_.I + i) * n * (layout_.shared ? 1 : p_.J);
-    if (layout_.shared) {
-      for (int64_t f = 0; f < F; f += W<A>) {
-        Vec<A> sum = load(dh + f);
-        for (int64_t j = 1; j < p_.J; ++j) sum += load(dh + j * F + f);
-        store(du + f, sum);
-      }
-      narrow(to, du, n);
-    } else {
-      for (int64_t j = 0; j < p_.J; ++j) narrow(to + j * n, dh + j * F, n);
-    }
+  void given_gradient(int64_t b, int64_t i, const A* dh) const {
+    const int64_t n = layout_.features, outputs = layout_.shared ? 1 : p_.J;
+    X* to = static_cast<X*>(out_.u) + (b * p_.I + i) * n * outputs;
+    for (int64_t j = 0; j < outputs; ++j) narrow(to + j * n, dh + j * layout_.F, n);
   }
 
   void logit_gradients(int64_t first, int64_t m, int64_t samples, int64_t i0, const Scratch& scratch) const {
