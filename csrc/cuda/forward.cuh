@@ -126,6 +126,7 @@ struct Launcher {
   void run_pass(Pass<X> a, A* group_statistics) const {
     with_source(source_of(p), [&](auto constant) {
       constexpr Source source = decltype(constant)::value;
+      static_assert(pass_shared_bytes<X, source, direction>(most_warps<A>(direction)) <= kMostShared);
       const int64_t blocks = layout.tiles * a.split.chunks * a.split.groups;
       const int64_t shared = pass_shared_bytes<X, source, direction>(a.split.units);
       auto pass = [&](const char* name, const Pass<X>& arguments) {
