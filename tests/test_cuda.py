@@ -26,7 +26,9 @@ def _built():
 
 def test_the_suite_of_the_other_backends():
     """Of every test that a backend must pass, two parametrizations; `make gpu-proof` takes all."""
-    done = cuda_proof.suite(2, "-k", "not real_shapes and not shape_of and not large_sizes")  # those take minutes
+    done = cuda_proof.suite(
+        cuda_proof.SUITE, 2, "-k", "not real_shapes and not shape_of and not large_sizes"
+    )  # those take minutes
     assert done.returncode == 0, done.stdout[-6000:]
 
 
