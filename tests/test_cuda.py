@@ -18,7 +18,9 @@ if os.environ.get("CAPSROUTE_NO_EXT") == "1":
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _built():
+def _built(device):
+    if device != "cpu":
+        pytest.skip("the emulation runs on the CPU")
     emulated.register()
     yield
     emulated.unregister()
