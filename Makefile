@@ -33,6 +33,7 @@ docs: .venv/installed
 
 gpu-proof: .venv/installed
 	$(BIN)/python tests/cuda_proof.py
+	$(BIN)/python tests/cuda_traffic.py
 	$(BIN)/python -m capsroute._triton.aot --out docs/triton-kernels.md
 	$(BIN)/python -m pytest tests/test_triton.py tests/test_triton_traffic.py --interpreted 7
 	$(BIN)/capsroute bench --traffic --case all
