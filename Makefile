@@ -2,7 +2,7 @@
 # make test   sets up .venv, checks the style and runs the tests
 # make bench  the table of the README
 # make docs   the pages of docs/, in build/docs
-# make gpu-proof   what can be shown of the GPU kernels without a GPU
+# make gpu-proof   what can be shown of the GPU kernels without a GPU (half an hour on 2 cores)
 # make gpu-check   everything on a GPU: the tests, the benchmarks, compute-sanitizer; a report to paste into an issue
 # make cuda-build  with a CUDA build of torch (several GB): links the CUDA kernels and loads them
 PYTHON ?= python3
@@ -33,6 +33,7 @@ docs: .venv/installed
 
 gpu-proof: .venv/installed
 	$(BIN)/python tests/cuda_proof.py
+	$(BIN)/python tests/cuda_traffic.py
 	$(BIN)/python -m capsroute._triton.aot --out docs/triton-kernels.md
 	$(BIN)/python -m pytest tests/test_triton.py tests/test_triton_traffic.py --interpreted 7
 	$(BIN)/capsroute bench --traffic --case all

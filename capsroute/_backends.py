@@ -39,6 +39,13 @@ def _cpu_serves(u: Tensor, weight: Tensor | None, options: reference.Options) ->
     return _ops.cpu_library()
 
 
+def _cuda_here() -> Verdict:
+    can, why = _ops.cuda_library()
+    if can and not torch.cuda.is_available():
+        return False, f"{why}, but torch sees no CUDA device here"
+    return can, why
+
+
 def _cuda_serves(u: Tensor, weight: Tensor | None, options: reference.Options) -> Verdict:
     if u.device.type != "cuda":
         return False, f"the input capsules are on {u.device}, not on a CUDA device"
@@ -65,7 +72,7 @@ def _pass_by_reference(u, weight, query, logits, mask, options, return_coupling)
 
 BACKENDS = {
     "cpu": of_ops("capsroute", _ops.cpu_library, _cpu_serves),
-    "cuda": of_ops("capsroute", _ops.cuda_library, _cuda_serves),
+    "cuda": of_ops("capsroute", _cuda_here, _cuda_serves),
     "triton": of_ops(_triton.NAMESPACE, _triton.installed, lambda u, weight, options: _triton.serves(u)),
     "reference": Backend(
         lambda: (True, "plain PyTorch, on any device"),

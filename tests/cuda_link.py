@@ -5,6 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import capsroute
+from capsroute import _ops
 
 OPS = ("route", "route_backward", "routing_pass", "routing_pass_backward")
 
@@ -12,7 +13,7 @@ OPS = ("route", "route_backward", "routing_pass", "routing_pass_backward")
 def main() -> None:
     print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, a GPU: {torch.cuda.is_available()}")
     print(f"{capsroute.__file__}: {capsroute.backends()}")
-    assert capsroute.backends()["cuda"][0]
+    assert _ops.cuda_library()[0]
     for name in OPS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"capsroute::{name}", "CUDA"), name
     print("registered for CUDA:", *OPS)

@@ -99,6 +99,15 @@ def test_auto_on_a_cuda_tensor_asks_cuda_then_triton(monkeypatch, log, cuda, tri
     assert ("up to 128 in torch.float32, got 129" in line) == (features == 129)
 
 
+def test_cuda_cannot_run_here_without_its_library_or_a_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for loaded, reason in ((False, "hidden by the test"), (True, "torch sees no CUDA device here")):
+        monkeypatch.setattr(_ops, "_cuda_loaded", (loaded, "hidden by the test"))
+        can, why = capsroute.backends()["cuda"]
+        assert not can
+        assert reason in why
+
+
 def test_explicit_backend_logs_nothing(log):
     random_problem().run("reference")
     assert log() == []

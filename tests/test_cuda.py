@@ -18,7 +18,9 @@ if os.environ.get("CAPSROUTE_NO_EXT") == "1":
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _built():
+def _built(device):
+    if device != "cpu":
+        pytest.skip("the emulation runs on the CPU")
     emulated.register()
     yield
     emulated.unregister()
@@ -26,7 +28,7 @@ def _built():
 
 def test_the_suite_of_the_other_backends():
     """Of every test that a backend must pass, two parametrizations; `make gpu-proof` takes all."""
-    done = cuda_proof.suite(2, "-k", "not real_shapes and not shape_of and not large_sizes")  # those take minutes
+    done = cuda_proof.suite(cuda_proof.SUITE, 2, leave_out=["real_shapes", "shape_of"])
     assert done.returncode == 0, done.stdout[-6000:]
 
 

@@ -168,6 +168,7 @@ class Backpropagation {
   void run_gradients() const {
     with_source(source_of(p_), [&](auto constant) {
       constexpr Source source = decltype(constant)::value;
+      static_assert(GradientsMemory<X, source>(kMaxSlices).bytes <= kMostShared);
       const Split& split = gradients_.split;
       const int64_t tiles = gradients_.all_tiles ? 1 : layout_.tiles;
       const GradientsMemory<X, source> memory(split.units);

@@ -12,6 +12,7 @@ CAPSROUTE_DEVICE int column_at(int64_t f, int lane) { return int(f) * kLanes + (
 // Two columns and three numbers for each lane.
 template <class X>
 int64_t finish_shared_bytes(const Layout& layout) {
+  static_assert((2 * kMaxSlices * kFeatures<Acc<X>> + 3) * kLanes * sizeof(Acc<X>) <= kMostShared);
   return (2 * maximum(layout.row_padded, layout.out_padded) + 3) * kLanes * int64_t(sizeof(Acc<X>));
 }
 

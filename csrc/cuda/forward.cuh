@@ -125,6 +125,7 @@ struct Launcher {
   void run_pass(Pass<X> a, A* group_statistics) const {
     with_source(source_of(p), [&](auto constant) {
       constexpr Source source = decltype(constant)::value;
+      static_assert(pass_shared_bytes<X, source, direction>(most_warps<A>(direction)) <= kMostShared);
       const int64_t blocks = layout.tiles * a.split.chunks * a.split.groups;
       const int64_t shared = pass_shared_bytes<X, source, direction>(a.split.units);
       auto pass = [&](const char* name, const Pass<X>& arguments) {
@@ -147,6 +148,34 @@ struct Launcher {
 
   int64_t statistics_size() const { return layout.tiles * (p.over_inputs ? p.J : p.I) * kStatistics * kLanes; }
 };
+
+// All passes in one launch.
+template <class X>
+void run_route(const Launcher<X>& launcher, const Pass<X>& pass, const Finish<X>& finish) {
+  with_source(source_of(pass.p), [&](auto constant) {
+    constexpr Source source = decltype(constant)::value;
+    const int64_t shared = maximum(pass_shared_bytes<X, source, Direction::forward>(pass.split.units),
+                                   finish_shared_bytes<X>(launcher.layout));
+    launcher.run("route", route_kernel<X, source>, launcher.layout.tiles, launcher.threads(pass.split), shared,
+                 Route<X>{pass, finish});
+  });
+}
+
+// Each pass, and what follows it, in launches of their own. The last leaves logits and coupling, where they are wanted.
+template <class X>
+void run_passes(const Launcher<X>& launcher, const Pass<X>& last, Finish<X> finish, Acc<X>* group_statistics) {
+  const Problem& p = last.p;
+  const int64_t blocks = launcher.layout.tiles * p.J, shared = finish_shared_bytes<X>(launcher.layout);
+  if (p.query.data) launcher.run("begin", begin_kernel<X>, blocks, kFinishThreads, shared, finish);
+  for (int64_t k = 0; k < p.R; ++k) {
+    Pass<X> pass = last;
+    pass.query = k == 0 && !p.query.data ? nullptr : finish.query;
+    if (k < p.R - 1) pass.coupling = nullptr, pass.logits = nullptr;
+    launcher.template run_pass<Direction::forward>(pass, group_statistics);
+    finish.pass = k;
+    launcher.run("finish", finish_kernel<X>, blocks, kFinishThreads, shared, finish);
+  }
+}
 
 template <class X>
 int64_t forward(const Problem& p, const Forward& out, void* scratch, void* stream) {
@@ -176,28 +205,13 @@ int64_t forward(const Problem& p, const Forward& out, void* scratch, void* strea
   }
   if (!scratch) return carver.used;
 
-  const int64_t finish_shared = finish_shared_bytes<X>(layout);
   X* coupling = static_cast<X*>(out.coupling);
-  A* logits = static_cast<A*>(out.logits);
+  pass.logits = static_cast<A*>(out.logits), pass.coupling = p.over_inputs ? nullptr : coupling;
   if (split.groups == 1 && split.chunks == 1 && !p.over_inputs) {
-    pass.query = finish.query, pass.coupling = coupling, pass.logits = logits;
-    with_source(source_of(p), [&](auto constant) {
-      constexpr Source source = decltype(constant)::value;
-      launcher.run("route", route_kernel<X, source>, layout.tiles, launcher.threads(split),
-                   maximum(pass_shared_bytes<X, source, Direction::forward>(split.units), finish_shared),
-                   Route<X>{pass, finish});
-    });
+    pass.query = finish.query;
+    run_route(launcher, pass, finish);
   } else {
-    const int64_t blocks = layout.tiles * p.J;
-    if (p.query.data) launcher.run("begin", begin_kernel<X>, blocks, kFinishThreads, finish_shared, finish);
-    for (int64_t k = 0; k < p.R; ++k) {
-      pass.query = k == 0 && !p.query.data ? nullptr : finish.query;
-      pass.coupling = k == p.R - 1 && !p.over_inputs ? coupling : nullptr;
-      pass.logits = k == p.R - 1 ? logits : nullptr;
-      launcher.template run_pass<Direction::forward>(pass, group_statistics);
-      finish.pass = k;
-      launcher.run("finish", finish_kernel<X>, blocks, kFinishThreads, finish_shared, finish);
-    }
+    run_passes(launcher, pass, finish, group_statistics);
   }
   if (coupling && p.over_inputs) {  // it is known only now; V is still that of the last pass
     pass.query = p.R == 1 && !p.query.data ? nullptr : finish.query;

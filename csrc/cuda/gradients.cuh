@@ -41,13 +41,12 @@ struct GradientsMemory {
   static constexpr int kSums = source == Source::made ? kDepth : source == Source::staged ? K : 0;  // for a slice
   int64_t rows, exchange, sums, dh, bytes;
 
-  CAPSROUTE_ANYWHERE explicit GradientsMemory(int64_t units) {
-    rows = Rows<X, source>::shared_bytes(units);
-    exchange = 2 * 2 * kInputs * units * kLanes * int64_t(sizeof(A));
-    sums = kSums * units * kLanes * int64_t(sizeof(A));
-    dh = source == Source::made ? units * K * kPitch * int64_t(sizeof(A)) : 0;
-    bytes = rows + exchange + sums + dh;
-  }
+  CAPSROUTE_ANYWHERE constexpr explicit GradientsMemory(int64_t units)
+      : rows(Rows<X, source>::shared_bytes(units)),
+        exchange(2 * 2 * kInputs * units * kLanes * int64_t(sizeof(A))),
+        sums(kSums * units * kLanes * int64_t(sizeof(A))),
+        dh(source == Source::made ? units * K * kPitch * int64_t(sizeof(A)) : 0),
+        bytes(rows + exchange + sums + dh) {}
 };
 
 template <class X, Source source>

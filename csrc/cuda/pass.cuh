@@ -53,7 +53,7 @@ struct Pass {
 
 // Shared memory of a pass: the stages, then twice the logits [n, slice, lane] and, in the backward, t.
 template <class X, Source source, Direction direction>
-int64_t pass_shared_bytes(int64_t units) {
+constexpr int64_t pass_shared_bytes(int64_t units) {
   const int64_t exchange = kInputs * units * kLanes * int64_t(sizeof(Acc<X>));
   return Rows<X, source>::shared_bytes(units) + 2 * (direction == Direction::backward ? 2 : 1) * exchange;
 }

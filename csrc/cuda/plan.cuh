@@ -19,6 +19,7 @@ constexpr int kPitch = kLanes + 4;  // of a row of inputs in shared memory: 16-b
 // Chunks of i for each tile, whatever the batch, so that a sample's bits do not depend on its neighbours; and blocks of
 // the gradients, whose chunks change no sum.
 constexpr int64_t kChunks = 32, kBlocks = 256;
+constexpr int64_t kMostShared = 64 * 1024;  // bytes that a block may have on every target: sm_75's
 constexpr int64_t kOneLaunch = 64;  // with no more input capsules than this, one block runs all the passes of a tile
 
 // Features of a slice, 64 bytes of registers, and features of input capsules in a stage of shared memory.
@@ -27,8 +28,8 @@ constexpr int kFeatures = 64 / int(sizeof(A));
 template <class A>
 constexpr int kDepth = 32 / int(sizeof(A));
 
-CAPSROUTE_ANYWHERE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
-CAPSROUTE_ANYWHERE int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
+CAPSROUTE_ANYWHERE constexpr int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+CAPSROUTE_ANYWHERE constexpr int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 CAPSROUTE_ANYWHERE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Where the rows of a pass come from: what is dotted with the query and summed over i.

@@ -44,7 +44,7 @@ class Rows {
   static constexpr int K = kFeatures<A>, N = kInputs, kDepth = cuda::kDepth<A>;
 
   // Bytes of shared memory where a block has at most `units` slices: two stages.
-  CAPSROUTE_ANYWHERE static int64_t shared_bytes(int64_t units) {
+  CAPSROUTE_ANYWHERE static constexpr int64_t shared_bytes(int64_t units) {
     return source == Source::given ? 0 : 2 * (weight_bytes(units) + kInputBytes);
   }
 
@@ -133,7 +133,7 @@ class Rows {
   static constexpr int kHeld = N * kDepth / kMinWarps;
   static constexpr int kInputBytes = N * kDepth * kPitch * int(sizeof(A));
 
-  CAPSROUTE_ANYWHERE static int weight_bytes(int64_t units) {
+  CAPSROUTE_ANYWHERE static constexpr int weight_bytes(int64_t units) {
     return source == Source::made ? int(units) * N * kDepth * K * int(sizeof(X)) : 0;
   }
   CAPSROUTE_DEVICE char* stage(int index) const { return memory_ + index * (weight_bytes(split_.units) + kInputBytes); }
