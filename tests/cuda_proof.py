@@ -139,7 +139,7 @@ def compile_for(storage: str, target: int, folder: Path) -> list[tuple]:
     assert done.returncode == 0, done.stderr
     text = subprocess.run(["c++filt"], input=done.stderr, capture_output=True, text=True, check=True).stdout
     kernels = re.findall(
-        r"Compiling entry function '(?:void )?(.*?)\(.*?(\d+) bytes spill stores.*?Used (\d+) registers",
+        r"Compiling entry function '(?:void )?([^']*>)\([^']*'.*?(\d+) bytes spill stores.*?Used (\d+) registers",
         text,
         re.DOTALL,
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__, _ops
-from . import table
+from . import regression, table
 from .compare import DisagreementError, compare
 from .registry import CASES, IMPLEMENTATIONS, Case, fused_backend, names_for
 
@@ -56,6 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--traffic", action="store_true", help="instead, the bytes that the GPU kernels move: exact, and needs no GPU"
     )
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the report there, for --compare")
+    parser.add_argument(
+        "--compare", type=Path, metavar="FILE", help="say what got slower since; exit with 1 if anything did"
+    )
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, in fresh processes")
 
 
@@ -74,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         if not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU here")
         torch.set_default_device("cuda")
+    base = regression.load(args.compare) if args.compare else None  # before anything takes long
     about = describe_machine(dtype)
 
     def say(text: str) -> None:  # to stderr where stdout is for JSON
@@ -93,9 +98,16 @@ def run(args: argparse.Namespace) -> int:
                 return 1
             say(table.rows(f"{case.name}, {label}", results))
             measured += [{"case": case._asdict(), "pass": label, **result._asdict()} for result in results]
+    report = {"command": "bench", "dtype": args.dtype, "machine": about, "results": measured}
+    if args.save:
+        args.save.write_text(json.dumps(report))
+    changes = regression.changes(base, report) if base else []
+    if changes:
+        say(f"\nAgainst {args.compare}, beside the other implementations:")
+        say("\n".join(f"- {change.describe()}" for change in changes))
     if args.json:
-        print(json.dumps({"command": "bench", "dtype": args.dtype, "machine": about, "results": measured}))
-    return 0
+        print(json.dumps({**report, "changes": [change._asdict() for change in changes]} if base else report))
+    return int(any(change.slower or change.larger for change in changes))
 
 
 def _traffic(cases: list[Case], dtype: torch.dtype, as_json: bool) -> int:

@@ -1,0 +1,97 @@
+"""A benchmark's report against one that was saved before: what got slower than the noise of both can explain."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+SPREADS = 3  # half quartile distances: twice the standard deviation of a normal distribution
+MEMORY = 1.1, 1 << 20  # times, and bytes on top: pages that code takes come and go
+
+
+class Change(NamedTuple):
+    """Of one case and pass of the first implementation.
+
+    Attributes:
+        label: the case and the pass.
+        time: seconds over those of before, by the same ratio of the other implementations, which did not change.
+        noise: by how much that may differ from 1 for no reason.
+        memory: peak bytes over those of before, or None.
+        slower, larger: whether that is a regression.
+    """
+
+    label: str
+    time: float
+    noise: float
+    memory: float | None
+    slower: bool
+    larger: bool
+
+    def describe(self) -> str:
+        memory = "" if self.memory is None else f", memory {self.memory:.2f}x"
+        regressed = " and ".join(word for word, is_so in (("slower", self.slower), ("larger", self.larger)) if is_so)
+        verdict = f": {regressed.upper()}" if regressed else ""
+        return f"{self.label}: time {self.time:.2f}x, noise ±{self.noise:.0%}{memory}{verdict}"
+
+
+def load(path: Path) -> dict:
+    """A report that `capsroute bench --save` wrote.
+
+    Raises:
+        ValueError: if the file is something else.
+    """
+    try:
+        report = json.loads(path.read_text())
+        if report["command"] != "bench":
+            raise KeyError("command")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not what `capsroute bench --save` writes") from error
+    return report
+
+
+def changes(base: dict, report: dict) -> list[Change]:
+    """What changed in every case and pass that both reports hold.
+
+    Raises:
+        ValueError: if they share none, or were measured in different dtypes or on different numbers of threads.
+    """
+    for name, before, now in (
+        ("dtype", base["dtype"], report["dtype"]),
+        ("number of threads", base["machine"]["threads"], report["machine"]["threads"]),
+    ):
+        if before != now:
+            raise ValueError(f"reports of one {name} can be compared, got {before} and {now}")
+    before, now = _rows(base), _rows(report)
+    first = report["results"][0]["name"]
+    shared = [key for key, rows in now.items() if first in rows and first in before.get(key, {})]
+    if not shared:
+        raise ValueError(f"the reports share no case that {first} was measured in")
+    return [_change(f"{key[0]}, {key[2]}", first, before[key], now[key]) for key in shared]
+
+
+def _rows(report: dict) -> dict[tuple, dict[str, dict]]:
+    """What was measured, by case and pass, by implementation."""
+    found: dict[tuple, dict[str, dict]] = {}
+    for row in report["results"]:
+        if row["seconds"] is not None:
+            key = row["case"]["name"], tuple(row["case"].items()), row["pass"]
+            found.setdefault(key, {})[row["name"]] = row
+    return found
+
+
+def _change(label: str, first: str, before: dict[str, dict], now: dict[str, dict]) -> Change:
+    def spread(row: dict) -> float:
+        return (row["upper"] - row["lower"]) / 2 / row["seconds"]
+
+    ratios = {name: now[name]["seconds"] / before[name]["seconds"] for name in now if name in before}
+    own = ratios.pop(first)
+    machine = statistics.median(ratios.values()) if ratios else 1.0
+    noise = SPREADS * max(spread(rows[name]) for rows in (before, now) for name in (first, *ratios))
+    memory, larger = None, False
+    if now[first]["peak_bytes"] is not None and before[first]["peak_bytes"]:
+        memory = now[first]["peak_bytes"] / before[first]["peak_bytes"]
+        larger = now[first]["peak_bytes"] > MEMORY[0] * before[first]["peak_bytes"] + MEMORY[1]
+    time = own / machine
+    return Change(label, time, noise, memory, time > 1 + noise, larger)
