@@ -25,7 +25,8 @@ def steps() -> Iterator[tuple[str, list[str]]]:
     yield "tests", [*PYTEST, "tests"]
     yield "benchmarks", [sys.executable, "-m", "capsroute", "bench", "--device", "cuda", "--case", "all", "--memory"]
     for tool in ("memcheck", "racecheck", "initcheck") if shutil.which("compute-sanitizer") else ():
-        few = [*PYTEST, "tests/test_triton.py", "-k", "edge or several", "-x"]
+        few = [*PYTEST, "tests/test_triton.py", "tests/test_routing.py", "-x"]
+        few += ["-k", "edge or several or (every_option and cuda and all)"]
         yield f"compute-sanitizer {tool}", ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *few]
 
 
