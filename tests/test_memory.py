@@ -31,18 +31,19 @@ def test_nothing_is_saved_when_no_gradient_is_wanted(fused, without):
     with mode(), Calls() as calls:
         v = problem.run(fused)
     assert not v.requires_grad
-    ((_, s, norm, coupling),) = calls.results["route"]
-    assert s.numel() == norm.numel() == 0
-    assert coupling.numel() == 0
+    ((_, *others),) = calls.results["route"]
+    assert [x.numel() for x in others] == [0, 0, 0, 0]
 
 
-def test_what_is_saved_is_the_inputs_and_s(fused):
-    problem = random_problem((2, 5, 3, 3, 4), bias=True, logits="BIJ", iterations=3)
+# [R, B, J, O]; of a constant coupling [1, B, J, O] and the last logits [B, I, J]
+@pytest.mark.parametrize(("detach", "expected"), [(False, [(3, 2, 3, 4)]), (True, [(1, 2, 3, 4), (2, 5, 3)])])
+def test_what_is_saved_is_the_inputs_and_s(fused, detach, expected):
+    problem = random_problem((2, 5, 3, 3, 4), bias=True, logits="BIJ", iterations=3, detach_coupling=detach)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         problem.map(lambda x: x.requires_grad_()).run(fused)
     inputs = {x.data_ptr() for x in problem.tensors.values()}
-    assert [x.shape for x in saved if x.numel() and x.data_ptr() not in inputs] == [(3, 2, 3, 4)]  # [R, B, J, O]
+    assert [x.shape for x in saved if x.numel() and x.data_ptr() not in inputs] == expected
 
 
 NAMES = ("u", "weight", "bias", "logits")
