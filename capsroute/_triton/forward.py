@@ -51,7 +51,7 @@ def route(
     if p.B == 0:
         return [], results
     wanted = Pairs(*(x if x.numel() else None for x in (last_logits, coupling)))
-    grid = p.forward[1]
+    grid = p.forward()[1]
     if grid[1:] == (1, 1) and not p.keys and not (p.over_inputs and return_coupling):
         return [whole(p, R, eps, v, s, norm, wanted)], results
     V = p.empty(p.B, p.J, p.O)
@@ -125,7 +125,7 @@ def one_pass(
 
 def whole(p: Problem, R: int, eps: float, v: Tensor, s: Tensor, norm: Tensor, wanted: Pairs) -> Launch:
     """All passes in one launch."""
-    static, grid, warps = p.forward
+    static, grid, warps = p.forward(wanted.logits is not None)
     traffic = R * p.read_bytes(grid) + sum(x.nbytes for x in (v, s, norm, *wanted) if x is not None)
     traffic += grid[0] * p.bias.nbytes if p.bias is not None else 0
     norms = norm if norm.numel() else (None, None)
@@ -136,7 +136,7 @@ def whole(p: Problem, R: int, eps: float, v: Tensor, s: Tensor, norm: Tensor, wa
 
 def stream(p: Problem, V: Tensor | None, wanted: Pairs) -> tuple[list[Step], Parts]:
     """The stream itself, with the two steps before it where a softmax over j spans several tiles."""
-    static, grid, warps = p.forward
+    static, grid, warps = p.forward(wanted.logits is not None)
     static = replace(static, query=V is not None)
     steps, rows = rows_of(p, static, grid, warps, V) if static.tiled else ([], (None, None))
     online = p.scratch("online", 2, grid[2], p.B, p.J) if p.over_inputs else None

@@ -180,11 +180,13 @@ class Problem:
 
     # Tiles
 
-    @property
-    def forward(self) -> tuple[Static, Grid, int]:
-        """What a forward stream is compiled for, its grid and its warps."""
+    def forward(self, leaves: bool = False) -> tuple[Static, Grid, int]:
+        """What a forward stream is compiled for, its grid and its warps; one that leaves logits has addresses to hold."""
         more = self.mask is not None or self.logits is not None or self.over_inputs
         more = more or tuning.tiled(self.tuning, self.J, self.X)
+        if leaves:
+            warps, per_thread = self.tuning.loaded
+            return self.stream((2 * warps, per_thread // 2))
         return self.stream(self.tuning.loaded if more else self.tuning.forward)
 
     @property
