@@ -181,12 +181,12 @@ class Problem:
     # Tiles
 
     def forward(self, leaves: bool = False) -> tuple[Static, Grid, int]:
-        """What a forward stream is compiled for, its grid and its warps; one that leaves logits has addresses to hold."""
-        more = self.mask is not None or self.logits is not None or self.over_inputs
-        more = more or tuning.tiled(self.tuning, self.J, self.X)
-        if leaves:
+        """What a forward stream is compiled for, its grid and its warps."""
+        if leaves:  # logits: their addresses take registers, so twice the warps hold as much
             warps, per_thread = self.tuning.loaded
             return self.stream((2 * warps, per_thread // 2))
+        more = self.mask is not None or self.logits is not None or self.over_inputs
+        more = more or tuning.tiled(self.tuning, self.J, self.X)
         return self.stream(self.tuning.loaded if more else self.tuning.forward)
 
     @property
