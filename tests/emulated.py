@@ -55,7 +55,6 @@ def library() -> ctypes.CDLL:
     torch.ops.load_library(path)
     found = ctypes.CDLL(str(path))
     found.capsroute_emulation_take_launches.restype = ctypes.c_char_p
-
     return found
 
 

@@ -13,7 +13,7 @@ from capsroute.bench.traffic import planned, traffic
 @pytest.fixture(autouse=True)
 def interpreted(device):
     if device != "cpu":
-        pytest.skip("the interpreter counts")
+        pytest.skip("bytes are counted by the interpreter, which runs on the CPU")
 
 
 # What nothing masks or forbids: those lanes take no part, and the formulas are for the most.
@@ -50,7 +50,7 @@ def edges(monkeypatch):
 @pytest.mark.parametrize("options", ["plain", "logits of the layer", "in, bias", "pass, in", "leaky"])
 def test_every_launch_moves_what_its_formula_says(monkeypatch, edges, form, options):
     if (form, options) not in cases(COUNTED):
-        pytest.skip("J unknown")
+        pytest.skip("a weight [O, D] and no other tensor say nothing of J")
     found = launches_of(monkeypatch)
     random_problem((3, 4, 3, 3, 5), form=form, dtype=torch.float32, **COUNTED[options]).gradients("triton")
     assert len(found) >= 3

@@ -56,7 +56,7 @@ def _load() -> tuple[bool, str]:
     can, why = installed()
     if can:
         try:
-            from . import ops  # noqa: F401
+            from . import ops  # noqa: F401 - importing it defines them
         except ImportError as error:
             return False, f"Triton could not be imported: {error}"
     return can, why

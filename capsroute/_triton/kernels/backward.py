@@ -220,7 +220,7 @@ def vote_gradient(h, prior, allowed, queries, slopes, tops, totals, means, row, 
     dh = tl.zeros([IB, JB, XB], ACC)
     dlogits = tl.zeros([IB, JB, 1], ACC)
     for k in range(R):
-        V = dh  # for nothing
+        V = dh  # not read where logits do not move
         if P.moves:
             V = query_before(queries, k, n, at, inside, P)
         ds = tl.load(slopes + k * n + at, mask=inside, other=0)
@@ -303,7 +303,7 @@ def gradients(
             tl.store(to, tl.sum(db, 0, keep_dims=True), mask=j < J)
         else:
             of_share += db
-    if P.pair:  # noqa: SIM102
+    if P.pair:  # noqa: SIM102 - dW exists only there
         if P.need_weight:
             to = dweight + tl.program_id(2) * (I.to(tl.int64) * (D * J * X)) + of_i + inner
             tl.store(to, dW.to(dweight.dtype.element_ty), mask=in_weight)

@@ -38,7 +38,7 @@ def stream(
         if P.query:
             a += tl.sum(h * V, 2, keep_dims=True)
         a = tl.where(allowed, a, float("-inf"))
-        if left is not None:  # noqa: SIM102
+        if left is not None:  # noqa: SIM102 - a choice of the compiler's, then one of the launch
             if last:
                 tl.store(at_sample(left + i * J, b, I * J, P) + j, a, mask=(b < B) & (j < J))
         if P.over_inputs:
@@ -55,7 +55,7 @@ def stream(
             else:
                 top, of_row = softmax_parts(a, P)
             c = normalised(a, allowed, top, of_row)
-            if coupling is not None:  # noqa: SIM102
+            if coupling is not None:  # noqa: SIM102 - likewise
                 if last:
                     at = at_sample(coupling + i * J, b, I * J, P) + j
                     tl.store(at, c.to(coupling.dtype.element_ty), mask=(b < B) & (j < J))
