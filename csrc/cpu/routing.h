@@ -11,10 +11,21 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace capsroute {
 
 enum class DType { float32, float64, bfloat16, float16 };
+
+// The storage types that C++ has no name for, and the type that each is accumulated in.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+template <class X>
+using Acc = std::conditional_t<std::is_same_v<X, double>, double, float>;
 
 enum class Weight {
   none,    // u holds the votes [B, I, J, O]

@@ -18,25 +18,6 @@
 
 namespace capsroute::CAPSROUTE_ISA {
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
-template <class X>
-struct AccOf {
-  using type = float;
-};
-template <>
-struct AccOf<double> {
-  using type = double;
-};
-// The type that a storage type is accumulated in.
-template <class X>
-using Acc = typename AccOf<X>::type;
-
 template <class E, int bytes>
 struct VecOf {
   typedef E type __attribute__((vector_size(bytes)));

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../cpu/routing.h"
+
 #ifdef __CUDACC__
 #include <cuda_fp16.h>
 #include <cuda_pipeline_primitives.h>
@@ -49,25 +51,6 @@
 #endif
 
 namespace capsroute::cuda {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
-// The type that X is accumulated in.
-template <class X>
-struct AccOf {
-  using type = float;
-};
-template <>
-struct AccOf<double> {
-  using type = double;
-};
-template <class X>
-using Acc = typename AccOf<X>::type;
 
 constexpr int kLanes = 32;
 

@@ -14,6 +14,7 @@
 
 #include "../../csrc/cuda/kernels.h"
 #include "../../csrc/emulation/emulation.h"
+#include "store.h"
 
 extern "C" {
 void __asan_poison_memory_region(const volatile void*, size_t) __attribute__((weak));
@@ -42,48 +43,6 @@ struct Case {
     return text;
   }
 };
-
-// Exact-size memory of one dtype: rounded values go in, so that both tiers see the same numbers.
-struct Store {
-  DType dtype = DType::float32;
-  int64_t count = 0;
-  std::vector<char> bytes;
-
-  Store() = default;
-  Store(DType dtype, int64_t count) : dtype(dtype), count(count), bytes(count * size(), char(0xff)) {}
-  int64_t size() const { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
-  void* data() { return count ? bytes.data() : nullptr; }
-
-  void set(int64_t k, double value) {
-    const float narrow = float(value);
-    uint32_t bits;
-    std::memcpy(&bits, &narrow, 4);
-    const uint16_t high = uint16_t(bits >> 16);
-    if (dtype == DType::float64) std::memcpy(&bytes[k * 8], &value, 8);
-    if (dtype == DType::float32) std::memcpy(&bytes[k * 4], &narrow, 4);
-    if (dtype == DType::bfloat16) std::memcpy(&bytes[k * 2], &high, 2);
-    if (dtype == DType::float16) {
-      const _Float16 half = _Float16(narrow);
-      std::memcpy(&bytes[k * 2], &half, 2);
-    }
-  }
-  double get(int64_t k) const {
-    double value;
-    float narrow;
-    uint16_t half;
-    if (dtype == DType::float64) return std::memcpy(&value, &bytes[k * 8], 8), value;
-    if (dtype == DType::float32) return std::memcpy(&narrow, &bytes[k * 4], 4), narrow;
-    std::memcpy(&half, &bytes[k * 2], 2);
-    if (dtype == DType::bfloat16) {
-      const uint32_t bits = uint32_t(half) << 16;
-      return std::memcpy(&narrow, &bits, 4), narrow;
-    }
-    _Float16 x;
-    return std::memcpy(&x, &half, 2), double(x);
-  }
-};
-
-DType accumulated(DType dtype) { return dtype == DType::float64 ? dtype : DType::float32; }
 
 struct Inputs {
   Store u, weight, bias, logits, query, grad;

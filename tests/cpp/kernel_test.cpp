@@ -14,14 +14,13 @@
 #include <thread>
 #include <vector>
 
-#include "routing.h"
+#include "store.h"
 
 namespace capsroute::tested {
 extern const Kernels kernels;
 }
 
 using namespace capsroute;
-using Vector = std::vector<double>;
 
 namespace {
 
@@ -148,51 +147,6 @@ Vector definition(const Case& c, const Values& x, Vector* made_coupling, const V
 
 // ---- calling the kernels, in any storage type
 
-struct Store {  // exact-size memory of one dtype
-  DType dtype;
-  int64_t count;
-  std::unique_ptr<char[]> bytes;
-  static int64_t size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
-  Store(DType dtype, int64_t count) : dtype(dtype), count(count), bytes(new char[count * size(dtype)]) {
-    std::memset(bytes.get(), 0xff, count * size(dtype));  // NaN
-  }
-  Store(DType dtype, const Vector& from) : Store(dtype, int64_t(from.size())) {
-    for (int64_t k = 0; k < count; ++k) set(k, from[k]);
-  }
-  void set(int64_t k, double value) {
-    float narrow = float(value);
-    uint32_t bits;
-    std::memcpy(&bits, &narrow, 4);
-    const uint16_t high = uint16_t(bits >> 16);
-    if (dtype == DType::float64) std::memcpy(&bytes[k * 8], &value, 8);
-    if (dtype == DType::float32) std::memcpy(&bytes[k * 4], &narrow, 4);
-    if (dtype == DType::bfloat16) std::memcpy(&bytes[k * 2], &high, 2);
-    if (dtype == DType::float16) {
-      const uint16_t half = uint16_t((bits >> 16 & 0x8000) | (((bits >> 23 & 255) - 112) << 10) | (bits >> 13 & 0x3ff));
-      const uint16_t used = std::fabs(value) < 1e-4 ? 0 : half;
-      std::memcpy(&bytes[k * 2], &used, 2);
-    }
-  }
-  double get(int64_t k) const {
-    double value = 0;
-    float narrow = 0;
-    uint16_t half = 0;
-    uint32_t bits = 0;
-    if (dtype == DType::float64) return std::memcpy(&value, &bytes[k * 8], 8), value;
-    if (dtype == DType::float32) return std::memcpy(&narrow, &bytes[k * 4], 4), narrow;
-    std::memcpy(&half, &bytes[k * 2], 2);
-    if (dtype == DType::bfloat16) return bits = uint32_t(half) << 16, std::memcpy(&narrow, &bits, 4), narrow;
-    if ((half & 0x7c00) == 0x7c00) return NAN;
-    return std::ldexp(half & 0x7c00 ? 1024 + (half & 0x3ff) : half & 0x3ff, std::max((half >> 10 & 31) - 25, -24)) *
-           (half & 0x8000 ? -1 : 1);
-  }
-  Vector all() const {
-    Vector x(count);
-    for (int64_t k = 0; k < count; ++k) x[k] = get(k);
-    return x;
-  }
-};
-
 Parallel threads(int64_t count) {
   return {count, [](int64_t parts, void (*body)(void*, int64_t), void* context) {
             std::vector<std::thread> running;
@@ -215,46 +169,43 @@ struct Result {
 };
 
 Result run(const Case& c, const Values& x, const Vector& grad, DType dtype, int64_t thread_count) {
-  const DType accumulated = dtype == DType::float64 ? DType::float64 : DType::float32;
-  Store u(dtype, x.u), weight(dtype, x.weight), bias(accumulated, x.bias), logits(accumulated, x.logits),
-      query(accumulated, x.query), g(c.pass ? accumulated : dtype, grad);
+  const DType wide = accumulated(dtype);
+  Store u(dtype, x.u), weight(dtype, x.weight), bias(wide, x.bias), logits(wide, x.logits), query(wide, x.query),
+      g(c.pass ? wide : dtype, grad);
   Problem p{};
   p.B = c.B, p.I = c.I, p.D = c.form == Weight::none ? 0 : c.D, p.J = c.J, p.O = c.O, p.R = c.R, p.form = c.form;
   p.leaky = c.leaky, p.over_inputs = c.over_inputs, p.eps = 1e-9;
   const int64_t outputs = c.B * c.J * c.O;
-  p.u = {u.bytes.get(), dtype, {c.I * c.D, c.D, 1, 0}};
-  if (c.form == Weight::none) p.u = {u.bytes.get(), dtype, {c.I * c.J * c.O, c.J * c.O, c.O, 1}};
-  if (c.form == Weight::pair) p.weight = {weight.bytes.get(), dtype, {c.J * c.O * c.D, c.O * c.D, c.D, 1}};
-  if (c.form == Weight::output) p.weight = {weight.bytes.get(), dtype, {0, c.O * c.D, c.D, 1}};
-  if (c.form == Weight::single) p.weight = {weight.bytes.get(), dtype, {0, 0, c.D, 1}};
-  if (c.bias) p.bias = {bias.bytes.get(), accumulated, {c.O, 1, 0, 0}};
+  p.u = {u.data(), dtype, {c.I * c.D, c.D, 1, 0}};
+  if (c.form == Weight::none) p.u = {u.data(), dtype, {c.I * c.J * c.O, c.J * c.O, c.O, 1}};
+  if (c.form == Weight::pair) p.weight = {weight.data(), dtype, {c.J * c.O * c.D, c.O * c.D, c.D, 1}};
+  if (c.form == Weight::output) p.weight = {weight.data(), dtype, {0, c.O * c.D, c.D, 1}};
+  if (c.form == Weight::single) p.weight = {weight.data(), dtype, {0, 0, c.D, 1}};
+  if (c.bias) p.bias = {bias.data(), wide, {c.O, 1, 0, 0}};
   if (c.logits)
-    p.logits = {logits.bytes.get(),
-                accumulated,
-                {c.logits_B() == 1 ? 0 : c.logits_I() * c.J, c.logits_I() == 1 ? 0 : c.J, 1, 0}};
+    p.logits = {logits.data(), wide, {c.logits_B() == 1 ? 0 : c.logits_I() * c.J, c.logits_I() == 1 ? 0 : c.J, 1, 0}};
   if (c.mask) p.mask = {x.mask.data(), DType::float32, {c.I, 1, 0, 0}};
 
-  if (c.pass) p.query = {query.bytes.get(), accumulated, {c.J * c.O, c.O, 1, 0}};
+  if (c.pass) p.query = {query.data(), wide, {c.J * c.O, c.O, 1, 0}};
 
   const int64_t saved = c.detach ? 1 : c.R;
-  Store v(dtype, c.pass ? 0 : outputs), s(accumulated, saved * outputs), coupling(dtype, c.B * c.I * c.J);
-  Store norm(accumulated, c.over_inputs ? 2 * saved * c.B * c.J : 0);
-  Store last_logits(accumulated, c.detach ? c.B * c.I * c.J : 0);
-  auto pointer = [](const Store& store) -> void* { return store.count ? store.bytes.get() : nullptr; };
-  const Forward out{pointer(v), pointer(s), pointer(norm), pointer(coupling), pointer(last_logits), saved};
+  Store v(dtype, c.pass ? 0 : outputs), s(wide, saved * outputs), coupling(dtype, c.B * c.I * c.J);
+  Store norm(wide, c.over_inputs ? 2 * saved * c.B * c.J : 0);
+  Store last_logits(wide, c.detach ? c.B * c.I * c.J : 0);
+  const Forward out{v.data(), s.data(), norm.data(), coupling.data(), last_logits.data(), saved};
   const Parallel parallel = threads(thread_count);
   Scratch forward(tested::kernels.forward_scratch(p, out, thread_count));
   tested::kernels.forward(p, out, forward.start, parallel);
 
-  Store du(dtype, c.inputs()), dweight(dtype, c.weights()), dbias(accumulated, x.bias.size()),
-      dlogits(accumulated, c.detach ? 0 : x.logits.size()), dquery(accumulated, x.query.size());
+  Store du(dtype, c.inputs()), dweight(dtype, c.weights()), dbias(wide, x.bias.size()),
+      dlogits(wide, c.detach ? 0 : x.logits.size()), dquery(wide, x.query.size());
   Backward back{};
-  (c.pass ? back.grad_s : back.grad_v) = {g.bytes.get(), g.dtype, {c.J * c.O, c.O, 1, 0}};
-  back.s = pointer(s), back.norm = pointer(norm);
-  if (c.detach) p.R = 1, p.logits = {last_logits.bytes.get(), accumulated, {c.I * c.J, c.J, 1, 0}};
+  (c.pass ? back.grad_s : back.grad_v) = {g.data(), g.dtype, {c.J * c.O, c.O, 1, 0}};
+  back.s = s.data(), back.norm = norm.data();
+  if (c.detach) p.R = 1, p.logits = {last_logits.data(), wide, {c.I * c.J, c.J, 1, 0}};
   back.logits_B = c.logits_B(), back.logits_I = c.logits_I();
-  back.u = pointer(du), back.weight = pointer(dweight), back.bias = pointer(dbias);
-  back.logits = pointer(dlogits), back.query = pointer(dquery);
+  back.u = du.data(), back.weight = dweight.data(), back.bias = dbias.data();
+  back.logits = dlogits.data(), back.query = dquery.data();
   Scratch backward(tested::kernels.backward_scratch(p, back, thread_count));
   tested::kernels.backward(p, back, backward.start, parallel);
   return {(c.pass ? s : v).all(), coupling.all(), du.all(), dweight.all(), dbias.all(), dlogits.all(), dquery.all()};
