@@ -143,7 +143,8 @@ def compile_for(storage: str, target: int, folder: Path) -> list[tuple]:
         text,
         re.DOTALL,
     )
-    return [(name.replace("capsroute::cuda::", "").replace("capsroute::", ""), target, int(used), int(spilled)) for name, spilled, used in kernels]
+    plain = re.compile(r"capsroute::(cuda::)?")
+    return [(plain.sub("", name), target, int(used), int(spilled)) for name, spilled, used in kernels]
 
 
 def readable(kernel: str) -> str:
