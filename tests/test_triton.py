@@ -1,6 +1,7 @@
 """What only the Triton backend must show: the edges of its tiles, its launches and scratch, its refusals."""
 
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -207,6 +208,19 @@ def test_tuning_is_kept_for_the_gpu_and_the_layer(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"tuning\.json is not what `capsroute tune` writes"):
         tuning.for_shape(gpu, *layer)
     tuning.measured.cache_clear()
+
+
+def test_tune_tells_people_and_programs(monkeypatch, capsys):
+    from capsroute.bench import tune
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "set_default_device", lambda device: None)
+    monkeypatch.setattr(tune, "tune", lambda case, dtype: tune.Tuned(case.name, 2e-3, 1e-3, "tuning.json"))
+    assert main(["tune", "--case", "mnist", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "mnist: 2 ms -> 1 ms forward + backward, kept in tuning.json\n"
+    result = {"case": "mnist", "before": 2e-3, "seconds": 1e-3, "path": "tuning.json"}
+    assert json.loads(out) == {"command": "tune", "dtype": "float32", "results": [result]}
 
 
 def test_tune_and_gpu_benchmarks_say_that_there_is_no_gpu(capsys):

@@ -8,12 +8,12 @@ import json
 import os
 import platform
 import re
-import sys
 from pathlib import Path
 
 import torch
 
 from .. import __version__, _ops
+from .._console import complain, emit, say
 from . import regression, table
 from .compare import DisagreementError, compare
 from .registry import CASES, IMPLEMENTATIONS, Case, fused_backend, names_for
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if args.batch:
         cases = [case._replace(batch=args.batch) for case in cases]
     if args.traffic:
-        return _traffic(cases, dtype, args.json)
+        return _traffic(args, cases, dtype)
     if args.device == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU here")
@@ -81,12 +81,12 @@ def run(args: argparse.Namespace) -> int:
     base = regression.load(args.compare) if args.compare else None  # before anything takes long
     about = describe_machine(dtype)
 
-    def say(text: str) -> None:  # to stderr where stdout is for JSON
-        print(text, file=sys.stderr if args.json else sys.stdout, flush=True)
-
-    say("\n".join(f"- {name}: {value}" for name, value in (*about.items(), *((c.name, c.describe()) for c in cases))))
+    say(
+        args,
+        "\n".join(f"- {name}: {value}" for name, value in (*about.items(), *((c.name, c.describe()) for c in cases))),
+    )
     names = args.implementations or names_for(cases)
-    say("\n" + table.head(f"{args.dtype}, ± half the quartile distance", names))
+    say(args, "\n" + table.head(f"{args.dtype}, ± half the quartile distance", names))
     measured = []
     for case in cases:
         for backward in (False, True)[: 1 + (args.passes == "both")]:
@@ -94,23 +94,22 @@ def run(args: argparse.Namespace) -> int:
             try:
                 results = compare(case, backward, names, dtype=dtype, seconds=args.seconds, memory=args.memory)
             except DisagreementError as error:
-                print(f"capsroute bench: error: {case.name}, {label}: {error}", file=sys.stderr)
+                complain(args, f"{case.name}, {label}: {error}")
                 return 1
-            say(table.rows(f"{case.name}, {label}", results))
+            say(args, table.rows(f"{case.name}, {label}", results))
             measured += [{"case": case._asdict(), "pass": label, **result._asdict()} for result in results]
-    report = {"command": "bench", "dtype": args.dtype, "machine": about, "results": measured}
+    report = {"dtype": args.dtype, "machine": about, "results": measured}
     if args.save:
-        args.save.write_text(json.dumps(report))
+        args.save.write_text(json.dumps({"command": args.command, **report}))
     changes = regression.changes(base, report) if base else []
     if changes:
-        say(f"\nAgainst {args.compare}, beside the other implementations:")
-        say("\n".join(f"- {change.describe()}" for change in changes))
-    if args.json:
-        print(json.dumps({**report, "changes": [change._asdict() for change in changes]} if base else report))
+        say(args, f"\nAgainst {args.compare}, beside the other implementations:")
+        say(args, "\n".join(f"- {change.describe()}" for change in changes))
+    emit(args, {**report, "changes": [change._asdict() for change in changes]} if base else report)
     return int(any(change.slower or change.larger for change in changes))
 
 
-def _traffic(cases: list[Case], dtype: torch.dtype, as_json: bool) -> int:
+def _traffic(args: argparse.Namespace, cases: list[Case], dtype: torch.dtype) -> int:
     from .._triton import installed
 
     can, why = installed()
@@ -118,14 +117,10 @@ def _traffic(cases: list[Case], dtype: torch.dtype, as_json: bool) -> int:
         raise ValueError(f"--traffic reads the launches of the Triton backend: {why}")
     from . import traffic
 
-    print(traffic.rows(cases, dtype), file=sys.stderr if as_json else sys.stdout)
-    if as_json:
-        results = [
-            {"case": case._asdict(), "backward": backward, **traffic.traffic(case, backward, dtype)._asdict()}
-            for case in cases
-            for backward in (False, True)
-        ]
-        print(json.dumps({"command": "bench", "dtype": str(dtype)[6:], "results": results}))
+    found = [(case, backward, traffic.traffic(case, backward, dtype)) for case in cases for backward in (False, True)]
+    say(args, traffic.rows(found))
+    results = [{"case": case._asdict(), "backward": backward, **moved._asdict()} for case, backward, moved in found]
+    emit(args, {"dtype": args.dtype, "results": results})
     return 0
 
 

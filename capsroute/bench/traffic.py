@@ -115,17 +115,15 @@ def eager(problem: Problem, backward: bool) -> int:
     return moved.total
 
 
-def rows(cases: list[Case], dtype: torch.dtype) -> str:
-    """A table of them all."""
+def rows(measured: list[tuple[Case, bool, Traffic]]) -> str:
+    """A table of cases, with or without the backward, and their traffic."""
     lines = [
         "| bytes moved by the Triton kernels | launches | fused | fewest possible | eager PyTorch |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    for case in cases:
-        for backward in (False, True):
-            found = traffic(case, backward, dtype)
-            label = f"{case.name}, {'forward + backward' if backward else 'forward'}"
-            cells = [f"{found.fused / 1e6:.4g} MB", f"{found.fewest / 1e6:.4g} MB, {found.fused / found.fewest:.3g}x"]
-            cells.append(f"{found.eager / 1e6:.4g} MB, {found.eager / found.fused:.3g}x")
-            lines.append(f"| {label} | {found.launches} | {' | '.join(cells)} |")
+    for case, backward, found in measured:
+        label = f"{case.name}, {'forward + backward' if backward else 'forward'}"
+        cells = [f"{found.fused / 1e6:.4g} MB", f"{found.fewest / 1e6:.4g} MB, {found.fused / found.fewest:.3g}x"]
+        cells.append(f"{found.eager / 1e6:.4g} MB, {found.eager / found.fused:.3g}x")
+        lines.append(f"| {label} | {found.launches} | {' | '.join(cells)} |")
     return "\n".join(lines)

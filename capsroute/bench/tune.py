@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from typing import NamedTuple
 from unittest import mock
 
 import torch
 
+from .._console import emit, say
 from .measure import gpu_seconds
 from .registry import CASES, Case, make_problem, routed, run
 from .table import format_seconds
@@ -33,12 +35,28 @@ def execute(args: argparse.Namespace) -> int:
     if not can:
         raise ValueError(why)
     torch.set_default_device("cuda")
+    results = []
     for name in args.cases:
-        print(tune(CASES[name], getattr(torch, args.dtype)), flush=True)
+        results.append(tune(CASES[name]._replace(seed=args.seed or 0), getattr(torch, args.dtype)))
+        say(args, results[-1].describe())
+    emit(args, {"dtype": args.dtype, "results": [result._asdict() for result in results]})
     return 0
 
 
-def tune(case: Case, dtype: torch.dtype) -> str:
+class Tuned(NamedTuple):
+    """Seconds of forward + backward of a case, by the tiles as they were and by the best, and where those are kept."""
+
+    case: str
+    before: float
+    seconds: float
+    path: str
+
+    def describe(self) -> str:
+        before, after = format_seconds(self.before), format_seconds(self.seconds)
+        return f"{self.case}: {before} -> {after} forward + backward, kept in {self.path}"
+
+
+def tune(case: Case, dtype: torch.dtype) -> Tuned:
     """Search the tiles of a case's layer, forward and backward, and store them."""
     from triton.runtime.errors import OutOfResources
 
@@ -59,7 +77,7 @@ def tune(case: Case, dtype: torch.dtype) -> str:
     form = {"IJOD": "pair", "JOD": "output", "OD": "single", "": "votes"}[case.weight]
     layer = tuning.key(form, case.outputs, case.out_features, case.in_features, dtype)
     path = tuning.store(torch.cuda.get_device_name(), layer, best)
-    return f"{case.name}: {format_seconds(before)} -> {format_seconds(least)} forward + backward, kept in {path}"
+    return Tuned(case.name, before, least, str(path))
 
 
 def _by_triton(problem):
