@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from . import backward, forward
+from . import backward, forward, tuning
 from .problem import Launch, Problem, Step
 
 KIB = 1024
@@ -48,23 +48,29 @@ class Usage(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A launch of a case, and what it takes on each target."""
+    """A launch of a case, and what it takes on each target that has it."""
 
     case: str
     launch: Launch
     usages: dict[str, Usage]
 
 
-def compiled_rows(named: list[tuple[str, Launch]], targets: Iterable[str]) -> Iterator[Row]:
-    """Compile every launch for every target, in as many processes as there are processors."""
+def compiled_rows(dtype: torch.dtype, targets: Iterable[str], quick: bool = False) -> Iterator[Row]:
+    """Compile every launch for every target that launches it, in as many processes as there are processors."""
+    named: dict[tuple, tuple[str, Launch, list[str]]] = {}
+    for target in targets:
+        for case, launch in launches(dtype, tuning.ARCHITECTURES[target], quick):
+            named.setdefault((case, _signature(launch)), (case, launch, []))[2].append(target)
+    rows = list(named.values())
 
     def usages(index: int) -> dict[str, Usage]:
-        return {target: compiled(named[index][1], target) for target in targets}
+        _, launch, its_targets = rows[index]
+        return {target: compiled(launch, target) for target in its_targets}
 
     global _usages
     _usages = usages  # a forked process finds it here; a launch cannot be sent to one
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
-        for (case, launch), found in zip(named, pool.map(_in_process, range(len(named))), strict=True):
+        for (case, launch, _), found in zip(rows, pool.map(_in_process, range(len(rows))), strict=True):
             yield Row(case, launch, found)
 
 
@@ -122,27 +128,34 @@ def _resources(cubin: bytes) -> tuple[int, int, int]:
 STREAMS = {"route", "pass_", "rows", "merge_rows", "gradients", "column_coupling", "outer", "key_query"}
 
 
-def launches(dtype: torch.dtype, quick: bool = False) -> Iterator[tuple[str, Launch]]:
+def launches(dtype: torch.dtype, numbers: tuning.Tuning, quick: bool = False) -> Iterator[tuple[str, Launch]]:
     """Each kernel as the launchers launch it, by case: every kernel, and every shape of the streams."""
+
+    def steps(sizes: tuple[int, ...], letters: str, **options) -> list[Step]:
+        return _steps(sizes, letters, dtype, numbers, **options)
+
     # B, I, D, J, O, the weight's letters
-    yield from _distinct("MNIST", _steps((128, 1152, 8, 10, 16), "IJOD", dtype))
+    yield from _distinct("MNIST", steps((128, 1152, 8, 10, 16), "IJOD"))
     if quick:
         return
-    mind = _steps((8192, 50, 64, 8, 64), "OD", dtype, logits=True)
-    yield from _distinct("MIND", mind)
-    yield from _streams("EfficientCaps", _steps((16, 16, 8, 10, 16), "IJOD", dtype, iterations=1))
-    yield from _streams("196 classes", _steps((128, 3872, 8, 196, 16), "IJOD", dtype))
-    yield from _streams("ComiRec", _steps((256, 50, 64, 4, 64), "IJOD", dtype))
-    yield from _streams("SegCaps", _steps((16384, 16, 0, 4, 32), "", dtype))
+    yield from _distinct("MIND", steps((8192, 50, 64, 8, 64), "OD", logits=True))
+    yield from _streams("MIND, detached", steps((8192, 50, 64, 8, 64), "OD", logits=True, detach=True))
+    yield from _streams("ComiRec, a weight per interest", steps((256, 50, 64, 4, 64), "JOD", mask=True))
+    yield from _streams("EfficientCaps", steps((16, 16, 8, 10, 16), "IJOD", iterations=1))
+    yield from _streams("196 classes", steps((128, 3872, 8, 196, 16), "IJOD"))
+    yield from _streams("1000 classes", steps((32, 192, 8, 1000, 16), "IJOD"))
+    yield from _streams("ComiRec", steps((256, 50, 64, 4, 64), "IJOD"))
+    yield from _streams("D = O = 128", steps((256, 50, 128, 4, 128), "IJOD"))
+    yield from _streams("D = O = 128, one weight", steps((256, 50, 128, 4, 128), "OD", logits=True))
+    yield from _streams("SegCaps", steps((16384, 16, 0, 4, 32), ""))
     everything = {"logits": True, "mask": True, "bias": True, "leaky": True, "return_coupling": True}
-    yield from _streams(
-        "MNIST, every option", _steps((128, 1152, 8, 10, 16), "IJOD", dtype, iterations=2, **everything)
-    )
+    yield from _streams("MNIST, every option", steps((128, 1152, 8, 10, 16), "IJOD", iterations=2, **everything))
     over_inputs = {"over_inputs": True, "return_coupling": True}
-    yield from _streams("MNIST, over i", _steps((128, 1152, 8, 10, 16), "IJOD", dtype, iterations=2, **over_inputs))
-    yield from _streams("MNIST, detached", _steps((128, 1152, 8, 10, 16), "IJOD", dtype, detach=True))
+    yield from _streams("MNIST, over i", steps((128, 1152, 8, 10, 16), "IJOD", iterations=2, **over_inputs))
+    yield from _streams("MNIST, detached", steps((128, 1152, 8, 10, 16), "IJOD", detach=True))
     query = torch.empty(8192, 8, 64, device="meta")
     p = Problem.of(*_tensors((8192, 50, 64, 8, 64), "OD", dtype), query, None, None, False, False)
+    p.tuning = numbers
     yield from _streams("one pass of MIND", forward.stream_query(p, query)[0])
 
 
@@ -159,8 +172,8 @@ def _tensors(sizes: tuple[int, ...], letters: str, dtype: torch.dtype) -> tuple[
 
 
 def _steps(
-    sizes, letters, dtype, *, iterations=3, over_inputs=False, leaky=False, bias=False, logits=False, mask=False,
-    return_coupling=False, detach=False,
+    sizes, letters, dtype, numbers, *, iterations=3, over_inputs=False, leaky=False, bias=False, logits=False,
+    mask=False, return_coupling=False, detach=False,
 ) -> list[Step]:  # fmt: skip
     B, I, _, J, O = sizes
     u, weight = _tensors(sizes, letters, dtype)
@@ -170,12 +183,14 @@ def _steps(
         torch.empty(B, I, dtype=torch.bool, device="meta") if mask else None,
     ]
     p = Problem.of(u, weight, *given, over_inputs, leaky)
+    p.tuning = numbers
     steps, (v, s, norm, last_logits, _) = forward.route(
         p, iterations, 1e-9, 1 if detach else iterations, return_coupling
     )
     if detach:
         iterations, logits = 1, False
         p = Problem.of(u, weight, given[0], last_logits, given[2], over_inputs, leaky)
+        p.tuning = numbers
     needs = backward.Needs(True, weight is not None, bias, logits)
     return steps + backward.route_backward(p, v, s, norm, iterations, 1e-9, needs)[0]
 
@@ -233,7 +248,7 @@ def table(rows: list[Row], targets: Iterable[str]) -> str:
     for row in rows:
         static = row.launch.args[-1]
         tile = "x".join(map(str, (static.TB, static.JB, static.XB)))
-        cells = [_cell(row.usages[target]) for target in targets]
+        cells = [_cell(row.usages[target]) if target in row.usages else "" for target in targets]
         lines.append(f"| {row.case} | `{row.launch.name}` | {row.launch.warps} | {tile} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -256,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     for dtype in (torch.float32,) if args.quick else (torch.float32, torch.bfloat16, torch.float16):
         targets = args.target or (LOW_PRECISION if args.quick or dtype != torch.float32 else tuple(TARGETS))
         rows = []
-        for row in compiled_rows(list(launches(dtype, args.quick)), targets):
+        for row in compiled_rows(dtype, targets, args.quick):
             cells = map(_cell, row.usages.values())
             print(str(dtype)[6:], row.case, row.launch.name, *cells, sep=" | ", file=sys.stderr, flush=True)
             wrong += problems(row)
@@ -273,7 +288,8 @@ def main(argv: list[str] | None = None) -> int:
 ABOUT = f"""Written by `python -m capsroute._triton.aot --out docs/triton-kernels.md`, Triton {triton.__version__}, on a
 machine without a GPU: compiled for these targets, run on none. Registers a thread / KiB of shared memory a block, as
 ptxas and LLVM report them. A tile is samples x output capsules x features, of the last stream (`backward.gradients`)
-input capsules x output capsules x features. No kernel uses matrix instructions: all arithmetic is in float32."""
+input capsules x output capsules x features. Where tiles depend on the target, a row has the targets that share them. No
+kernel uses matrix instructions: all arithmetic is in float32."""
 
 if __name__ == "__main__":
     sys.exit(main())

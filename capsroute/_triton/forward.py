@@ -51,8 +51,10 @@ def route(
     if p.B == 0:
         return [], results
     wanted = Pairs(*(x if x.numel() else None for x in (last_logits, coupling)))
-    grid = p.forward()[1]
-    if grid[1:] == (1, 1) and not p.keys and not (p.over_inputs and return_coupling):
+    static, grid, _ = p.forward()
+    # With keys the tile must hold v as well, and the logits' addresses are more than the registers hold besides.
+    fits = not p.keys or (static.OB <= static.XB and wanted.logits is None)
+    if grid[1:] == (1, 1) and fits and not (p.over_inputs and return_coupling):
         return [whole(p, R, eps, v, s, norm, wanted)], results
     V = p.empty(p.B, p.J, p.O)
     query = p.empty(p.B, p.J, p.X) if p.keys else V
@@ -128,9 +130,13 @@ def whole(p: Problem, R: int, eps: float, v: Tensor, s: Tensor, norm: Tensor, wa
     static, grid, warps = p.forward(wanted.logits is not None)
     traffic = R * p.read_bytes(grid) + sum(x.nbytes for x in (v, s, norm, *wanted) if x is not None)
     traffic += grid[0] * p.bias.nbytes if p.bias is not None else 0
+    turned = p.empty(2, p.B, p.J, p.D) if p.keys else None
+    if p.keys:  # sums through W in each pass, queries between them
+        traffic += (2 * R - 1) * (grid[0] * p.key_weight_bytes + 2 * p.state_bytes)
     norms = norm if norm.numel() else (None, None)
     save = len(s)
-    args = (p.u, p.pair_weight, p.bias, p.logits, p.mask, v, s, *norms, *wanted, p.B, p.I, R, R - save, eps, p.strides)
+    args = (p.u, p.weight, p.bias, p.logits, p.mask, v, s, *norms, *wanted, turned)
+    args = (*args, p.B, p.I, R, R - save, eps, p.strides, p.weight_strides)
     return Launch(kernels.route, grid, (*args, save > 0, static), warps, traffic)
 
 

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ class Tuning:
             half; 32 numbers in 8 warps spilled on sm_90. Backward holds V, ds, two sums and the votes, and takes 182
             registers for 16 numbers, so 8 warps.
         loaded: instead of `forward` where a stream reads mask, logits or statistics, or keeps maxima.
-        between: likewise, between two streams.
+        between: likewise, between two streams, and where one launch makes the streams and what runs between them.
         held: likewise of W_i, and as many of dW_i, in the last stream.
         row: numbers J x O (padded) of a sample up to which one tile takes all j. Above it the softmax over j takes a
             stream of its own, which reads W once more, but tiles hold more samples, so W is read for fewer of them.
@@ -40,9 +41,10 @@ class Tuning:
             programs, and more parts to write and read: MNIST at B = 128 has 4 tiles of 32 samples x 24 groups, 96
             programs of 8 warps.
         groups: input capsules of a group, at least: the parts of s are at most 1/16 of the votes.
-        programs: about as many as fill the device. The last stream shares out the samples, and a stream takes fewer
-            samples a tile, to have as many.
+        programs: half the processors, about. The last stream shares out the samples, and a stream takes fewer samples a
+            tile, to have as many; not more, since a tile of half the samples reads W twice as often.
         fewest: samples of a tile or a share, at least, unless the registers hold no more.
+        lanes: of a warp.
     """
 
     forward: tuple[int, int] = (16, 16)
@@ -56,11 +58,31 @@ class Tuning:
     groups: int = 16
     programs: int = 64
     fewest: int = 8
+    lanes: int = 32
 
 
-# One for all: sm_75 to sm_120 have 64 Ki registers for a processor and 255 for a thread, AMD's targets no fewer, and
-# the rules never ask for more shared memory than the 48 KiB that each has.
 DEFAULT = Tuning()
+
+# AMD's CDNA: warps of 64 lanes, so half of them hold the same tile in as many threads. 8 warps on the 4 SIMDs of a
+# processor leave each lane 256 registers.
+CDNA = Tuning((8, 16), (4, 16), (4, 16), (4, 8), (8, 32), lanes=64)
+
+# By the kind of GPU. All have 64 Ki registers of 32 bits for a processor and 255 for a thread, AMD's no fewer, and the
+# tiles never ask for more shared memory than the 48 KiB that each has, so the largest tiles are of one size, and a sum
+# is added in one order, on all. What differs is how many processors there are to fill: here those of a GPU of the kind,
+# on a real one its own number.
+ARCHITECTURES = {
+    "sm_75": replace(DEFAULT, programs=40 // 2),  # T4
+    "sm_80": replace(DEFAULT, programs=108 // 2),  # A100
+    "sm_86": replace(DEFAULT, programs=72 // 2),  # A10
+    "sm_89": replace(DEFAULT, programs=58 // 2),  # L4
+    "sm_90": replace(DEFAULT, programs=132 // 2),  # H100
+    "sm_100": replace(DEFAULT, programs=148 // 2),  # B200
+    "sm_120": replace(DEFAULT, programs=170 // 2),  # RTX 5090
+    "gfx90a": replace(CDNA, programs=104 // 2),  # half of an MI210 or MI250, which are two devices
+    "gfx942": replace(CDNA, programs=304 // 2),  # MI300X
+    "gfx1100": replace(DEFAULT, programs=96 // 2),  # RX 7900 XTX
+}
 
 
 @dataclass(frozen=True)
@@ -73,8 +95,8 @@ class Tile:
     warps: int
 
 
-def _warps(numbers: int, per_thread: int, most: int) -> int:
-    return max(1, min(most, power_of_two(numbers) // (32 * per_thread)))
+def _warps(tuning: Tuning, numbers: int, per_thread: int, most: int) -> int:
+    return max(1, min(most, power_of_two(numbers) // (tuning.lanes * per_thread)))
 
 
 def _outputs(tuning: Tuning, J: int, features: int) -> int:
@@ -103,13 +125,13 @@ def tile(tuning: Tuning, shape: tuple[int, int], B: int, J: int, X: int, itemsiz
     features = power_of_two(X)
     outputs = _outputs(tuning, J, features)
     warps, per_thread = shape[0], max(1, shape[1] * 4 // itemsize)
-    rows = min(max(1, per_thread * 32 * warps // (outputs * features)), power_of_two(B))
-    warps = _warps(rows * outputs * features, per_thread, warps)
+    rows = min(max(1, per_thread * tuning.lanes * warps // (outputs * features)), power_of_two(B))
+    warps = _warps(tuning, rows * outputs * features, per_thread, warps)
     while rows > tuning.fewest and -(-B // rows) * -(-J // outputs) * groups < tuning.programs:
         rows //= 2
     # Then the warps remain, but not where one launch makes all passes: it spilled in 8 warps, and not in 4.
     per_thread = per_thread if groups == 1 else max(1, per_thread // 2)
-    return Tile(rows, outputs, features, _warps(rows * outputs * features, per_thread, warps))
+    return Tile(rows, outputs, features, _warps(tuning, rows * outputs * features, per_thread, warps))
 
 
 def gradient_tile(tuning: Tuning, I: int, J: int, X: int, D: int, itemsize: int, narrow: bool) -> Tile:
@@ -119,12 +141,12 @@ def gradient_tile(tuning: Tuning, I: int, J: int, X: int, D: int, itemsize: int,
     features, deep = power_of_two(X), power_of_two(D)
     outputs = _outputs(tuning, J, features)
     most, per_thread = tuning.held[0], max(1, tuning.held[1] * 4 // itemsize)
-    room = per_thread * 32 * most
+    room = per_thread * tuning.lanes * most
     while outputs > 1 and outputs * features * deep > room // (2 if narrow else 1):
         outputs //= 2
     rows = min(max(1, room // 2 // (outputs * features * deep)), power_of_two(max(I, 1)))
     rows = min(rows, max(1, 4 * tuning.row // (outputs * features)))
-    return Tile(rows, outputs, features, _warps(rows * outputs * features * deep, per_thread, most))
+    return Tile(rows, outputs, features, _warps(tuning, rows * outputs * features * deep, per_thread, most))
 
 
 def share(tuning: Tuning, count: int, programs: int) -> int:
@@ -134,10 +156,19 @@ def share(tuning: Tuning, count: int, programs: int) -> int:
 
 
 def for_shape(device: torch.device, form: str, J: int, O: int, D: int, dtype: torch.dtype) -> Tuning:
-    """What was measured best for a layer on this GPU, else the default."""
+    """What was measured best for a layer on this GPU, else what is thought best for its kind."""
     if device.type != "cuda":
         return DEFAULT
-    return measured().get(torch.cuda.get_device_name(device), {}).get(key(form, J, O, D, dtype), DEFAULT)
+    stored = measured().get(torch.cuda.get_device_name(device), {})
+    return stored.get(key(form, J, O, D, dtype)) or for_device(torch.cuda.get_device_properties(device))
+
+
+def for_device(properties: Any) -> Tuning:
+    """By the kind of a GPU and its processors, from what torch says of it."""
+    amd = getattr(properties, "gcnArchName", "").partition(":")[0]
+    name = amd if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    known = ARCHITECTURES.get(name, CDNA if properties.warp_size == 64 else DEFAULT)
+    return replace(known, programs=max(1, properties.multi_processor_count // 2))
 
 
 def key(form: str, J: int, O: int, D: int, dtype: torch.dtype) -> str:

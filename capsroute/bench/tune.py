@@ -73,7 +73,8 @@ def tune(case: Case, dtype: torch.dtype) -> Tuned:
                 return float("inf")
         return statistics.median(times[1:])
 
-    best, least, before = tuning.search(seconds)
+    start = tuning.for_device(torch.cuda.get_device_properties())
+    best, least, before = tuning.search(seconds, start)
     form = {"IJOD": "pair", "JOD": "output", "OD": "single", "": "votes"}[case.weight]
     layer = tuning.key(form, case.outputs, case.out_features, case.in_features, dtype)
     path = tuning.store(torch.cuda.get_device_name(), layer, best)

@@ -65,31 +65,36 @@ def stream(
 
 @triton.jit(do_not_specialize=["B", "I", "R", "unsaved"])
 def route(
-    u, weight, bias, logits, mask, v, s, tops, totals, left, coupling, B, I, R, unsaved, eps, strides,
-    SAVE: tl.constexpr, P: tl.constexpr,
+    u, weight, bias, logits, mask, v, s, tops, totals, left, coupling, turned, B, I, R, unsaved, eps,
+    strides, weight_strides, SAVE: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """All passes of a tile of samples, where one group holds every input capsule and one tile every j.
 
-    With SAVE, s and the norms of all passes but the first `unsaved` are stored.
+    With SAVE, s and the norms of all passes but the first `unsaved` are stored. For keys, sums and queries go through
+    `turned` [2, B, J, D], of which no other program touches this tile: a thread needs what others hold.
     """
     ACC: tl.constexpr = P.acc
     TB: tl.constexpr = P.TB
     JB: tl.constexpr = P.JB
     XB: tl.constexpr = P.XB
+    OB: tl.constexpr = P.OB
     J: tl.constexpr = P.J
     O: tl.constexpr = P.O
-    b, j, o = tile(P, XB)
+    X: tl.constexpr = P.X
+    b, j, o = tile(P, OB)
+    x = tl.arange(0, XB)[None, None, :]
     inside = (b < B) & (j < J) & (o < O)
     at = (b * J + j) * O + o
-    beta = tl.zeros([1, JB, XB], ACC)
+    beta = tl.zeros([1, JB, OB], ACC)
     if bias is not None:
         beta = tl.load(bias + j * O + o, mask=(j < J) & (o < O), other=0).to(ACC)
-    V = tl.zeros([TB, JB, XB], ACC)
+    V = tl.zeros([TB, JB, OB], ACC)
     v_k = V
+    query = tl.zeros([TB, JB, XB], ACC)
     begin = tl.program_id(2).to(tl.int64)  # 0: there is one group
     for k in range(R):
         s_k, m, total = stream(
-            u, weight, logits, mask, None, None, left, coupling, V, b, j, o,
+            u, weight if P.pair else None, logits, mask, None, None, left, coupling, query, b, j, x,
             begin, begin + I, k == R - 1, B, I, strides, P,
         )  # fmt: skip
         kept = tl.zeros([1, 1, 1], tl.int64) + k - unsaved
@@ -100,11 +105,26 @@ def route(
                 tl.store(tops + to, tl.where(m == float("-inf"), 0.0, m), mask=here)
                 tl.store(totals + to, total, mask=here)
             s_k = s_k / tl.where(total == 0, 1.0, total)
-        s_k += beta
+        if P.keys:
+            key_at = (b * J + j) * X + x
+            key_inside = (b < B) & (j < J) & (x < X)
+            tl.store(turned + key_at, s_k, mask=key_inside)
+            tl.debug_barrier()
+            s_o = from_keys(turned, None, m, weight, b, j, o, 1, B, weight_strides, P) + beta
+        else:
+            s_o = s_k + beta
         if SAVE:
-            tl.store(s + kept * (B.to(tl.int64) * (J * O)) + at, s_k, mask=inside & (kept >= 0))
-        v_k = squash_scale(tl.sum(s_k * s_k, 2, keep_dims=True), eps) * s_k
+            tl.store(s + kept * (B.to(tl.int64) * (J * O)) + at, s_o, mask=inside & (kept >= 0))
+        v_k = squash_scale(tl.sum(s_o * s_o, 2, keep_dims=True), eps) * s_o
         V += v_k
+        if P.keys:
+            if k < R - 1:
+                queries = turned + B.to(tl.int64) * (J * X)
+                to_keys(V, weight, queries, b, j, o, B, weight_strides, P)
+                tl.debug_barrier()
+                query = tl.load(queries + key_at, mask=key_inside, other=0)
+        else:
+            query = V
     tl.store(v + at, v_k.to(v.dtype.element_ty), mask=inside)
 
 
