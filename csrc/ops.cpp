@@ -2,6 +2,7 @@
 #include "ops.h"
 
 #include <cstdlib>
+#include <utility>
 
 namespace capsroute::ops {
 namespace {
@@ -52,28 +53,51 @@ class Cpu {
     return Tensor(handle);
   }
   static void forward(const Problem& p, const Forward& out, const Tensor&) {
-    launch(p, out, kernels().forward_scratch, kernels().forward);
+    launch(p, out, kernels().plan_forward, kernels().forward);
   }
   static void backward(const Problem& p, const Backward& out, const Tensor&) {
-    launch(p, out, kernels().backward_scratch, kernels().backward);
+    launch(p, out, kernels().plan_backward, kernels().backward);
   }
 
  private:
   template <class Out>
-  static void launch(const Problem& p, const Out& out, int64_t (*measure)(const Problem&, const Out&, int64_t),
+  static void launch(const Problem& p, const Out& out, Plan (*plan)(const Problem&, const Out&, int64_t),
                      void (*run)(const Problem&, const Out&, void*, const Parallel&)) {
     const Parallel parallel = torch_threads();
-    run(p, out, scratch.reserve(measure(p, out, parallel.threads)), parallel);
+    run(p, out, scratch.reserve(plan(p, out, parallel.threads).scratch), parallel);
     if (scratch.bytes > kKeptScratch) scratch.release();
   }
 };
+
+// How a call would be computed, as "name=number" with spaces between; a backward that wants du and dW.
+std::string plan(const Tensor& u, const Optional& weight, const Optional& bias, const Optional& logits,
+                 const Optional& mask, int64_t iterations, bool over_inputs, bool leaky, double eps, bool backward) {
+  Problem p = route_of(u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps);
+  const int64_t threads = torch_threads().threads;
+  const Forward forward{&p, nullptr, nullptr, nullptr, nullptr, 0};
+  Backward gradients{};
+  gradients.u = &p, gradients.weight = weight ? &p : nullptr;
+  const Plan found =
+      backward ? kernels().plan_backward(p, gradients, threads) : kernels().plan_forward(p, forward, threads);
+  const std::pair<const char*, int64_t> numbers[] = {
+      {"scratch", found.scratch}, {"keeps_votes", found.keeps_votes}, {"tile", found.tile},
+      {"tiles", found.tiles},     {"groups", found.groups},           {"by_group", found.by_group},
+      {"chunk", found.chunk},     {"keeps_pairs", found.keeps_pairs}, {"threads", threads}};
+  std::string text;
+  for (const auto& [name, number] : numbers)
+    text += std::string(text.empty() ? "" : " ") + name + "=" + std::to_string(number);
+  return text;
+}
 
 std::string cpu_capability() { return kernels().name; }
 
 }  // namespace
 }  // namespace capsroute::ops
 
-STABLE_TORCH_LIBRARY_IMPL(capsroute, CPU, m) { capsroute::ops::implement<capsroute::ops::Cpu>(m); }
+STABLE_TORCH_LIBRARY_IMPL(capsroute, CPU, m) {
+  capsroute::ops::implement<capsroute::ops::Cpu>(m);
+  m.impl("plan", TORCH_BOX(&capsroute::ops::plan));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(capsroute, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&capsroute::ops::cpu_capability));

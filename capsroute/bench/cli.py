@@ -14,9 +14,9 @@ import torch
 
 from .. import __version__, _ops
 from .._console import complain, emit, say
-from . import regression, table
+from . import path, regression, roofline, table
 from .compare import DisagreementError, compare
-from .registry import CASES, IMPLEMENTATIONS, Case, fused_backend, names_for
+from .registry import CASES, IMPLEMENTATIONS, Case, fused_backend, make_problem, names_for
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -56,6 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--traffic", action="store_true", help="instead, the bytes that the GPU kernels move: exact, and needs no GPU"
     )
+    parser.add_argument(
+        "--explain", action="store_true", help="instead, the path that the CPU kernels take for each case, and why"
+    )
+    parser.add_argument(
+        "--roofline", action="store_true", help="instead, how near the CPU kernels come to this machine's limits"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="with --roofline: also draw it, as PNG, PDF or SVG")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the report there, for --compare")
     parser.add_argument(
         "--compare", type=Path, metavar="FILE", help="say what got slower since; exit with 1 if anything did"
@@ -74,6 +81,10 @@ def run(args: argparse.Namespace) -> int:
         cases = [case._replace(batch=args.batch) for case in cases]
     if args.traffic:
         return _traffic(args, cases, dtype)
+    if args.plot and not args.roofline:
+        raise ValueError("--plot draws what --roofline measures: give both")
+    if args.explain or args.roofline:
+        return (_roofline if args.roofline else _explain)(args, cases, dtype)
     if args.device == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU here")
@@ -89,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     say(args, "\n" + table.head(f"{args.dtype}, ± half the quartile distance", names))
     measured = []
     for case in cases:
-        for backward in (False, True)[: 1 + (args.passes == "both")]:
+        for backward in _passes(args):
             label = "forward + backward" if backward else "forward"
             try:
                 results = compare(case, backward, names, dtype=dtype, seconds=args.seconds, memory=args.memory)
@@ -121,6 +132,35 @@ def _traffic(args: argparse.Namespace, cases: list[Case], dtype: torch.dtype) ->
     say(args, traffic.rows(found))
     results = [{"case": case._asdict(), "backward": backward, **moved._asdict()} for case, backward, moved in found]
     emit(args, {"dtype": args.dtype, "results": results})
+    return 0
+
+
+def _passes(args: argparse.Namespace) -> tuple[bool, ...]:
+    return (False, True)[: 1 + (args.passes == "both")]
+
+
+def _explain(args: argparse.Namespace, cases: list[Case], dtype: torch.dtype) -> int:
+    results = []
+    for case in cases:
+        problem = make_problem(case, dtype)
+        for backward in _passes(args):
+            found = path.path_of(problem, backward)
+            words = path.explain(case, found, backward)
+            say(args, f"{case.name}, {'backward' if backward else 'forward'}: {words}")
+            results.append({"case": case._asdict(), "backward": backward, "path": found._asdict(), "why": words})
+    emit(args, {"dtype": args.dtype, "results": results})
+    return 0
+
+
+def _roofline(args: argparse.Namespace, cases: list[Case], dtype: torch.dtype) -> int:
+    machine = roofline.measure_machine()
+    points = [roofline.measure(case, backward, dtype, args.seconds) for case in cases for backward in _passes(args)]
+    say(args, roofline.rows(machine, points))
+    if args.plot:
+        roofline.plot(machine, points, args.plot)
+        say(args, f"\nwrote {args.plot}")
+    results = [{**point._asdict(), "roof": point.roof(machine)} for point in points]
+    emit(args, {"dtype": args.dtype, "machine": machine._asdict(), "results": results})
     return 0
 
 

@@ -94,6 +94,12 @@ class BackwardStream {
         rows_(plan_, kept_, logits_, carver, parallel),
         sums_(plan_, kept_, carver) {}
 
+  Plan plan() const {
+    Plan plan = logits_.stream().plan();
+    plan.keeps_pairs = plan_.keep_pairs;
+    return plan;
+  }
+
   void run(const Parallel& parallel) {
     for (int64_t first = 0; first < plan_.p.B; first += plan_.chunk) {
       const int64_t count = minimum(plan_.chunk, plan_.p.B - first);

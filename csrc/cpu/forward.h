@@ -59,6 +59,8 @@ class ForwardStream {
     partial_ = carver.take<A>(schedule.partials * schedule.tile * state_);
   }
 
+  Plan plan() const { return stream_.plan(); }
+
   void run(const Parallel& parallel) { run_stream(*this, stream_.schedule, steps_, parallel); }
 
   void begin(const Tile& tile) {

@@ -15,21 +15,23 @@ auto with_dtype(DType dtype, const Visit& visit) {
   }
 }
 
-// Over a null base a stream only measures its scratch.
+// Over a null base a stream is only planned.
 template <template <class> class StreamOf, class Out>
-int64_t run(const Problem& p, const Out& out, void* scratch, const Parallel& parallel) {
+Plan run(const Problem& p, const Out& out, void* scratch, const Parallel& parallel) {
   return with_dtype(p.u.dtype, [&](auto x) {
     using X = decltype(x);
     const Layout<X> layout(p);
     Carver carver{static_cast<char*>(scratch)};
     StreamOf<X> stream(layout, out, carver, parallel);
     if (scratch) stream.run(parallel);
-    return carver.used;
+    Plan plan = stream.plan();
+    plan.scratch = carver.used;
+    return plan;
   });
 }
 
 template <template <class> class StreamOf, class Out>
-int64_t measure(const Problem& p, const Out& out, int64_t threads) {
+Plan plan(const Problem& p, const Out& out, int64_t threads) {
   return run<StreamOf>(p, out, nullptr, Parallel{threads, nullptr});
 }
 
@@ -52,6 +54,6 @@ constexpr const char* kName = CAPSROUTE_TEXT(CAPSROUTE_ISA);
 #endif
 
 extern const Kernels kernels;
-const Kernels kernels{kName, measure<ForwardStream, Forward>, forward, measure<BackwardStream, Backward>, backward};
+const Kernels kernels{kName, plan<ForwardStream, Forward>, forward, plan<BackwardStream, Backward>, backward};
 
 }  // namespace capsroute::CAPSROUTE_ISA

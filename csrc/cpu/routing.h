@@ -85,12 +85,24 @@ struct Parallel {
   void (*run)(int64_t parts, void (*body)(void* context, int64_t part), void* context);
 };
 
+// The way in which a call is computed: it follows from sizes, options, dtype and instruction set. The number of
+// threads decides `by_group` alone, and the bits do not depend on that.
+struct Plan {
+  int64_t scratch;        // bytes
+  bool keeps_votes;       // of a tile, between its passes; else each pass makes them anew
+  int64_t tile;           // samples that read the weight together
+  int64_t tiles, groups;  // of samples, and of input capsules, whose sums are added in order
+  bool by_group;          // threads share out the groups of a tile, not whole tiles
+  int64_t chunk;          // samples that a backward takes at a time
+  bool keeps_pairs;       // the backward keeps p_ij and db_ij of all passes for the gradients
+};
+
 // One table for each instruction set. Scratch must be aligned to 64 bytes and may hold anything.
 struct Kernels {
   const char* name;
-  int64_t (*forward_scratch)(const Problem&, const Forward&, int64_t threads);
+  Plan (*plan_forward)(const Problem&, const Forward&, int64_t threads);
   void (*forward)(const Problem&, const Forward&, void* scratch, const Parallel&);
-  int64_t (*backward_scratch)(const Problem&, const Backward&, int64_t threads);
+  Plan (*plan_backward)(const Problem&, const Backward&, int64_t threads);
   void (*backward)(const Problem&, const Backward&, void* scratch, const Parallel&);
 };
 

@@ -14,6 +14,13 @@ class Stream {
  public:
   using A = Acc<X>;
 
+  Plan plan() const {
+    Plan plan{};
+    plan.keeps_votes = keep, plan.tile = schedule.tile, plan.tiles = schedule.tiles, plan.groups = schedule.groups;
+    plan.by_group = schedule.by_group, plan.chunk = schedule.batch;
+    return plan;
+  }
+
   // Scratch of one thread.
   struct Scratch {
     typename Rows<X>::Scratch rows;

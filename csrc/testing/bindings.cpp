@@ -34,9 +34,8 @@ template <class A>
 using Buffer = py::array_t<A, py::array::c_style | py::array::forcecast>;
 
 template <class Out>
-std::vector<char> scratch_for(int64_t (*measure)(const Problem&, const Out&, int64_t), const Problem& p,
-                              const Out& out) {
-  return std::vector<char>(measure(p, out, kThreads.threads) + 64, char(0xff));  // all NaN
+std::vector<char> scratch_for(Plan (*plan)(const Problem&, const Out&, int64_t), const Problem& p, const Out& out) {
+  return std::vector<char>(plan(p, out, kThreads.threads).scratch + 64, char(0xff));  // all NaN
 }
 
 void* aligned(std::vector<char>& bytes) {
@@ -55,12 +54,12 @@ py::tuple route(const std::string& name, Buffer<A> u, Buffer<A> weight, Buffer<A
   p.weight = {weight.data(), p.u.dtype, {p.D * p.J * p.O, p.O, 1, p.J * p.O}};
   Buffer<A> v({p.B, p.J, p.O}), s({p.R, p.B, p.J, p.O}), du({p.B, p.I, p.D}), dweight({p.I, p.D, p.J, p.O});
   const Forward out{v.mutable_data(), s.mutable_data(), nullptr, nullptr, nullptr, p.R};
-  std::vector<char> scratch = scratch_for(kernels->forward_scratch, p, out);
+  std::vector<char> scratch = scratch_for(kernels->plan_forward, p, out);
   kernels->forward(p, out, aligned(scratch), kThreads);
   Backward back{};
   back.grad_v = {grad_v.data(), p.u.dtype, {p.J * p.O, p.O, 1, 0}};
   back.s = s.data(), back.u = du.mutable_data(), back.weight = dweight.mutable_data();
-  scratch = scratch_for(kernels->backward_scratch, p, back);
+  scratch = scratch_for(kernels->plan_backward, p, back);
   kernels->backward(p, back, aligned(scratch), kThreads);
   return py::make_tuple(v, du, dweight);
 }

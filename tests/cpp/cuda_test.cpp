@@ -152,12 +152,12 @@ void run_emulated(const Problem& p, const Out& out, int64_t (*kernel)(const Prob
 }
 
 template <class Out>
-void run_cpu(const Problem& p, const Out& out, int64_t (*measure)(const Problem&, const Out&, int64_t),
+void run_cpu(const Problem& p, const Out& out, Plan (*plan)(const Problem&, const Out&, int64_t),
              void (*kernel)(const Problem&, const Out&, void*, const Parallel&)) {
   const Parallel alone{1, [](int64_t parts, void (*body)(void*, int64_t), void* context) {
                          for (int64_t part = 0; part < parts; ++part) body(context, part);
                        }};
-  const size_t bytes = size_t(measure(p, out, 1) + 63) / 64 * 64;
+  const size_t bytes = size_t(plan(p, out, 1).scratch + 63) / 64 * 64;
   void* scratch = std::aligned_alloc(64, bytes + 64);
   kernel(p, out, scratch, alone);
   std::free(scratch);
@@ -184,8 +184,8 @@ void check_case(const Case& c) {
   Outputs found(c, x), expected(c, exact);
   const Problem p = problem_of(c, x), q = problem_of(c, exact);
   const Kernels& cpu = kernels();
-  run_cpu(q, expected.forward(), cpu.forward_scratch, cpu.forward);
-  run_cpu(expected.backward_problem(c, q), expected.backward(c, exact), cpu.backward_scratch, cpu.backward);
+  run_cpu(q, expected.forward(), cpu.plan_forward, cpu.forward);
+  run_cpu(expected.backward_problem(c, q), expected.backward(c, exact), cpu.plan_backward, cpu.backward);
   const cuda::Kernels& emulated = cuda::kernels_of(c.dtype);
   run_emulated(p, found.forward(), emulated.forward);
   run_emulated(found.backward_problem(c, p), found.backward(c, x), emulated.backward);

@@ -194,7 +194,7 @@ Result run(const Case& c, const Values& x, const Vector& grad, DType dtype, int6
   Store last_logits(wide, c.detach ? c.B * c.I * c.J : 0);
   const Forward out{v.data(), s.data(), norm.data(), coupling.data(), last_logits.data(), saved};
   const Parallel parallel = threads(thread_count);
-  Scratch forward(tested::kernels.forward_scratch(p, out, thread_count));
+  Scratch forward(tested::kernels.plan_forward(p, out, thread_count).scratch);
   tested::kernels.forward(p, out, forward.start, parallel);
 
   Store du(dtype, c.inputs()), dweight(dtype, c.weights()), dbias(wide, x.bias.size()),
@@ -206,7 +206,7 @@ Result run(const Case& c, const Values& x, const Vector& grad, DType dtype, int6
   back.logits_B = c.logits_B(), back.logits_I = c.logits_I();
   back.u = du.data(), back.weight = dweight.data(), back.bias = dbias.data();
   back.logits = dlogits.data(), back.query = dquery.data();
-  Scratch backward(tested::kernels.backward_scratch(p, back, thread_count));
+  Scratch backward(tested::kernels.plan_backward(p, back, thread_count).scratch);
   tested::kernels.backward(p, back, backward.start, parallel);
   return {(c.pass ? s : v).all(), coupling.all(), du.all(), dweight.all(), dbias.all(), dlogits.all(), dquery.all()};
 }

@@ -1,0 +1,94 @@
+"""The path that the CPU kernels take for a case, as they themselves plan it, and the arithmetic on it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .. import _ops
+from .registry import Case, Problem
+
+
+class Path(NamedTuple):
+    """The choices of csrc/cpu/routing.h, Plan; `chunk` and `keeps_pairs` say something of a backward alone."""
+
+    scratch: int
+    keeps_votes: bool
+    tile: int
+    tiles: int
+    groups: int
+    by_group: bool
+    chunk: int
+    keeps_pairs: bool
+    threads: int
+
+
+def path_of(problem: Problem, backward: bool) -> Path:
+    """The path of the forward, or of the backward, with gradients for u and the weight.
+
+    Raises:
+        ValueError: if the C++ kernels are not there.
+    """
+    can, why = _ops.cpu_library()
+    if not can:
+        raise ValueError(why)
+    u, weight, logits, iterations = problem[:4]
+    logits = None if logits is None else logits[None]
+    if backward and problem.detach_coupling and iterations > 1:  # one pass, from the logits of the last
+        iterations, logits = 1, u.new_zeros(1, 1, problem.grad_v.shape[1])
+    options = (iterations, problem.coupling == "in", False, 1e-9, backward)
+    numbers = torch.ops.capsroute.plan(u.detach(), weight, None, logits, None, *options)
+    found = dict(pair.split("=") for pair in numbers.split())
+    return Path(*(int(found[name]) for name in Path._fields))
+
+
+def explain(case: Case, path: Path, backward: bool) -> str:
+    """The path, and why, in words."""
+    rows = {
+        "IJOD": "votes W u are made in the stream, of 4 samples for each load of W",
+        "": "votes are read as given",
+    }.get(case.weight, "one weight for all i: the stream reads u itself, and W meets V and the sums alone")
+    words = [rows]
+    passes = streamed(case, backward)
+    if case.weight == "IJOD" and passes > 1:
+        if path.keeps_votes:
+            words.append("kept between passes: those of a tile fit in 8 MiB")
+        else:
+            words.append("made anew in each pass: those of a tile do not fit in 8 MiB")
+    shared_out = "their groups are shared out" if path.by_group else "a thread takes whole tiles"
+    samples, inputs = min(path.tile, path.chunk), min(64, case.inputs)
+    tiles = f"{path.tiles} x {samples} samples, {path.groups} x {inputs} input capsules"
+    words.append(f"{tiles}, threads {path.threads}: {shared_out}")
+    if backward:
+        kept = "coupling kept for the gradients" if path.keeps_pairs else "coupling made anew for the gradients"
+        words.append(f"{path.chunk} of {case.batch} samples at a time, {kept}")
+    words.append(f"scratch {path.scratch / 2**20:.2g} MiB")
+    return "; ".join(words)
+
+
+def streamed(case: Case, backward: bool) -> int:
+    """Passes that are streamed: in the backward not the first, but for the gradient of a shared weight."""
+    if not backward:
+        return case.iterations
+    return (1 if case.detach_coupling else case.iterations) - (case.weight not in ("JOD", "OD"))
+
+
+def operations(case: Case, path: Path, backward: bool) -> int:
+    """Floating-point operations of the forward, or the backward: two for each multiply-add of votes, agreement, sums
+    and gradients. Exponentials, squash and what is of the size of v are not counted.
+    """
+    B, I, D, J, O, R = case[1:7]
+    shared = case.weight in ("JOD", "OD")
+    row = 2 * B * I * J * (D if shared else O)  # of agreement, or a sum, in one pass
+    votes = 2 * B * I * J * O * D if case.weight == "IJOD" else 0
+    products = 2 * B * J * O * D if shared else 0  # of W with V or a sum
+    if not backward:
+        return (1 if path.keeps_votes else R) * votes + R * (row + products) + (R - 1) * (row + products)
+    if case.detach_coupling:
+        R = 1
+    passes = streamed(case, backward)
+    stream = (min(1, passes) if path.keeps_votes else passes) * votes + (R - 1) * 3 * row
+    stream += (R * row + (2 * R - 1) * 3 * products) if shared else 0
+    made_again = 0 if path.keeps_pairs else (R - 1) * 2 * row + votes
+    return stream + made_again + (2 * R - 1) * row + 2 * votes  # dh, then du and dW

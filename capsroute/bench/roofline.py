@@ -1,0 +1,120 @@
+"""How near the CPU kernels come to what the machine can do: arithmetic and memory, measured on the spot."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path as File
+from typing import NamedTuple
+
+import torch
+
+from .measure import alternate
+from .path import explain, operations, path_of
+from .registry import Case, make_problem, routed, run
+from .table import format_seconds
+from .traffic import fewest
+
+SIZE, BYTES, ROUNDS = 1024, 256 << 20, 9
+
+
+class Machine(NamedTuple):
+    """Floating-point operations and bytes read, a second, with the threads that torch has."""
+
+    flops: float
+    bandwidth: float
+
+
+class Point(NamedTuple):
+    """A case and pass: seconds, operations, the fewest bytes that it must move, and the path."""
+
+    label: str
+    seconds: float
+    operations: int
+    bytes: int
+    path: str
+
+    @property
+    def flops(self) -> float:
+        return self.operations / self.seconds
+
+    @property
+    def intensity(self) -> float:
+        """Operations for a byte."""
+        return self.operations / self.bytes
+
+    def roof(self, machine: Machine) -> float:
+        """What the machine could do with so many operations for a byte."""
+        return min(machine.flops, self.intensity * machine.bandwidth)
+
+
+def measure_machine() -> Machine:
+    """By torch's own product of matrices, in float32, and by adding up more than a cache holds; the best of several."""
+    a, b = torch.randn(SIZE, SIZE), torch.randn(SIZE, SIZE)
+    product = torch.empty(SIZE, SIZE)
+    large = torch.ones(BYTES // 4)
+    return Machine(
+        2 * SIZE**3 / _least(partial(torch.mm, a, b, out=product)), BYTES / _least(partial(torch.sum, large))
+    )
+
+
+def _least(call: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def measure(case: Case, backward: bool, dtype: torch.dtype, seconds: float) -> Point:
+    """Time the fused kernels on a case: the forward with no gradient wanted, or forward and backward."""
+    problem = make_problem(case, dtype)
+    timing = alternate({"fused": lambda: run(lambda p: routed(p, "cpu"), problem, backward)}, seconds)["fused"]
+    passes = (False, True)[: 1 + backward]
+    paths = [path_of(problem, each) for each in passes]
+    total = sum(operations(case, path, each) for path, each in zip(paths, passes, strict=True))
+    label = f"{case.name}, {'forward + backward' if backward else 'forward'}"
+    return Point(label, timing.seconds, total, fewest(problem, backward), explain(case, paths[-1], backward))
+
+
+def rows(machine: Machine, points: Sequence[Point]) -> str:
+    """A table of the points against the machine, and the path of each below."""
+    lines = [
+        f"{machine.flops / 1e9:.4g} GFLOP/s (a product of matrices), {machine.bandwidth / 1e9:.3g} GB/s (a sum), with "
+        f"{torch.get_num_threads()} threads",
+        "",
+        "| operations, and the fewest bytes | time | GFLOP/s | of the peak | MB | of the bandwidth | of the roof |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for p in points:
+        shares = p.flops / machine.flops, p.bytes / p.seconds / machine.bandwidth, p.flops / p.roof(machine)
+        peak, bandwidth, roof = (f"{share:.0%}" for share in shares)
+        lines.append(
+            f"| {p.label} | {format_seconds(p.seconds)} | {p.flops / 1e9:.3g} | {peak} | {p.bytes / 1e6:.4g} | "
+            f"{bandwidth} | {roof} |"
+        )
+    return "\n".join([*lines, "", *(f"- {p.label}: {p.path}" for p in points)])
+
+
+def plot(machine: Machine, points: Sequence[Point], file: File) -> None:
+    """Draw the points under the roof."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((8, 5), layout="constrained")
+    axes = figure.subplots()
+    least = min([p.intensity for p in points]) / 2
+    most = max([p.intensity for p in points] + [2 * machine.flops / machine.bandwidth]) * 2
+    ridge = machine.flops / machine.bandwidth
+    axes.plot([least, ridge, most], [least * machine.bandwidth, machine.flops, machine.flops], color="black")
+    markers = "os^vD<>Pp*Xh8dH1234"
+    for index, p in enumerate(points):
+        marker = markers[index // 2 % len(markers)]
+        filled = f"C{index // 2 % 10}" if "backward" not in p.label else "none"
+        axes.plot(p.intensity, p.flops, marker, color=f"C{index // 2 % 10}", markerfacecolor=filled, label=p.label)
+    axes.set(xscale="log", yscale="log", xlabel="operations for each byte that must be moved", ylabel="operations / s")
+    axes.set_title("capsroute's CPU kernels below the roof of this machine")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(file, dpi=150)

@@ -1,0 +1,118 @@
+"""The path of the CPU kernels: chosen by shape, at known borders, and told by `bench --explain` and `--roofline`."""
+
+import json
+import os
+
+import pytest
+import torch
+
+import capsroute
+from capsroute.bench.path import explain, operations, path_of
+from capsroute.bench.registry import CASES, Case, make_problem
+from capsroute.bench.roofline import Machine, Point
+from capsroute.cli import main
+
+if os.environ.get("CAPSROUTE_NO_EXT") == "1":
+    pytest.skip("CAPSROUTE_NO_EXT=1: there are no kernels to plan", allow_module_level=True)
+
+
+def planned(*sizes, backward=False, threads=1, **options):
+    """The path of a layer (B, I, D, J, O)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return path_of(make_problem(Case("layer", *sizes, **options)), backward)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_votes_are_kept_up_to_8_mib():
+    """4 samples of J x O = 20 x 16 numbers of 4 bytes: 5120 for each input capsule, 8 MiB at 1638 of them."""
+    assert planned(9, 1632, 2, 20, 16).keeps_votes  # a multiple of every lane count
+    assert not planned(9, 1648, 2, 20, 16).keeps_votes
+    assert not planned(9, 16, 2, 20, 16, iterations=1).keeps_votes  # there is no second pass to keep them for
+    assert not planned(9, 16, 2, 20, 16, weight="JOD").keeps_votes
+
+
+def test_a_tile_is_larger_where_votes_are_made_anew():
+    assert planned(33, 16, 2, 20, 16)[2:4] == (4, 9)
+    assert planned(33, 1648, 2, 20, 16)[2:4] == (16, 3)
+
+
+@pytest.mark.parametrize(("batch", "by_group"), [(4, True), (8, False)])
+def test_threads_share_out_groups_where_tiles_are_few(batch, by_group):
+    two, one = (planned(batch, 130, 3, 3, 5, threads=threads) for threads in (2, 1))
+    assert two.by_group == by_group
+    assert not one.by_group
+    assert two.groups == one.groups == 3
+    # nothing that decides on bits depends on the threads
+    assert (two.keeps_votes, two.tile, two.tiles, two.chunk) == (one.keeps_votes, one.tile, one.tiles, one.chunk)
+
+
+def test_pairs_are_kept_while_16_samples_of_them_fit_in_32_mib():
+    # a sample's: 4 slots of 100 numbers of 4 bytes for each i, and 5 terms of 100 x 16
+    assert planned(16, 1280, 2, 100, 16, backward=True).keeps_pairs
+    assert not planned(16, 1296, 2, 100, 16, backward=True).keeps_pairs
+
+
+def test_a_chunk_of_the_backward_is_a_share_of_the_batch():
+    path = planned(256, 2560, 8, 10, 32, backward=True)
+    assert 16 <= path.chunk < 256
+    assert planned(16, 2560, 8, 10, 32, backward=True).chunk == 16
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_can_be_explained(name):
+    case = CASES[name]._replace(batch=8)
+    problem = make_problem(case)
+    for backward in (False, True):
+        path = path_of(problem, backward)
+        assert path.scratch > 0
+        assert explain(case, path, backward).count("MiB") >= 1
+        assert operations(case, path, backward) > 0
+
+
+def test_operations_of_mnist():
+    """One making of the votes, three sums and two agreements: 2 (8 + 5) for each vote."""
+    case = CASES["mnist"]
+    assert operations(case, planned(*case[1:6]), False) == 2 * 13 * case.votes
+
+
+def test_explain_tells_people_and_programs(capsys):
+    assert main(["bench", "--explain", "--case", "mnist-1", "--json"]) == 0
+    out, err = capsys.readouterr()
+    forward, backward = json.loads(out)["results"]
+    assert forward["why"] in err
+    assert backward["path"]["chunk"] == 1
+
+
+def test_a_point_below_its_roof():
+    machine = Machine(flops=1e11, bandwidth=1e10)
+    assert Point("memory", 1.0, 10, 10, "").roof(machine) == 1e10
+    assert Point("arithmetic", 1.0, 1000, 10, "").roof(machine) == 1e11
+
+
+def test_roofline_measures_and_draws(capsys, tmp_path, monkeypatch):
+    from capsroute.bench import roofline
+
+    monkeypatch.setattr(roofline, "SIZE", 64)
+    monkeypatch.setattr(roofline, "BYTES", 1 << 20)
+    file = tmp_path / "roof.png"
+    command = ["bench", "--roofline", "--case", "mnist-1", "efficient", "--seconds", "0.1", "--plot", str(file)]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "| mnist-1, forward + backward |" in said
+    assert "kept between passes" in said
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_needs_the_measurement(capsys):
+    assert main(["bench", "--plot", "roof.png"]) == 2
+    assert "--plot draws what --roofline measures" in capsys.readouterr().err
+
+
+def test_without_kernels_there_is_no_path(monkeypatch):
+    monkeypatch.setattr("capsroute._ops._loaded", (False, "the C++ kernels were not built"))
+    with pytest.raises(ValueError, match="were not built"):
+        planned(2, 3, 4, 5, 6)
+    assert not capsroute.backends()["cpu"][0]
