@@ -39,10 +39,11 @@ CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const A* const* 
 
 template <int N, class X, class A>
 void apply_samples(const X* w, int64_t w_stride, const A* const* x, int64_t D, A* const* y, int64_t F) {
-  constexpr int C = N > 2 ? 2 : N > 1 ? 4 : 8;
+  constexpr int C = N > 2 ? 3 : N > 1 ? 4 : 8;  // N C sums, C rows and a scale in 16 registers
   int64_t f = 0;
   for (; f + C * W<A> <= F; f += C * W<A>) apply_panel<N, C>(w, w_stride, x, D, y, f);
-  for (; f < F; f += W<A>) apply_panel<N, 1>(w, w_stride, x, D, y, f);
+  for (; f + 2 * W<A> <= F; f += 2 * W<A>) apply_panel<N, 2>(w, w_stride, x, D, y, f);
+  if (f < F) apply_panel<N, 1>(w, w_stride, x, D, y, f);
 }
 
 // y_n[f] = sum over d of x_n[d] w[d, f] for `samples` <= kSamples samples and F features.

@@ -102,12 +102,14 @@ class RowGradients {
   void make_pairs(int64_t first, int64_t m, int64_t samples, int64_t i0, const Scratch& scratch, int64_t part) const {
     const Stream<X>& stream = logits_.stream();
     const typename Stream<X>::Scratch own = stream.scratch(part);
+    Block<A> lanes{};
     for (int64_t n0 = 0; n0 < samples; n0 += kSamples) {
       const int64_t some = minimum(kSamples, samples - n0);
       if (p_.form == Weight::pair) stream.rows.make_votes(first + m + n0, some, i0, own.rows.staged, own.rows.inputs);
       for (int64_t n = 0; n < some; ++n) {
-        const Block<A> block =
-            stream.rows.block(first + m + n0 + n, i0, own.rows.staged + n * layout_.block_size(), own.rows.prior);
+        const int64_t b = first + m + n0 + n;
+        if (n0 + n == 0 || stream.rows.lanes_differ()) lanes = stream.rows.lanes(b, i0, own.rows.prior);
+        const Block<A> block = stream.rows.block(lanes, b, i0, own.rows.staged + n * layout_.block_size());
         const int64_t last = plan_.logits_by_row ? 1 : plan_.first_queried();
         for (int64_t k = p_.R; k >= last; --k)
           logits_.pass(m + n0 + n, k, block, pairs(m, n0 + n, i0, scratch), own, nullptr);

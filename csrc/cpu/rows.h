@@ -131,10 +131,14 @@ class Rows {
     return block;
   }
 
-  // The block at i0 of sample b. `staged` holds its votes if make_votes made them, and is where a
-  // block is copied that cannot be read in place.
-  Block<A> block(int64_t b, int64_t i0, A* staged, A* prior) const {
-    Block<A> block = lanes(b, i0, prior);
+  // Whether samples have lanes of their own, not one mask and prior logits for all.
+  bool lanes_differ() const {
+    return (p_.mask.data && p_.mask.stride[0] != 0) || (p_.logits.data && p_.logits.stride[0] != 0);
+  }
+
+  // The block at i0 of sample b, from its lanes. `staged` holds its votes if make_votes made them, and is where
+  // a block is copied that cannot be read in place.
+  Block<A> block(Block<A> block, int64_t b, int64_t i0, A* staged) const {
     block.rows = staged, block.row = layout_.row, block.column = layout_.column;
     if (p_.form != Weight::pair && !read_in_place(block, b, i0)) stage(block, b, i0, staged);
     if (block.forbids) clear_forbidden(block, staged);
@@ -151,13 +155,15 @@ class Rows {
   void gather_prior(Block<A>& block, int64_t b, int64_t i0, int64_t count, A* prior) const {
     const int64_t* stride = p_.logits.stride;
     const L* logits = static_cast<const L*>(p_.logits.data) + b * stride[0] + i0 * stride[1];
-    for (int64_t j = 0; j < p_.J; ++j)
-      for (int64_t l = 0; l < W<A>; ++l) {
-        const A logit = l < count && block.live[l] != 0 ? A(to_acc(logits[l * stride[1] + j * stride[2]])) : 0;
-        prior[j * W<A> + l] = logit;
-        block.forbids |= forbidden(logit);
-      }
+    for (int64_t l = 0; l < W<A>; ++l) {
+      const L* from = logits + l * stride[1];
+      const bool live = l < count && block.live[l] != 0;
+      for (int64_t j = 0; j < p_.J; ++j) prior[j * W<A> + l] = live ? A(to_acc(from[j * stride[2]])) : 0;
+    }
     block.prior = prior;
+    auto none = load(prior) == all<A>(-A(__builtin_inf()));
+    for (int64_t j = 1; j < p_.J; ++j) none |= load(prior + j * W<A>) == all<A>(-A(__builtin_inf()));
+    for (int64_t l = 0; l < W<A>; ++l) block.forbids |= none[l] != 0;
   }
 
   // Rows given in the accumulation type, in whole vectors and with all lanes live need no copy.

@@ -51,13 +51,16 @@ class Stream {
   void for_blocks(const Tile& tile, int64_t first_sample, int64_t group, bool first, const Scratch& scratch,
                   const Visit& visit) const {
     const int64_t end = minimum(p.I, (group + 1) * kGroup), size = layout.block_size();
+    Block<A> lanes{};
     for (int64_t i0 = group * kGroup; i0 < end; i0 += W<A>)
       for (int64_t m = 0; m < tile.count; m += kSamples) {
         const int64_t samples = minimum(kSamples, tile.count - m), b = first_sample + tile.first + m;
         A* staged = keep ? kept_ + tile.slot * kept_size() + i0 / W<A> * together * size : scratch.rows.staged;
         if (p.form == Weight::pair && (first || !keep)) rows.make_votes(b, samples, i0, staged, scratch.rows.inputs);
-        for (int64_t n = 0; n < samples; ++n)
-          visit(m + n, i0, rows.block(b + n, i0, staged + n * size, scratch.rows.prior));
+        for (int64_t n = 0; n < samples; ++n) {
+          if (m + n == 0 || rows.lanes_differ()) lanes = rows.lanes(b + n, i0, scratch.rows.prior);
+          visit(m + n, i0, rows.block(lanes, b + n, i0, staged + n * size));
+        }
       }
   }
 
