@@ -23,7 +23,7 @@ test: lint
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) tests/cpp/*.cpp
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) tests/cpp/*.cpp benchmarks/*.cpp
 
 bench: .venv/installed
 	$(BIN)/capsroute bench

@@ -3,7 +3,7 @@
     python benchmarks/instructions.py [--save FILE | --compare FILE]
 
 They repeat to the last one with the same compiler, and tell a slower loop, but nothing of caches. The path is AVX2's:
-valgrind knows no AVX-512.
+valgrind knows no AVX-512. Every shape has prior logits, one for each pair of capsules.
 """
 
 from __future__ import annotations
@@ -15,35 +15,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+
+from capsroute.bench.registry import CASES, Case
 
 ROOT = Path(__file__).parent.parent
 MORE = 1.01  # what `--compare` calls a regression
 
 
-class Shape(NamedTuple):
-    """A layer of the registry, with fewer samples: a count is proportional to them."""
-
-    form: str
-    B: int
-    I: int
-    D: int
-    J: int
-    O: int
-    R: int = 3
-
-    @property
-    def votes(self) -> int:
-        return self.B * self.I * self.J * self.O
-
-
-SHAPES = {
-    "mnist": Shape("pair", 4, 1152, 8, 10, 16),
-    "mnist-1": Shape("pair", 1, 1152, 8, 10, 16),
-    "comirec": Shape("pair", 8, 50, 64, 4, 64),
-    "mind": Shape("single", 64, 50, 64, 8, 64),
-    "segcaps": Shape("votes", 256, 16, 0, 4, 32),
-}
+# So few samples that valgrind takes seconds; a count is nearly proportional to them.
+SHAPES = {name: CASES[name]._replace(batch=batch) for name, batch in
+          {"mnist": 4, "mnist-1": 1, "comirec": 8, "mind": 64, "segcaps": 256}.items()}  # fmt: skip
 
 
 def build(folder: Path) -> Path:
@@ -56,10 +37,10 @@ def build(folder: Path) -> Path:
     return folder / "kernel_count"
 
 
-def count(program: Path, shape: Shape, direction: str) -> int:
+def count(program: Path, shape: Case, direction: str) -> int:
     """Instructions of one call, less what it takes to make its inputs."""
     valgrind = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", "--toggle-collect=counted"]
-    command = [*valgrind, program, "avx2", direction, shape.form, *map(str, shape[1:])]
+    command = [*valgrind, program, "avx2", direction, shape.form, *map(str, shape[1:7])]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(re.search(r"Collected : (\d+)", done.stderr)[1])
 

@@ -14,7 +14,7 @@ namespace {
 
 using Numbers = std::vector<float>;
 
-// Of a fixed sequence, about uniform between -scale and scale: exp takes the same branches in every run.
+// Of a fixed sequence between -scale and scale, so that every run counts the same.
 Numbers numbers(int64_t count, float scale) {
   static uint32_t state = 1;
   Numbers x(count);
@@ -36,7 +36,7 @@ const Parallel alone{1, [](int64_t parts, void (*body)(void*, int64_t), void* co
 template <class Out>
 std::unique_ptr<void, Free> scratch(Plan (*plan)(const Problem&, const Out&, int64_t), const Problem& p,
                                     const Out& out) {
-  return std::unique_ptr<void, Free>(std::aligned_alloc(64, plan(p, out, 1).scratch + 64 & ~int64_t(63)));
+  return std::unique_ptr<void, Free>(std::aligned_alloc(64, (plan(p, out, 1).scratch + 63) / 64 * 64));
 }
 
 }  // namespace
@@ -61,7 +61,8 @@ int main(int argc, char** argv) {
   const int64_t J = p.J, O = p.O, D = p.D, outputs = p.B * J * O;
   const DType f32 = DType::float32;
   const char* names[] = {"votes", "pair", "output", "single"};
-  while (std::strcmp(names[int(p.form)], argv[3])) p.form = Weight(int(p.form) + 1);
+  for (int form = 0; form < 4; ++form)
+    if (!std::strcmp(names[form], argv[3])) p.form = Weight(form);
 
   const bool votes = p.form == Weight::none;
   Numbers u = numbers(p.B * p.I * (votes ? J * O : D), 1), grad = numbers(outputs, 1), logits = numbers(p.I * J, 1);

@@ -12,6 +12,7 @@ from capsroute.bench.registry import CASES, Case, make_problem
 from capsroute.bench.roofline import Machine, Point
 from capsroute.cli import main
 
+# Where somebody asked for a build without kernels there is nothing to plan; anywhere else their absence fails.
 if os.environ.get("CAPSROUTE_NO_EXT") == "1":
     pytest.skip("CAPSROUTE_NO_EXT=1: there are no kernels to plan", allow_module_level=True)
 
@@ -97,6 +98,7 @@ def test_roofline_measures_and_draws(capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr(roofline, "SIZE", 64)
     monkeypatch.setattr(roofline, "BYTES", 1 << 20)
+    monkeypatch.setattr(roofline, "SECONDS", 0.1)
     file = tmp_path / "roof.png"
     command = ["bench", "--roofline", "--case", "mnist-1", "efficient", "--seconds", "0.1", "--plot", str(file)]
     assert main(command) == 0
@@ -104,6 +106,11 @@ def test_roofline_measures_and_draws(capsys, tmp_path, monkeypatch):
     assert "| mnist-1, forward + backward |" in said
     assert "kept between passes" in said
     assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_shown_instead_of_times_cannot_be_compared(capsys):
+    assert main(["bench", "--explain", "--save", "base.json"]) == 2
+    assert "--save and --compare are for times" in capsys.readouterr().err
 
 
 def test_a_plot_needs_the_measurement(capsys):

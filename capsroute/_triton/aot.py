@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -155,7 +156,7 @@ def launches(dtype: torch.dtype, numbers: tuning.Tuning, quick: bool = False) ->
     yield from _streams("MNIST, detached", steps((128, 1152, 8, 10, 16), "IJOD", detach=True))
     query = torch.empty(8192, 8, 64, device="meta")
     p = Problem.of(*_tensors((8192, 50, 64, 8, 64), "OD", dtype), query, None, None, False, False)
-    p.tuning = numbers
+    p = replace(p, tuning=numbers)
     yield from _streams("one pass of MIND", forward.stream_query(p, query)[0])
 
 
@@ -182,15 +183,13 @@ def _steps(
         torch.empty(1, I, J, dtype=dtype, device="meta") if logits else None,
         torch.empty(B, I, dtype=torch.bool, device="meta") if mask else None,
     ]
-    p = Problem.of(u, weight, *given, over_inputs, leaky)
-    p.tuning = numbers
+    p = replace(Problem.of(u, weight, *given, over_inputs, leaky), tuning=numbers)
     steps, (v, s, norm, last_logits, _) = forward.route(
         p, iterations, 1e-9, 1 if detach else iterations, return_coupling
     )
     if detach:
         iterations, logits = 1, False
-        p = Problem.of(u, weight, given[0], last_logits, given[2], over_inputs, leaky)
-        p.tuning = numbers
+        p = replace(p, logits=last_logits, kept={})
     needs = backward.Needs(True, weight is not None, bias, logits)
     return steps + backward.route_backward(p, v, s, norm, iterations, 1e-9, needs)[0]
 

@@ -182,7 +182,7 @@ class Problem:
 
     def forward(self, leaves: bool = False) -> tuple[Static, Grid, int]:
         """What a forward stream is compiled for, its grid and its warps."""
-        if self.keys or self.X > 64:  # products with W in the same launch, or long rows of it: as between two streams
+        if self.keys or self.X > 64:  # products with W in the same launch, or rows so long that they spilled
             return self.stream(self.tuning.between)
         if leaves:  # logits: their addresses take registers, so twice the warps hold as much
             warps, per_thread = self.tuning.loaded

@@ -24,7 +24,8 @@ def power_of_two(n: int) -> int:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The numbers behind the tiles. `work`, `row`, `tiled` and `held` decide in which order sums are added.
+    """The numbers behind the tiles. `work`, `row`, `tiled` and `held` decide in which order sums are added, those
+    over samples `programs` too.
 
     Attributes:
         forward, backward: warps of a program at most, and numbers of each array of a tile that a thread holds, in a
@@ -69,8 +70,8 @@ CDNA = Tuning((8, 16), (4, 16), (4, 16), (4, 8), (8, 32), lanes=64)
 
 # By the kind of GPU. All have 64 Ki registers of 32 bits for a processor and 255 for a thread, AMD's no fewer, and the
 # tiles never ask for more shared memory than the 48 KiB that each has, so the largest tiles are of one size, and a sum
-# is added in one order, on all. What differs is how many processors there are to fill: here those of a GPU of the kind,
-# on a real one its own number.
+# of the forward is added in one order, on all. What differs is how many processors there are to fill: here those of a
+# GPU of the kind, on a real one its own number.
 ARCHITECTURES = {
     "sm_75": replace(DEFAULT, programs=40 // 2),  # T4
     "sm_80": replace(DEFAULT, programs=108 // 2),  # A100

@@ -53,13 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=float, default=10.0, help="to time each case and pass, once warm (default: %(default)g)"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: also AMD's GPUs (default: cpu)")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--traffic", action="store_true", help="instead, the bytes that the GPU kernels move: exact, and needs no GPU"
     )
-    parser.add_argument(
+    instead.add_argument(
         "--explain", action="store_true", help="instead, the path that the CPU kernels take for each case, and why"
     )
-    parser.add_argument(
+    instead.add_argument(
         "--roofline", action="store_true", help="instead, how near the CPU kernels come to this machine's limits"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="with --roofline: also draw it, as PNG, PDF or SVG")
@@ -79,10 +80,12 @@ def run(args: argparse.Namespace) -> int:
     cases = [case._replace(seed=args.seed or 0) for case in cases]
     if args.batch:
         cases = [case._replace(batch=args.batch) for case in cases]
-    if args.traffic:
-        return _traffic(args, cases, dtype)
     if args.plot and not args.roofline:
         raise ValueError("--plot draws what --roofline measures: give both")
+    if (args.save or args.compare) and (args.traffic or args.explain or args.roofline):
+        raise ValueError("--save and --compare are for times, not for --traffic, --explain or --roofline")
+    if args.traffic:
+        return _traffic(args, cases, dtype)
     if args.explain or args.roofline:
         return (_roofline if args.roofline else _explain)(args, cases, dtype)
     if args.device == "cuda":

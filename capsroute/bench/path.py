@@ -46,18 +46,18 @@ def path_of(problem: Problem, backward: bool) -> Path:
 def explain(case: Case, path: Path, backward: bool) -> str:
     """The path, and why, in words."""
     rows = {
-        "IJOD": "votes W u are made in the stream, of 4 samples for each load of W",
+        "IJOD": "votes W u are made in the stream, of several samples for each load of W",
         "": "votes are read as given",
     }.get(case.weight, "one weight for all i: the stream reads u itself, and W meets V and the sums alone")
     words = [rows]
     passes = streamed(case, backward)
     if case.weight == "IJOD" and passes > 1:
         if path.keeps_votes:
-            words.append("kept between passes: those of a tile fit in 8 MiB")
+            words.append("kept between passes, as those of a tile are few enough")
         else:
-            words.append("made anew in each pass: those of a tile do not fit in 8 MiB")
+            words.append("made anew in each pass, as those of a tile would be too many to keep")
     shared_out = "their groups are shared out" if path.by_group else "a thread takes whole tiles"
-    samples, inputs = min(path.tile, path.chunk), min(64, case.inputs)
+    samples, inputs = min(path.tile, path.chunk), -(-case.inputs // path.groups)
     tiles = f"{path.tiles} x {samples} samples, {path.groups} x {inputs} input capsules"
     words.append(f"{tiles}, threads {path.threads}: {shared_out}")
     if backward:

@@ -40,6 +40,11 @@ class Case(NamedTuple):
     seed: int = 0  # of its random tensors
 
     @property
+    def form(self) -> str:
+        """The weight's form, as the kernels name it."""
+        return {"IJOD": "pair", "JOD": "output", "OD": "single", "": "votes"}[self.weight]
+
+    @property
     def votes(self) -> int:
         """The numbers in the votes [B, I, J, O]."""
         return self.batch * self.inputs * self.outputs * self.out_features

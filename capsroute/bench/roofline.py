@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path as File
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from .registry import Case, make_problem, routed, run
 from .table import format_seconds
 from .traffic import fewest
 
-SIZE, BYTES, ROUNDS = 1024, 256 << 20, 9
+SIZE, BYTES, SECONDS = 1024, 256 << 20, 2.0
 
 
 class Machine(NamedTuple):
@@ -50,22 +49,12 @@ class Point(NamedTuple):
 
 
 def measure_machine() -> Machine:
-    """By torch's own product of matrices, in float32, and by adding up more than a cache holds; the best of several."""
+    """By torch's own product of matrices, in float32, and by adding up more than a cache holds: the lower quartile."""
     a, b = torch.randn(SIZE, SIZE), torch.randn(SIZE, SIZE)
     product = torch.empty(SIZE, SIZE)
     large = torch.ones(BYTES // 4)
-    return Machine(
-        2 * SIZE**3 / _least(partial(torch.mm, a, b, out=product)), BYTES / _least(partial(torch.sum, large))
-    )
-
-
-def _least(call: Callable[[], object]) -> float:
-    seconds = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    timings = alternate({"mm": partial(torch.mm, a, b, out=product), "sum": partial(torch.sum, large)}, SECONDS)
+    return Machine(2 * SIZE**3 / timings["mm"].lower, BYTES / timings["sum"].lower)
 
 
 def measure(case: Case, backward: bool, dtype: torch.dtype, seconds: float) -> Point:

@@ -75,8 +75,7 @@ def tune(case: Case, dtype: torch.dtype) -> Tuned:
 
     start = tuning.for_device(torch.cuda.get_device_properties())
     best, least, before = tuning.search(seconds, start)
-    form = {"IJOD": "pair", "JOD": "output", "OD": "single", "": "votes"}[case.weight]
-    layer = tuning.key(form, case.outputs, case.out_features, case.in_features, dtype)
+    layer = tuning.key(case.form, case.outputs, case.out_features, case.in_features, dtype)
     path = tuning.store(torch.cuda.get_device_name(), layer, best)
     return Tuned(case.name, before, least, str(path))
 

@@ -86,7 +86,7 @@ struct Parallel {
 };
 
 // The way in which a call is computed: it follows from sizes, options, dtype and instruction set. The number of
-// threads decides `by_group` alone, and the bits do not depend on that.
+// threads decides `by_group` and `scratch` alone, and the bits depend on neither.
 struct Plan {
   int64_t scratch;        // bytes
   bool keeps_votes;       // of a tile, between its passes; else each pass makes them anew
