@@ -100,7 +100,7 @@ struct Kept {
   A* sum(int64_t n, int64_t term) const { return sums + (n * plan.terms + term) * layout.sums(); }
   A* mean(int64_t n, int64_t k) const { return means + n * plan.means + 2 * (k - 1) * pad<A>(plan.p.J); }
   A* mean_error(int64_t n, int64_t k) const { return mean(n, k) + pad<A>(plan.p.J); }
-  A* pair(int64_t n, int64_t i0) const { return pairs + (n * layout.blocks + i0 / W<A>)*block_pairs(); }
+  A* pair(int64_t n, int64_t i0) const { return pairs + (i0 / W<A> * plan.chunk + n) * block_pairs(); }
 
   const BackwardPlan<X>& plan;
   const Layout<X>& layout;
@@ -108,7 +108,7 @@ struct Kept {
   A* rows;        // [n][term][J, F]: e^k and q^k
   A* sums;        // [n][term][J, F]: sum over i of p^k_ij u_i and of db^k_ij u_i, for a shared weight
   A* means;       // [n][k][2][J], for a softmax over i
-  A* pairs;       // [n][block][slot][J, W]
+  A* pairs;       // [block][n][slot][J, W]
   A* logit_sums;  // [n][J]
 };
 

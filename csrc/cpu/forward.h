@@ -86,11 +86,13 @@ class ForwardStream {
         const Online<A> whole = online(of_tile(total_, tile, state_), n);
         couple_inputs(block, query, J, F, whole.highest, whole.total, c);
       } else {
-        if (p_.over_inputs)
-          couple_online(block, query, J, F, online(sum, n), c, logits);
-        else
-          couple(block, query, J, F, p_.leaky, c, logits);
-        add_block(block, c, J, F, sum + n * state_);
+        with_features<A>(layout_.F, [&](auto F) {
+          if (p_.over_inputs)
+            couple_online(block, query, J, F, online(sum, n), c, logits);
+          else
+            couple(block, query, J, F, p_.leaky, c, logits);
+          add_block(block, c, J, F, sum + n * state_);
+        });
       }
       if (logits) write_pairs(static_cast<A*>(out_.logits), tile.first + n, i0, logits);
       if (out_.coupling && step == steps_ - 1) write_pairs(static_cast<X*>(out_.coupling), tile.first + n, i0, c);

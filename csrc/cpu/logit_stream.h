@@ -95,10 +95,16 @@ class LogitStream {
   // block's slots, or is null.
   void pass(int64_t n, int64_t k, const Block<A>& block, A* pairs, const typename Stream<X>::Scratch& scratch,
             A* sums) const {
-    const int64_t J = p_.J, F = layout_.F, lanes = layout_.lanes();
+    with_features<A>(layout_.F, [&](auto F) { pass(n, k, block, pairs, scratch, sums, F); });
+  }
+
+  template <class Size>
+  void pass(int64_t n, int64_t k, const Block<A>& block, A* pairs, const typename Stream<X>::Scratch& scratch, A* sums,
+            Size F) const {
+    const int64_t J = p_.J, lanes = layout_.lanes();
     const bool queried = plan_.queried(k);
     A* c = pairs && queried ? pairs + plan_.p_slot(k) * lanes : scratch.coupling;
-    couple_again(n, k, block, c);
+    couple_again(n, k, block, c, F);
     if (sums && layout_.shared) add_block(block, c, J, F, sums + layout_.sums());
     if (!(queried || plan_.out.logits)) return;
     A* db = pairs && queried ? pairs + plan_.db_slot(k) * lanes : scratch.logits;
@@ -114,11 +120,12 @@ class LogitStream {
   }
 
   // p^k of a block, as the forward had it.
-  void couple_again(int64_t n, int64_t k, const Block<A>& block, A* c) const {
+  template <class Size>
+  void couple_again(int64_t n, int64_t k, const Block<A>& block, A* c, Size F) const {
     const A* query = plan_.queried(k) ? kept_.row(n, plan_.q(k - 1)) : nullptr;
-    if (!p_.over_inputs) return couple(block, query, p_.J, layout_.F, p_.leaky, c);
+    if (!p_.over_inputs) return couple(block, query, p_.J, F, p_.leaky, c);
     const A* highest = static_cast<const A*>(plan_.out.norm) + ((k - 1) * p_.B + first_ + n) * p_.J;
-    couple_inputs(block, query, p_.J, layout_.F, highest, highest + p_.R * p_.B * p_.J, c);
+    couple_inputs(block, query, p_.J, F, highest, highest + p_.R * p_.B * p_.J, c);
   }
 
  private:

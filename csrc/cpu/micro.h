@@ -9,41 +9,78 @@ namespace capsroute::CAPSROUTE_ISA {
 
 constexpr int64_t kSamples = 4;  // samples that share one load of the weight
 
-// y_n[f] = sum over d of x_n[d] w[d, f], for N samples and C vectors of features. The matrix of the
-// next input capsule lies behind this one and is asked for on the way: rows this short and far apart
-// are not what a processor prefetches by itself.
-template <int N, int C, class X, class A>
-CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const A* const* x, int64_t D, A* const* y, int64_t f) {
-  Vec<A> sum[N][C] = {};
-  const int64_t next = D * w_stride;
+// A size that is known when this is compiled: loops over it are unrolled, and their counters gone.
+template <int64_t n>
+using Known = std::integral_constant<int64_t, n>;
+
+// Calls visit(size) with a number of padded features, the commonest as known ones.
+template <class A, class Visit>
+CAPSROUTE_INLINE void with_features(int64_t F, const Visit& visit) {
+  switch (F / W<A>) {
+    case 1: return visit(Known<W<A>>());
+    case 2: return visit(Known<2 * W<A>>());
+    case 4: return visit(Known<4 * W<A>>());
+    default: return visit(F);
+  }
+}
+
+constexpr int64_t kRows = 8;          // of a weight, that are read together
+constexpr int64_t kNear = 16 * 1024;  // bytes that are not too far ahead to be asked for
+
+// y_n[f] += sum over d of x_n[d] w[d, f], for N samples and C vectors of features; from 0 if this is `first`. What lies
+// `ahead` of w is asked for on the way: rows this short and far apart are not what a processor prefetches by itself.
+template <int N, int C, class X, class A, class Size>
+CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const A* const* x, Size D, A* const* y, int64_t f,
+                                  bool first, int64_t ahead) {
+  Vec<A> sum[N][C];
+  A* to[N];
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) {
+    to[n] = y[n] + f;
+#pragma GCC unroll 10
+    for (int c = 0; c < C; ++c) sum[n][c] = first ? all<A>(0) : load(to[n] + c * W<A>);
+  }
   w += f;
   for (int64_t d = 0; d < D; ++d, w += w_stride) {
     Vec<A> row[C];
-#pragma GCC unroll 8
+#pragma GCC unroll 10
     for (int c = 0; c < C; ++c) {
       row[c] = load(w + c * W<A>);
-      if (c * sizeof(row[c]) % 64 == 0) __builtin_prefetch(w + next + c * W<A>);
+      if (c * sizeof(row[c]) % 64 == 0) __builtin_prefetch(w + ahead + c * W<A>);
     }
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       const Vec<A> scale = all<A>(x[n][d]);
-#pragma GCC unroll 8
+#pragma GCC unroll 10
       for (int c = 0; c < C; ++c) sum[n][c] += row[c] * scale;
     }
   }
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n)
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) store(y[n] + f + c * W<A>, sum[n][c]);
+#pragma GCC unroll 10
+    for (int c = 0; c < C; ++c) store(to[n] + c * W<A>, sum[n][c]);
+}
+
+template <int N, class X, class A, class Size>
+void apply_rows(const X* w, int64_t w_stride, const A* const* x, Size D, A* const* y, int64_t F, bool first) {
+  constexpr int C = N > 2 ? 3 : N > 1 ? 4 : 10;  // N C sums, C rows and a scale in 16 registers
+  const int64_t next = kRows * w_stride, ahead = next * int64_t(sizeof(X)) <= kNear ? next : 8 * C * W<A>;
+  int64_t f = 0;
+  for (; f + C * W<A> <= F; f += C * W<A>) apply_panel<N, C>(w, w_stride, x, D, y, f, first, ahead);
+  for (; f + 2 * W<A> <= F; f += 2 * W<A>) apply_panel<N, 2>(w, w_stride, x, D, y, f, first, ahead);
+  if (f < F) apply_panel<N, 1>(w, w_stride, x, D, y, f, first, ahead);
 }
 
 template <int N, class X, class A>
 void apply_samples(const X* w, int64_t w_stride, const A* const* x, int64_t D, A* const* y, int64_t F) {
-  constexpr int C = N > 2 ? 3 : N > 1 ? 4 : 8;  // N C sums, C rows and a scale in 16 registers
-  int64_t f = 0;
-  for (; f + C * W<A> <= F; f += C * W<A>) apply_panel<N, C>(w, w_stride, x, D, y, f);
-  for (; f + 2 * W<A> <= F; f += 2 * W<A>) apply_panel<N, 2>(w, w_stride, x, D, y, f);
-  if (f < F) apply_panel<N, 1>(w, w_stride, x, D, y, f);
+  for (int64_t d = 0; d < D; d += kRows) {
+    const A* part[N];
+    for (int n = 0; n < N; ++n) part[n] = x[n] + d;
+    if (d + kRows <= D)
+      apply_rows<N>(w + d * w_stride, w_stride, part, Known<kRows>(), y, F, d == 0);
+    else
+      apply_rows<N>(w + d * w_stride, w_stride, part, D - d, y, F, d == 0);
+  }
 }
 
 // y_n[f] = sum over d of x_n[d] w[d, f] for `samples` <= kSamples samples and F features.
@@ -96,18 +133,18 @@ CAPSROUTE_INLINE void outer_panel(A* w, int64_t w_stride, const A* x, int64_t x_
   Vec<A> sum[K][C] = {};
   for (int64_t n = 0; n < samples; ++n, x += x_stride, y += y_stride) {
     Vec<A> row[C];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int c = 0; c < C; ++c) row[c] = load(y + c * W<A>);
 #pragma GCC unroll 4
     for (int k = 0; k < K; ++k) {
       const Vec<A> scale = all<A>(x[k]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int c = 0; c < C; ++c) sum[k][c] += scale * row[c];
     }
   }
 #pragma GCC unroll 4
   for (int k = 0; k < K; ++k)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
       A* to = w + k * w_stride + c * W<A>;
       if (write == Write::add)
@@ -123,6 +160,8 @@ template <int K, class A>
 CAPSROUTE_INLINE void outer_rows(A* w, int64_t w_stride, const A* x, int64_t x_stride, const A* y, int64_t y_stride,
                                  int64_t F, int64_t samples, Write write) {
   int64_t f = 0;
+  for (; f + 3 * W<A> <= F; f += 3 * W<A>)
+    outer_panel<K, 3>(w + f, w_stride, x, x_stride, y + f, y_stride, samples, write);
   for (; f + 2 * W<A> <= F; f += 2 * W<A>)
     outer_panel<K, 2>(w + f, w_stride, x, x_stride, y + f, y_stride, samples, write);
   for (; f < F; f += W<A>) outer_panel<K, 1>(w + f, w_stride, x, x_stride, y + f, y_stride, samples, write);
@@ -138,8 +177,8 @@ void outer(A* w, int64_t w_stride, const A* x, int64_t x_stride, int64_t D, cons
 }
 
 // W rows of votes against one query vector: lane l is sum over f of rows[l, f] q[f].
-template <class A>
-CAPSROUTE_INLINE Vec<A> dot_rows(const A* rows, int64_t row_stride, const A* q, int64_t F) {
+template <class A, class Size>
+CAPSROUTE_INLINE Vec<A> dot_rows(const A* rows, int64_t row_stride, const A* q, Size F) {
   Vec<A> sum[W<A>];
   {
     const Vec<A> query = load(q);
@@ -171,8 +210,8 @@ CAPSROUTE_INLINE void add_panel(A* s, const A* rows, int64_t row_stride, const A
 }
 
 // s[f] += sum over l of c[l] rows[l, f]
-template <class A>
-CAPSROUTE_INLINE void add_rows(A* s, const A* rows, int64_t row_stride, const A* c, int64_t F) {
+template <class A, class Size>
+CAPSROUTE_INLINE void add_rows(A* s, const A* rows, int64_t row_stride, const A* c, Size F) {
   int64_t f = 0;
   for (; f + 2 * W<A> <= F; f += 2 * W<A>) add_panel<2>(s + f, rows + f, row_stride, c);
   for (; f < F; f += W<A>) add_panel<1>(s + f, rows + f, row_stride, c);

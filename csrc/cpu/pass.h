@@ -7,8 +7,8 @@
 namespace capsroute::CAPSROUTE_ISA {
 
 // logits_ij + h_ij . q_j for the block's lanes i.
-template <class A>
-CAPSROUTE_INLINE Vec<A> logit_of(const Block<A> block, const A* q, int64_t j, int64_t F) {
+template <class A, class Size>
+CAPSROUTE_INLINE Vec<A> logit_of(const Block<A> block, const A* q, int64_t j, Size F) {
   Vec<A> logit = q ? dot_rows(block.rows + j * block.column, block.row, q + j * F, F) : all<A>(0);
   if (block.prior) logit += load(block.prior + j * W<A>);
   return logit;
@@ -16,8 +16,8 @@ CAPSROUTE_INLINE Vec<A> logit_of(const Block<A> block, const A* q, int64_t j, in
 
 // c_ij = softmax over j of (logits_ij + h_ij . q_j), to c[j, lane]; 0 in lanes that are not live and
 // for forbidden pairs. A null query counts as zero: then rows are not read. The logits are left too, if wanted.
-template <class A>
-void couple(const Block<A> block, const A* q, int64_t J, int64_t F, bool leaky, A* c, A* logits = nullptr) {
+template <class A, class Size>
+void couple(const Block<A> block, const A* q, int64_t J, Size F, bool leaky, A* c, A* logits = nullptr) {
   const Mask<A> live = block.live != 0;
   if (!q && !block.prior && !logits) {
     const Vec<A> uniform = live ? all<A>(A(1) / A(leaky ? J + 1 : J)) : all<A>(0);
@@ -65,8 +65,8 @@ CAPSROUTE_INLINE A rescale(A from, A to) {
 
 // Softmax over i, on the way: c_ij = exp(logits_ij + h_ij . q_j - highest_j), to c[j, lane], for the largest logit up
 // to and with this block, to which total and sums are brought. The logits are left too, if wanted.
-template <class A>
-void couple_online(const Block<A> block, const A* q, int64_t J, int64_t F, const Online<A>& online, A* c,
+template <class A, class Size>
+void couple_online(const Block<A> block, const A* q, int64_t J, Size F, const Online<A>& online, A* c,
                    A* logits = nullptr) {
   const Mask<A> live = block.live != 0;
   const Vec<A> never = all<A>(-A(__builtin_inf()));
@@ -102,8 +102,8 @@ void join_online(const Online<A>& to, const Online<A>& from, int64_t J, int64_t 
 }
 
 // The same softmax over i again, where the largest logit and the total are known.
-template <class A>
-void couple_inputs(const Block<A> block, const A* q, int64_t J, int64_t F, const A* highest, const A* total, A* c) {
+template <class A, class Size>
+void couple_inputs(const Block<A> block, const A* q, int64_t J, Size F, const A* highest, const A* total, A* c) {
   const Mask<A> live = block.live != 0;
   for (int64_t j = 0; j < J; ++j) {
     const Vec<A> logit = logit_of(block, q, j, F);
@@ -115,8 +115,8 @@ void couple_inputs(const Block<A> block, const A* q, int64_t J, int64_t F, const
 
 // Its logits' gradient: with t_ij = h_ij . e_j and mean_j = sum over i of c_ij t_ij = (s_j - bias_j) . e_j,
 //   db_ij = c_ij (t_ij - mean_j).
-template <class A>
-void couple_inputs_backward(const Block<A> block, const A* c, const A* e, int64_t J, int64_t F, const A* mean, A* db) {
+template <class A, class Size>
+void couple_inputs_backward(const Block<A> block, const A* c, const A* e, int64_t J, Size F, const A* mean, A* db) {
   for (int64_t j = 0; j < J; ++j) {
     const Vec<A> t = dot_rows(block.rows + j * block.column, block.row, e + j * F, F);
     const Vec<A> share = load(c + j * W<A>);
@@ -125,8 +125,8 @@ void couple_inputs_backward(const Block<A> block, const A* c, const A* e, int64_
 }
 
 // With t_ij = h_ij . e_j, the gradient of the logits: db_ij = c_ij (t_ij - sum over j of c_ij t_ij).
-template <class A>
-void couple_backward(const Block<A> block, const A* c, const A* e, int64_t J, int64_t F, A* db) {
+template <class A, class Size>
+void couple_backward(const Block<A> block, const A* c, const A* e, int64_t J, Size F, A* db) {
   Vec<A> mean = all<A>(0);
   for (int64_t j = 0; j < J; ++j) {
     const Vec<A> t = dot_rows(block.rows + j * block.column, block.row, e + j * F, F);
@@ -141,8 +141,8 @@ void couple_backward(const Block<A> block, const A* c, const A* e, int64_t J, in
 }
 
 // s_j += sum over the block's i of c_ij h_ij
-template <class A>
-void add_block(const Block<A> block, const A* c, int64_t J, int64_t F, A* s) {
+template <class A, class Size>
+void add_block(const Block<A> block, const A* c, int64_t J, Size F, A* s) {
   for (int64_t j = 0; j < J; ++j) add_rows(s + j * F, block.rows + j * block.column, block.row, c + j * W<A>, F);
 }
 

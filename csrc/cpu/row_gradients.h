@@ -5,11 +5,14 @@
 
 namespace capsroute::CAPSROUTE_ISA {
 
-// Samples and input capsules whose dh is made together: 4 capsules share a load of e^k and q^k, and 8
-// samples one of W and dW, and their dh stays in the first-level cache.
+// Samples and input capsules whose dh is made together: 4 capsules share a load of e^k and q^k, and 8 samples one of W
+// and dW, and their dh stays in the first-level cache.
 constexpr int64_t kSubBatch = 8;
 template <class A>
 inline constexpr int64_t kSubLanes = W<A> < 4 ? W<A> : 4;
+// W_i and dW_i of a whole block stay in the second-level cache from one sub-batch to the next, if they fit into this.
+// Else those of one i do: then a capsule is taken alone, and the dh of twice the samples is as small as before.
+constexpr int64_t kOwnedWeights = int64_t(256) << 10, kLongSubBatch = 2 * kSubBatch;
 
 template <class A>
 CAPSROUTE_INLINE void write_as(void* to, DType dtype, int64_t at, A value) {
@@ -30,11 +33,14 @@ class RowGradients {
                const Parallel& parallel)
       : plan_(plan), layout_(plan.layout), p_(plan.p), out_(plan.out), kept_(kept), logits_(logits) {
     const int64_t parts = minimum(parallel.threads, maximum(1, layout_.blocks));
+    const int64_t weights = 2 * p_.D * layout_.sums() * int64_t(sizeof(A));  // W_i and dW_i
+    lanes_ = p_.form == Weight::pair && plan.keep_pairs && weights * W<A> > kOwnedWeights ? 1 : W<A>;
+    sub_batch_ = lanes_ == 1 ? kLongSubBatch : kSubBatch;
     if (out_.weight && p_.form == Weight::pair)
       dW_ = in_place() ? static_cast<A*>(out_.weight) : carver.take<A>(p_.I * p_.D * layout_.sums());
     // A whole batch in one write: nothing of dW is needed again.
     const bool aligned = reinterpret_cast<uintptr_t>(dW_) % CAPSROUTE_VECTOR_BYTES == 0;
-    if (in_place() && aligned && p_.B <= kSubBatch) first_write_ = Write::set_past;
+    if (in_place() && aligned && p_.B <= sub_batch_) first_write_ = Write::set_past;
     if (plan.logits_by_row && out_.logits_B < p_.B) dlogits_ = carver.take<A>(layout_.blocks * layout_.lanes());
     scratch_ = take_shares(carver, parts, [this](Carver& own) { carve_scratch(own); });
   }
@@ -50,13 +56,18 @@ class RowGradients {
   }
 
  private:
+  // Input capsules i0 + begin .. i0 + begin + count of the block at i0.
+  struct Lanes {
+    int64_t i0, begin, count;
+  };
+
   struct Scratch {
-    A* uniform;             // [kSubBatch][J, W]: p^1 where it has no query
-    A* pairs;               // [kSubBatch][slot][J, W], where they are not kept
+    A* uniform;             // [sub_batch][J, W]: p^1 where it has no query
+    A* pairs;               // [sub_batch][slot][J, W], where they are not kept
     const A** coefficient;  // [terms], where all j share a row [terms][J]
-    A* dh;                  // [kSubLanes<A>][kSubBatch][J, F]
-    A* inputs;              // [kSubBatch][D]
-    A* du;                  // [kSubBatch][D]
+    A* dh;                  // [kSubLanes or 1][sub_batch][J, F]
+    A* inputs;              // [sub_batch][lanes][D]
+    A* du;                  // [sub_batch][lanes][D]
     A* dlogits;             // [J, W]
   };
 
@@ -64,12 +75,12 @@ class RowGradients {
 
   Scratch carve_scratch(Carver& carver) const {
     Scratch s;
-    s.uniform = carver.take<A>(kSubBatch * layout_.lanes());
+    s.uniform = carver.take<A>(sub_batch_ * layout_.lanes());
     s.pairs = carver.take<A>(plan_.keep_pairs ? 0 : kSubBatch * kept_.block_pairs());
     s.coefficient = carver.take<const A*>(plan_.terms * (layout_.shared ? p_.J : 1));
-    s.dh = carver.take<A>(kSubLanes<A> * kSubBatch * layout_.sums());
-    s.inputs = carver.take<A>(kSubBatch * maximum(1, p_.D));
-    s.du = carver.take<A>(kSubBatch * maximum(1, p_.D));
+    s.dh = carver.take<A>((lanes_ == 1 ? 1 : kSubLanes<A>)*sub_batch_ * layout_.sums());
+    s.inputs = carver.take<A>(sub_batch_ * lanes_ * p_.D);
+    s.du = carver.take<A>(sub_batch_ * lanes_ * p_.D);
     s.dlogits = carver.take<A>(layout_.lanes());
     return s;
   }
@@ -77,20 +88,31 @@ class RowGradients {
   void block_gradients(int64_t first, int64_t count, int64_t i0, bool rows, const Scratch& scratch, int64_t part) {
     const int64_t lanes = minimum(W<A>, p_.I - i0);
     if (dlogits_ && first == 0) set_zero(dlogits_ + i0 * p_.J, layout_.lanes());
-    Block<A> blocks[kSubBatch];
-    for (int64_t m = 0; m < count; m += kSubBatch) {
-      const int64_t samples = minimum(kSubBatch, count - m);
-      if (!plan_.keep_pairs) make_pairs(first, m, samples, i0, scratch, part);
-      for (int64_t n = 0; n < samples; ++n) {
-        A* uniform = scratch.uniform + n * layout_.lanes();
-        blocks[n] = logits_.stream().rows.lanes(first + m + n, i0, uniform);
-        if (!plan_.queried(1)) logits_.couple_again(m + n, 1, blocks[n], uniform);
-        if (p_.over_inputs && plan_.logits_move) correct_pairs(m + n, pairs(m, n, i0, scratch), uniform);
+    for (int64_t l = 0; l < lanes; l += lanes_)
+      for (int64_t m = 0; m < count; m += sub_batch_) {
+        const Lanes some{i0, l, minimum(lanes_, lanes - l)};
+        const int64_t samples = minimum(sub_batch_, count - m);
+        if (l == 0 && !plan_.keep_pairs) make_pairs(first, m, samples, i0, scratch, part);
+        Block<A> blocks[kLongSubBatch];
+        for (int64_t n = 0; n < samples; ++n) {
+          A* uniform = scratch.uniform + n * layout_.lanes();
+          blocks[n] = logits_.stream().rows.lanes(first + m + n, i0, uniform);
+          if (!plan_.queried(1)) logits_.couple_again(m + n, 1, blocks[n], uniform, layout_.F);
+          if (l == 0 && p_.over_inputs && plan_.logits_move) correct_pairs(m + n, pairs(m, n, i0, scratch), uniform);
+        }
+        if (l == 0 && plan_.logits_by_row) logit_gradients(first, m, samples, i0, scratch);
+        if (!rows) continue;
+        if (dW_) {
+          logits_.stream().rows.inputs(first + m, samples, i0 + l, some.count, scratch.inputs);
+          const int64_t next = m + samples;
+          logits_.stream().rows.ask_for_inputs(first + next, minimum(sub_batch_, count - next), i0 + l, some.count);
+        }
+        row_gradients(first, m, samples, some, blocks, scratch);
+        if (out_.u && p_.form == Weight::pair)
+          for (int64_t n = 0; n < samples; ++n)
+            narrow(static_cast<X*>(out_.u) + ((first + m + n) * p_.I + i0 + l) * p_.D,
+                   scratch.du + n * some.count * p_.D, some.count * p_.D);
       }
-      if (plan_.logits_by_row) logit_gradients(first, m, samples, i0, scratch);
-      for (int64_t l = 0; rows && l < lanes; l += kSubLanes<A>)
-        row_gradients(first, m, samples, i0, l, minimum(kSubLanes<A>, lanes - l), blocks, scratch);
-    }
     if (first + count == p_.B) finish(i0, lanes);
     if (first_write_ == Write::set_past) finish_stores();
   }
@@ -133,17 +155,18 @@ class RowGradients {
 
   // dh_ij = sum over terms of coefficient_ij vector_j, for the lanes l0 .. l0 + lanes of one sample; summed over j too
   // where all j share a row.
-  void votes_gradient(int64_t n, const Block<A>& block, const A** coefficient, int64_t l0, A* dh) const {
-    const int64_t F = layout_.F, sums = layout_.sums(), next = kSubBatch * sums, terms = plan_.terms, J = p_.J;
+  template <int N, class Size>
+  void votes_gradient(int64_t n, const Block<A>& block, const A** coefficient, int64_t l0, A* dh, Size F) const {
+    const int64_t sums = layout_.sums(), next = sub_batch_ * sums, terms = plan_.terms, J = p_.J;
     const A* vectors = kept_.row(n, 0);
     const bool at_once = layout_.shared && !block.forbids;  // the vectors of all j follow each other
     if (at_once) {
       for (int64_t t = terms * J - 1; t >= 0; --t) coefficient[t] = coefficient[t / J] + t % J * W<A>;
-      combine(dh, next, coefficient, l0, vectors, F, terms * J);
+      combine<N>(dh, next, coefficient, l0, vectors, F, terms * J, F);
     }
     for (int64_t j = 0; !at_once && j < J; ++j)
-      combine(dh + j * F, next, coefficient, j * W<A> + l0, vectors + j * F, sums, terms);
-    for (int64_t l = 0; l < kSubLanes<A>; ++l) {  // exactly 0, also where a vector is NaN
+      combine<N>(dh + j * F, next, coefficient, j * W<A> + l0, vectors + j * F, sums, terms, F);
+    for (int64_t l = 0; l < N; ++l) {  // exactly 0, also where a vector is NaN
       A* own = dh + l * next;
       if (block.live[l0 + l] == 0) set_zero(own, at_once ? F : sums);
       for (int64_t j = 0; block.forbids && j < J; ++j)
@@ -152,52 +175,59 @@ class RowGradients {
     }
   }
 
-  // to[l] = sum over terms of coefficient[term][lane + l] vectors[term], [F], for kSubLanes lanes l
+  // to[l] = sum over terms of coefficient[term][lane + l] vectors[term], [F], for N lanes l
+  template <int N, class Size>
   void combine(A* to, int64_t next, const A* const* coefficient, int64_t lane, const A* vectors, int64_t stride,
-               int64_t terms) const {
-    constexpr int N = kSubLanes<A>;
+               int64_t terms, Size F) const {
     int64_t f = 0;
-    for (; f + 2 * W<A> <= layout_.F; f += 2 * W<A>)
+    for (; f + 2 * W<A> <= F; f += 2 * W<A>)
       combine_panel<N, 2>(to + f, next, coefficient, lane, vectors + f, stride, terms);
-    for (; f < layout_.F; f += W<A>) combine_panel<N, 1>(to + f, next, coefficient, lane, vectors + f, stride, terms);
+    for (; f < F; f += W<A>) combine_panel<N, 1>(to + f, next, coefficient, lane, vectors + f, stride, terms);
   }
 
-  void row_gradients(int64_t first, int64_t m, int64_t samples, int64_t i0, int64_t l0, int64_t lanes,
-                     const Block<A>* blocks, const Scratch& scratch) const {
+  void row_gradients(int64_t first, int64_t m, int64_t samples, const Lanes& lanes, const Block<A>* blocks,
+                     const Scratch& scratch) const {
     const int64_t sums = layout_.sums();
-    for (int64_t n = 0; n < samples; ++n) {
-      const A* kept = pairs(m, n, i0, scratch);
-      const A** coefficient = scratch.coefficient;
-      if (!plan_.queried(1)) coefficient[0] = scratch.uniform + n * layout_.lanes();
-      for (int64_t k = plan_.first_queried(); k <= p_.R; ++k) {
-        coefficient[plan_.e(k)] = kept + plan_.p_slot(k) * layout_.lanes();
-        coefficient[plan_.q(k - 1)] = kept + plan_.db_slot(k) * layout_.lanes();
+    const A** coefficient = scratch.coefficient;
+    for (int64_t l = 0; l < lanes.count; l += kSubLanes<A>) {
+      for (int64_t n = 0; n < samples; ++n) {
+        const A* kept = pairs(m, n, lanes.i0, scratch);
+        if (!plan_.queried(1)) coefficient[0] = scratch.uniform + n * layout_.lanes();
+        for (int64_t k = plan_.first_queried(); k <= p_.R; ++k) {
+          coefficient[plan_.e(k)] = kept + plan_.p_slot(k) * layout_.lanes();
+          coefficient[plan_.q(k - 1)] = kept + plan_.db_slot(k) * layout_.lanes();
+        }
+        with_features<A>(layout_.F, [&](auto F) {
+          A* dh = scratch.dh + n * sums;
+          if (lanes.count == 1)
+            votes_gradient<1>(m + n, blocks[n], coefficient, lanes.begin, dh, F);
+          else
+            votes_gradient<kSubLanes<A>>(m + n, blocks[n], coefficient, lanes.begin + l, dh, F);
+        });
       }
-      votes_gradient(m + n, blocks[n], coefficient, l0, scratch.dh + n * sums);
-    }
-    for (int64_t l = 0; l < lanes; ++l) {
-      const A* dh = scratch.dh + l * kSubBatch * sums;
-      if (p_.form == Weight::pair)
-        pair_gradients(first + m, samples, i0 + l0 + l, dh, scratch);
-      else
-        for (int64_t n = 0; n < samples; ++n) given_gradient(first + m + n, i0 + l0 + l, dh + n * sums);
+      for (int64_t k = 0; k < minimum(kSubLanes<A>, lanes.count - l); ++k) {
+        const A* dh = scratch.dh + k * sub_batch_ * sums;
+        if (p_.form == Weight::pair)
+          pair_gradients(first + m, samples, lanes, l + k, dh, scratch);
+        else
+          for (int64_t n = 0; n < samples; ++n)
+            given_gradient(first + m + n, lanes.i0 + lanes.begin + l + k, dh + n * sums);
+      }
     }
   }
 
   // dW_i += sum over samples of u_i dh_i^T, du_i = W_i^T dh_i
-  void pair_gradients(int64_t b, int64_t samples, int64_t i, const A* dh, const Scratch& scratch) const {
-    const int64_t sums = layout_.sums(), D = p_.D;
-    const Stream<X>& stream = logits_.stream();
-    if (dW_) {
-      for (int64_t n = 0; n < samples; ++n) stream.rows.input(b + n, i, scratch.inputs + n * D);
-      outer(dW_ + i * D * sums, sums, scratch.inputs, D, D, dh, sums, sums, samples, b > 0 ? Write::add : first_write_);
-    }
+  void pair_gradients(int64_t b, int64_t samples, const Lanes& lanes, int64_t l, const A* dh,
+                      const Scratch& scratch) const {
+    const int64_t sums = layout_.sums(), D = p_.D, i = lanes.i0 + lanes.begin + l;
+    if (dW_)
+      outer(dW_ + i * D * sums, sums, scratch.inputs + l * D, lanes.count * D, D, dh, sums, sums, samples,
+            b > 0 ? Write::add : first_write_);
     if (!out_.u) return;
-    const A* from[kSubBatch];
-    A* to[kSubBatch];
-    for (int64_t n = 0; n < samples; ++n) from[n] = dh + n * sums, to[n] = scratch.du + n * D;
-    apply_transposed(stream.weights.pair + i * D * sums, sums, from, sums, to, D, samples);
-    for (int64_t n = 0; n < samples; ++n) narrow(static_cast<X*>(out_.u) + ((b + n) * p_.I + i) * D, to[n], D);
+    const A* from[kLongSubBatch];
+    A* to[kLongSubBatch];
+    for (int64_t n = 0; n < samples; ++n) from[n] = dh + n * sums, to[n] = scratch.du + (n * lanes.count + l) * D;
+    apply_transposed(logits_.stream().weights.pair + i * D * sums, sums, from, sums, to, D, samples);
   }
 
   // The gradient of given rows: of the votes, or of an input capsule that all j share.
@@ -238,7 +268,8 @@ class RowGradients {
   const Backward& out_;
   const Kept<X>& kept_;
   const LogitStream<X>& logits_;
-  A* dW_ = nullptr;  // [I, D, J, O]
+  int64_t lanes_, sub_batch_;  // of a block, and samples, that are taken together
+  A* dW_ = nullptr;            // [I, D, J, O]
   Write first_write_ = Write::set;
   A* dlogits_ = nullptr;  // [block][J, W], summed over the batch
   Shares scratch_;

@@ -98,17 +98,32 @@ class Rows {
     }
   }
 
-  // Weight::pair: the votes h_ij = W_ij u_i of the block at i0 for `samples` samples, to
-  // staged[n][l][J, F].
-  void make_votes(int64_t b, int64_t samples, int64_t i0, A* staged, A* inputs) const {
+  // `count` <= W input capsules from i0 on for `samples` samples, to to[n][count][D].
+  void inputs(int64_t b, int64_t samples, int64_t i0, int64_t count, A* to) const {
+    for (int64_t n = 0; n < samples; ++n)
+      for (int64_t l = 0; l < count; ++l) input(b + n, i0 + l, to + (n * count + l) * p_.D);
+  }
+
+  // Asks for them before they are needed: reads so short and far apart are not what a processor prefetches by itself.
+  void ask_for_inputs(int64_t b, int64_t samples, int64_t i0, int64_t count) const {
+    if (p_.u.stride[1] != p_.D) return;
+    for (int64_t n = 0; n < samples; ++n) {
+      const X* u = static_cast<const X*>(p_.u.data) + (b + n) * p_.u.stride[0] + i0 * p_.D;
+      for (int64_t k = 0; k < count * p_.D; k += 64 / int64_t(sizeof(X))) __builtin_prefetch(u + k);
+    }
+  }
+
+  // Weight::pair: the votes h_ij = W_ij u_i of the block at i0 for `samples` <= kSamples samples, to staged[n][l][J,
+  // F].
+  void make_votes(int64_t b, int64_t samples, int64_t i0, A* staged, A* u) const {
     const int64_t count = minimum(W<A>, p_.I - i0), D = p_.D, votes = layout_.sums();
+    inputs(b, samples, i0, count, u);
+    ask_for_inputs(b, samples, i0 + W<A>, W<A>);
     for (int64_t l = 0; l < count; ++l) {
       const A* x[kSamples];
       A* y[kSamples];
       for (int64_t n = 0; n < samples; ++n) {
-        A* u = inputs + (n * W<A> + l) * D;
-        input(b + n, i0 + l, u);
-        x[n] = u;
+        x[n] = u + (n * count + l) * D;
         y[n] = staged + n * layout_.block_size() + l * layout_.row;
       }
       apply(weights_.pair + (i0 + l) * D * votes, votes, x, D, y, votes, samples);
