@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import capsroute
+from capsroute.bench import sweep
 from capsroute.bench.path import explain, operations, path_of
 from capsroute.bench.registry import CASES, Case, make_problem
 from capsroute.bench.roofline import Machine, Point
@@ -108,6 +109,35 @@ def test_roofline_measures_and_draws(capsys, tmp_path, monkeypatch):
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_step_up_is_told_from_a_tile_that_is_not_full():
+    tiles = dict.fromkeys((4, 5, 8, 9), 4)
+    times = {4: 1.0, 5: 2.1, 8: 2.2, 9: 4.5}  # 5 samples take two tiles as 8 do, 9 three, which should take 3.3
+    found = sweep.steps(times, tiles)
+    assert [round(step.growth, 2) for step in found] == [1, 1.05, 1.05, 1.36]
+    curve = sweep.Curve("case, forward", "batch", found)
+    assert [step.size for step in curve.cliffs()] == [9]
+    assert sweep.rows(curve).endswith("all of it: at 9 (1.36x)\n")
+
+
+@pytest.mark.parametrize("axis", sweep.MOST)
+def test_a_sweep_goes_to_the_end_by_the_borders_of_tiles(axis):
+    found = sweep.sizes(axis)
+    assert found == sorted(set(found))
+    assert {1, 4, 5, 8, 9, 16, 17, 64, 65, sweep.MOST[axis]} <= set(found)
+    assert found[-1] == sweep.MOST[axis]
+
+
+def test_sweep_measures_and_draws(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sweep.MOST, "batch", 5)
+    file = tmp_path / "sweep.png"
+    command = ["bench", "--sweep", "batch", "--case", "efficient", "--seconds", "0.1", "--plot", str(file)]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "| efficient, forward + backward: batch | time" in said
+    assert "| 5 | " in said
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
 def test_what_is_shown_instead_of_times_cannot_be_compared(capsys):
     assert main(["bench", "--explain", "--save", "base.json"]) == 2
     assert "--save and --compare are for times" in capsys.readouterr().err
@@ -115,7 +145,7 @@ def test_what_is_shown_instead_of_times_cannot_be_compared(capsys):
 
 def test_a_plot_needs_the_measurement(capsys):
     assert main(["bench", "--plot", "roof.png"]) == 2
-    assert "--plot draws what --roofline measures" in capsys.readouterr().err
+    assert "--plot draws what --roofline or --sweep measures" in capsys.readouterr().err
 
 
 def test_without_kernels_there_is_no_path(monkeypatch):

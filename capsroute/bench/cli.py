@@ -14,7 +14,7 @@ import torch
 
 from .. import __version__, _ops
 from .._console import complain, emit, say
-from . import path, regression, roofline, table
+from . import path, regression, roofline, sweep, table
 from .compare import DisagreementError, compare
 from .registry import CASES, IMPLEMENTATIONS, Case, fused_backend, make_problem, names_for
 
@@ -63,7 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     instead.add_argument(
         "--roofline", action="store_true", help="instead, how near the CPU kernels come to this machine's limits"
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="with --roofline: also draw it, as PNG, PDF or SVG")
+    instead.add_argument(
+        "--sweep", choices=sweep.MOST, help="instead, how the time of the CPU kernels grows with B, I or J"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="with --roofline or --sweep: also draw it, as PNG, PDF or SVG"
+    )
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the report there, for --compare")
     parser.add_argument(
         "--compare", type=Path, metavar="FILE", help="say what got slower since; exit with 1 if anything did"
@@ -80,14 +85,14 @@ def run(args: argparse.Namespace) -> int:
     cases = [case._replace(seed=args.seed or 0) for case in cases]
     if args.batch:
         cases = [case._replace(batch=args.batch) for case in cases]
-    if args.plot and not args.roofline:
-        raise ValueError("--plot draws what --roofline measures: give both")
-    if (args.save or args.compare) and (args.traffic or args.explain or args.roofline):
-        raise ValueError("--save and --compare are for times, not for --traffic, --explain or --roofline")
+    if args.plot and not (args.roofline or args.sweep):
+        raise ValueError("--plot draws what --roofline or --sweep measures: give both")
+    if (args.save or args.compare) and (args.traffic or args.explain or args.roofline or args.sweep):
+        raise ValueError("--save and --compare are for times, not for --traffic, --explain, --roofline or --sweep")
     if args.traffic:
         return _traffic(args, cases, dtype)
-    if args.explain or args.roofline:
-        return (_roofline if args.roofline else _explain)(args, cases, dtype)
+    if args.explain or args.roofline or args.sweep:
+        return (_roofline if args.roofline else _sweep if args.sweep else _explain)(args, cases, dtype)
     if args.device == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU here")
@@ -164,6 +169,19 @@ def _roofline(args: argparse.Namespace, cases: list[Case], dtype: torch.dtype) -
         say(args, f"\nwrote {args.plot}")
     results = [{**point._asdict(), "roof": point.roof(machine)} for point in points]
     emit(args, {"dtype": args.dtype, "machine": machine._asdict(), "results": results})
+    return 0
+
+
+def _sweep(args: argparse.Namespace, cases: list[Case], dtype: torch.dtype) -> int:
+    curves = []
+    for case in cases:
+        for backward in _passes(args):
+            curves.append(sweep.measure(case, args.sweep, backward, dtype, args.seconds))
+            say(args, sweep.rows(curves[-1]))
+    if args.plot:
+        sweep.plot(curves, args.plot)
+        say(args, f"wrote {args.plot}")
+    emit(args, {"dtype": args.dtype, "results": [curve._asdict() for curve in curves]})
     return 0
 
 

@@ -1,0 +1,116 @@
+"""How the time of the CPU kernels grows with one size of a case, and whether it jumps anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path as File
+from typing import NamedTuple
+
+import torch
+
+from .measure import alternate
+from .path import path_of
+from .registry import Case, make_problem, routed, run
+from .table import format_seconds
+
+MOST = {"batch": 256, "inputs": 4096, "outputs": 128}
+NAMES = {"batch": "samples, B", "inputs": "input capsules, I", "outputs": "output capsules, J"}
+LANES = 16  # input capsules that the widest vectors hold: fewer take as long
+CLIFF = 1.2  # a step up of more than this is one
+
+
+class Step(NamedTuple):
+    """A size, the seconds of the call and for one of it, and how that compares with the size before."""
+
+    size: int
+    seconds: float
+    growth: float  # of the time for one, where sizes count as the whole tiles that they fill
+
+    @property
+    def each(self) -> float:
+        return self.seconds / self.size
+
+
+class Curve(NamedTuple):
+    """The steps of a case and pass."""
+
+    label: str
+    axis: str
+    steps: list[Step]
+
+    def cliffs(self) -> list[Step]:
+        return [step for step in self.steps if step.growth > CLIFF]
+
+
+def sizes(axis: str) -> list[int]:
+    """1, 2, 3, then about four an octave, with the neighbours of powers of two, where tiles and vectors end."""
+    powers = [2**k for k in range(MOST[axis].bit_length()) if 2**k <= MOST[axis]]
+    near = {n for power in powers for n in (power - 1, power, power + 1, power * 5 // 4, power * 3 // 2)}
+    return sorted(n for n in near if 1 <= n <= MOST[axis])
+
+
+def measure(case: Case, axis: str, backward: bool, dtype: torch.dtype, seconds: float) -> Curve:
+    """Time the fused kernels at all sizes, in turns: the forward with no gradient wanted, or forward and backward."""
+    problems = {size: make_problem(case._replace(**{axis: size}), dtype) for size in sizes(axis)}
+    calls = {str(size): partial(_call, problem, backward) for size, problem in problems.items()}
+    times = {int(name): timing.lower for name, timing in alternate(calls, seconds).items()}
+    tiles = {size: _tile(problem, axis, backward) for size, problem in problems.items()}
+    label = f"{case.name}, {'forward + backward' if backward else 'forward'}"
+    return Curve(label, axis, steps(times, tiles))
+
+
+def steps(times: dict[int, float], tiles: dict[int, int]) -> list[Step]:
+    """The steps of times by size; two sizes are compared by the number of whole tiles that they fill."""
+    found: list[Step] = []
+    for size, seconds in times.items():
+        growth = 1.0
+        if found:
+            tile = max(tiles[size], tiles[found[-1].size])
+            before, now = (-(-n // tile) * tile for n in (found[-1].size, size))
+            growth = (seconds / now) / (found[-1].seconds / before)
+        found.append(Step(size, seconds, growth))
+    return found
+
+
+def rows(curve: Curve) -> str:
+    """A table of a curve, and what is to be said of it."""
+    lines = [
+        f"| {curve.label}: {curve.axis} | time | for each | step |",
+        "| ---: | ---: | ---: | ---: |",
+        *(
+            f"| {step.size} | {format_seconds(step.seconds)} | {format_seconds(step.each)} | {step.growth:.2f}x |"
+            for step in curve.steps
+        ),
+    ]
+    cliffs = ", ".join(f"at {step.size} ({step.growth:.2f}x)" for step in curve.cliffs())
+    verdict = f"steps up of more than {CLIFF - 1:.0%}, where a part of a tile counts as all of it: {cliffs or 'none'}"
+    return "\n".join([*lines, "", f"{curve.label}: {verdict}\n"])
+
+
+def plot(curves: Sequence[Curve], file: File) -> None:
+    """Draw the time for one against the size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for curve in curves:
+        axes.plot([s.size for s in curve.steps], [s.each * 1e6 for s in curve.steps], ".-", label=curve.label)
+    axes.set(xscale="log", yscale="log", xlabel=NAMES[curves[0].axis], ylabel="µs for each of them")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set_title(f"capsroute's CPU kernels, threads: {torch.get_num_threads()}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize="small")
+    figure.savefig(file, dpi=150)
+
+
+def _call(problem, backward: bool) -> None:
+    run(lambda p: routed(p, "cpu"), problem, backward)
+
+
+def _tile(problem, axis: str, backward: bool) -> int:
+    if axis == "batch":
+        return max(path_of(problem, each).tile for each in (False, True)[: 1 + backward])
+    return LANES if axis == "inputs" else 1
