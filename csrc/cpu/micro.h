@@ -94,32 +94,44 @@ void apply(const X* w, int64_t w_stride, const A* const* x, int64_t D, A* const*
   }
 }
 
-// x_n[d] = sum over f of w[d, f] y_n[f] for W / N features d at a time: W dot products, one sum_each.
+// x_n[d] = sum over f of w[d, f] y_n[f] for `samples` <= N, and W / N features d at a time: W dot products, one
+// sum_each.
+template <int N, class X, class A>
+CAPSROUTE_INLINE void apply_transposed_panel(const X* w, int64_t w_stride, const A* const* y, int64_t F, A* const* x,
+                                             int64_t D, int64_t samples) {
+  constexpr int64_t K = W<A> / N;
+  const A* from[N];
+#pragma GCC unroll 4
+  for (int64_t n = 0; n < N; ++n) from[n] = y[n < samples ? n : samples - 1];  // those past the end are not stored
+  for (int64_t d0 = 0; d0 < D; d0 += K) {
+    const X* row[K];  // rows past the end repeat the last one and are not stored
+#pragma GCC unroll 16
+    for (int64_t k = 0; k < K; ++k) row[k] = w + (d0 + k < D ? d0 + k : D - 1) * w_stride;
+    Vec<A> sum[W<A>] = {};
+    for (int64_t f = 0; f < F; f += W<A>) {
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < K; ++k) {
+        const Vec<A> weight = load(row[k] + f);
+#pragma GCC unroll 4
+        for (int64_t n = 0; n < N; ++n) sum[n * K + k] += weight * load(from[n] + f);
+      }
+    }
+    const Vec<A> sums = sum_each<A>(sum);
+    for (int64_t n = 0; n < N && n < samples; ++n)
+      for (int64_t k = 0; k < K && d0 + k < D; ++k) x[n][d0 + k] = sums[n * K + k];
+  }
+}
+
+// x_n[d] = sum over f of w[d, f] y_n[f]
 template <class X, class A>
 void apply_transposed(const X* w, int64_t w_stride, const A* const* y, int64_t F, A* const* x, int64_t D,
                       int64_t samples) {
-  constexpr int64_t N = W<A> >= 8 ? 4 : 2, K = W<A> / N;
-  for (int64_t n0 = 0; n0 < samples; n0 += N)
-    for (int64_t d0 = 0; d0 < D; d0 += K) {
-      const A* from[N];
-      const X* row[K];  // rows past the end repeat the last one and are not stored
-#pragma GCC unroll 4
-      for (int64_t n = 0; n < N; ++n) from[n] = y[n0 + n < samples ? n0 + n : samples - 1];
-#pragma GCC unroll 4
-      for (int64_t k = 0; k < K; ++k) row[k] = w + (d0 + k < D ? d0 + k : D - 1) * w_stride;
-      Vec<A> sum[W<A>] = {};
-      for (int64_t f = 0; f < F; f += W<A>) {
-#pragma GCC unroll 4
-        for (int64_t k = 0; k < K; ++k) {
-          const Vec<A> weight = load(row[k] + f);
-#pragma GCC unroll 4
-          for (int64_t n = 0; n < N; ++n) sum[n * K + k] += weight * load(from[n] + f);
-        }
-      }
-      const Vec<A> sums = sum_each<A>(sum);
-      for (int64_t n = 0; n < N && n0 + n < samples; ++n)
-        for (int64_t k = 0; k < K && d0 + k < D; ++k) x[n0 + n][d0 + k] = sums[n * K + k];
-    }
+  constexpr int N = W<A> >= 8 ? 4 : 2;
+  for (int64_t n = 0; n < samples; n += N)
+    if (samples - n == 1)
+      apply_transposed_panel<1>(w, w_stride, y + n, F, x + n, D, 1);
+    else
+      apply_transposed_panel<N>(w, w_stride, y + n, F, x + n, D, samples - n);
 }
 
 // What becomes of a sum: added to what is there, or put there, or put there past the caches.
