@@ -139,8 +139,8 @@ enum class Write { add, set, set_past };
 
 // w[d, f] += or = sum over n of x_n[d] y_n[f], for K features d and C vectors of features f. The sum is made apart and
 // added once: two levels keep the rounding error of a long batch small.
-template <int K, int C, class A>
-CAPSROUTE_INLINE void outer_panel(A* w, int64_t w_stride, const A* x, int64_t x_stride, const A* y, int64_t y_stride,
+template <int K, int C, class T, class A>
+CAPSROUTE_INLINE void outer_panel(T* w, int64_t w_stride, const A* x, int64_t x_stride, const A* y, int64_t y_stride,
                                   int64_t samples, Write write) {
   Vec<A> sum[K][C] = {};
   for (int64_t n = 0; n < samples; ++n, x += x_stride, y += y_stride) {
@@ -158,18 +158,18 @@ CAPSROUTE_INLINE void outer_panel(A* w, int64_t w_stride, const A* x, int64_t x_
   for (int k = 0; k < K; ++k)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
-      A* to = w + k * w_stride + c * W<A>;
+      T* to = w + k * w_stride + c * W<A>;
       if (write == Write::add)
-        store(to, load(to) + sum[k][c]);
-      else if (write == Write::set)
-        store(to, sum[k][c]);
+        store(to, load(static_cast<const T*>(to)) + sum[k][c]);
+      else if (write == Write::set_past && std::is_same_v<T, A>)
+        store_past(reinterpret_cast<A*>(to), sum[k][c]);
       else
-        store_past(to, sum[k][c]);
+        store(to, sum[k][c]);
     }
 }
 
-template <int K, class A>
-CAPSROUTE_INLINE void outer_rows(A* w, int64_t w_stride, const A* x, int64_t x_stride, const A* y, int64_t y_stride,
+template <int K, class T, class A>
+CAPSROUTE_INLINE void outer_rows(T* w, int64_t w_stride, const A* x, int64_t x_stride, const A* y, int64_t y_stride,
                                  int64_t F, int64_t samples, Write write) {
   int64_t f = 0;
   for (; f + 3 * W<A> <= F; f += 3 * W<A>)
@@ -180,8 +180,8 @@ CAPSROUTE_INLINE void outer_rows(A* w, int64_t w_stride, const A* x, int64_t x_s
 }
 
 // w[d, f] += or = sum over n of x_n[d] y_n[f]
-template <class A>
-void outer(A* w, int64_t w_stride, const A* x, int64_t x_stride, int64_t D, const A* y, int64_t y_stride, int64_t F,
+template <class T, class A>
+void outer(T* w, int64_t w_stride, const A* x, int64_t x_stride, int64_t D, const A* y, int64_t y_stride, int64_t F,
            int64_t samples, Write write) {
   int64_t d = 0;
   for (; d + 4 <= D; d += 4) outer_rows<4>(w + d * w_stride, w_stride, x + d, x_stride, y, y_stride, F, samples, write);

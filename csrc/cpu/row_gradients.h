@@ -36,11 +36,12 @@ class RowGradients {
     const int64_t weights = 2 * p_.D * layout_.sums() * int64_t(sizeof(A));  // W_i and dW_i
     lanes_ = p_.form == Weight::pair && plan.keep_pairs && weights * W<A> > kOwnedWeights ? 1 : W<A>;
     sub_batch_ = lanes_ == 1 ? kLongSubBatch : kSubBatch;
-    if (out_.weight && p_.form == Weight::pair)
-      dW_ = in_place() ? static_cast<A*>(out_.weight) : carver.take<A>(p_.I * p_.D * layout_.sums());
+    wants_weight_ = out_.weight && p_.form == Weight::pair;
     // A whole batch in one write: nothing of dW is needed again.
-    const bool aligned = reinterpret_cast<uintptr_t>(dW_) % CAPSROUTE_VECTOR_BYTES == 0;
-    if (in_place() && aligned && p_.B <= sub_batch_) first_write_ = Write::set_past;
+    const bool once = p_.B <= sub_batch_, aligned = uintptr_t(out_.weight) % CAPSROUTE_VECTOR_BYTES == 0;
+    in_place_ = layout_.O == p_.O && (sizeof(X) == sizeof(A) || once);
+    if (wants_weight_ && !in_place_) dW_ = carver.take<A>(p_.I * p_.D * layout_.sums());
+    if (in_place_ && aligned && once) first_write_ = Write::set_past;
     if (plan.logits_by_row && out_.logits_B < p_.B) dlogits_ = carver.take<A>(layout_.blocks * layout_.lanes());
     scratch_ = take_shares(carver, parts, [this](Carver& own) { carve_scratch(own); });
   }
@@ -71,8 +72,6 @@ class RowGradients {
     A* dlogits;             // [J, W]
   };
 
-  bool in_place() const { return sizeof(X) == sizeof(A) && layout_.O == p_.O; }
-
   Scratch carve_scratch(Carver& carver) const {
     Scratch s;
     s.uniform = carver.take<A>(sub_batch_ * layout_.lanes());
@@ -102,7 +101,7 @@ class RowGradients {
         }
         if (l == 0 && plan_.logits_by_row) logit_gradients(first, m, samples, i0, scratch);
         if (!rows) continue;
-        if (dW_) {
+        if (wants_weight_) {
           logits_.stream().rows.inputs(first + m, samples, i0 + l, some.count, scratch.inputs);
           const int64_t next = m + samples;
           logits_.stream().rows.ask_for_inputs(first + next, minimum(sub_batch_, count - next), i0 + l, some.count);
@@ -220,9 +219,11 @@ class RowGradients {
   void pair_gradients(int64_t b, int64_t samples, const Lanes& lanes, int64_t l, const A* dh,
                       const Scratch& scratch) const {
     const int64_t sums = layout_.sums(), D = p_.D, i = lanes.i0 + lanes.begin + l;
-    if (dW_)
-      outer(dW_ + i * D * sums, sums, scratch.inputs + l * D, lanes.count * D, D, dh, sums, sums, samples,
+    auto add_to = [&](auto* dW) {
+      outer(dW + i * D * sums, sums, scratch.inputs + l * D, lanes.count * D, D, dh, sums, sums, samples,
             b > 0 ? Write::add : first_write_);
+    };
+    if (wants_weight_) in_place_ ? add_to(static_cast<X*>(out_.weight)) : add_to(dW_);
     if (!out_.u) return;
     const A* from[kLongSubBatch];
     A* to[kLongSubBatch];
@@ -256,7 +257,7 @@ class RowGradients {
 
   // After the last chunk: sums over the batch, to their own dtype and shape.
   void finish(int64_t i0, int64_t lanes) const {
-    if (dW_ && !in_place())
+    if (dW_)
       for (int64_t row = i0 * p_.D * p_.J; row < (i0 + lanes) * p_.D * p_.J; ++row)
         narrow(static_cast<X*>(out_.weight) + row * p_.O, dW_ + row * layout_.O, p_.O);
     if (dlogits_) write_logits(dlogits_ + i0 * p_.J, i0, i0);
@@ -269,7 +270,8 @@ class RowGradients {
   const Kept<X>& kept_;
   const LogitStream<X>& logits_;
   int64_t lanes_, sub_batch_;  // of a block, and samples, that are taken together
-  A* dW_ = nullptr;            // [I, D, J, O]
+  bool wants_weight_, in_place_;
+  A* dW_ = nullptr;  // [I, D, J, O], where it is not made in place
   Write first_write_ = Write::set;
   A* dlogits_ = nullptr;  // [block][J, W], summed over the batch
   Shares scratch_;
