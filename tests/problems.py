@@ -73,8 +73,13 @@ PASSES = {
 EVERY = OPTIONS | OPTIONS_IN | PASSES
 
 # B, I, D, J, O so large that the cpu kernels change their ways: they make the votes of a weight [I, J, O, D]
-# anew in every pass, and the backward takes the batch in chunks, or makes the coupling anew.
-LARGE = {"batch in chunks": (37, 260, 2, 257, 1), "coupling made anew": (19, 520, 2, 257, 1)}
+# anew in every pass, and the backward takes the batch in chunks, or makes the coupling anew, or takes input
+# capsules one by one.
+LARGE = {
+    "batch in chunks": (37, 260, 2, 257, 1),
+    "coupling made anew": (19, 520, 2, 257, 1),
+    "one by one": (35, 19, 67, 5, 33),
+}
 
 
 def cases(options: dict[str, dict], forms: Iterable[str] = FORMS) -> list[tuple[str, str]]:

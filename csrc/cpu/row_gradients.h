@@ -35,7 +35,7 @@ class RowGradients {
     const int64_t parts = minimum(parallel.threads, maximum(1, layout_.blocks));
     const int64_t weights = 2 * p_.D * layout_.sums() * int64_t(sizeof(A));  // W_i and dW_i
     lanes_ = p_.form == Weight::pair && plan.keep_pairs && weights * W<A> > kOwnedWeights ? 1 : W<A>;
-    sub_batch_ = lanes_ == 1 ? kLongSubBatch : kSubBatch;
+    sub_batch_ = one_by_one() ? kLongSubBatch : kSubBatch;
     wants_weight_ = out_.weight && p_.form == Weight::pair;
     // A whole batch in one write: nothing of dW is needed again.
     const bool once = p_.B <= sub_batch_, aligned = uintptr_t(out_.weight) % CAPSROUTE_VECTOR_BYTES == 0;
@@ -45,6 +45,8 @@ class RowGradients {
     if (plan.logits_by_row && out_.logits_B < p_.B) dlogits_ = carver.take<A>(layout_.blocks * layout_.lanes());
     scratch_ = take_shares(carver, parts, [this](Carver& own) { carve_scratch(own); });
   }
+
+  bool one_by_one() const { return lanes_ == 1; }
 
   // Adds what the samples first .. first + count of the batch contribute.
   void run(int64_t first, int64_t count, const Parallel& parallel) {
@@ -77,7 +79,7 @@ class RowGradients {
     s.uniform = carver.take<A>(sub_batch_ * layout_.lanes());
     s.pairs = carver.take<A>(plan_.keep_pairs ? 0 : kSubBatch * kept_.block_pairs());
     s.coefficient = carver.take<const A*>(plan_.terms * (layout_.shared ? p_.J : 1));
-    s.dh = carver.take<A>((lanes_ == 1 ? 1 : kSubLanes<A>)*sub_batch_ * layout_.sums());
+    s.dh = carver.take<A>(minimum(lanes_, kSubLanes<A>) * sub_batch_ * layout_.sums());
     s.inputs = carver.take<A>(sub_batch_ * lanes_ * p_.D);
     s.du = carver.take<A>(sub_batch_ * lanes_ * p_.D);
     s.dlogits = carver.take<A>(layout_.lanes());

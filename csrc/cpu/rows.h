@@ -113,8 +113,8 @@ class Rows {
     }
   }
 
-  // Weight::pair: the votes h_ij = W_ij u_i of the block at i0 for `samples` <= kSamples samples, to staged[n][l][J,
-  // F].
+  // Weight::pair: the votes h_ij = W_ij u_i of the block at i0 for `samples` <= kSamples samples, to
+  // staged[n][l][J, F].
   void make_votes(int64_t b, int64_t samples, int64_t i0, A* staged, A* u) const {
     const int64_t count = minimum(W<A>, p_.I - i0), D = p_.D, votes = layout_.sums();
     inputs(b, samples, i0, count, u);
