@@ -57,12 +57,13 @@ def test_pairs_are_kept_while_16_samples_of_them_fit_in_32_mib():
     assert not planned(16, 1296, 2, 100, 16, backward=True).keeps_pairs
 
 
-@pytest.mark.skipif(torch.ops.capsroute.cpu_capability() != "avx2", reason="a block is as long as a vector")
 def test_input_capsules_are_taken_one_by_one_where_the_weights_of_a_block_pass_256_kib():
-    # W and dW of 8 input capsules: 2 x 8 x D numbers of 4 bytes for each of J x O = 4 x 32, 256 KiB at D = 32
-    assert not planned(9, 16, 32, 4, 32, backward=True).one_by_one
-    assert planned(9, 16, 33, 4, 32, backward=True).one_by_one
-    assert not planned(9, 16, 33, 4, 32, backward=True, weight="JOD").one_by_one
+    # A block has as many capsules as a vector has lanes. W and dW: 2 D numbers of 4 bytes for each of J x O = 4 x 32.
+    lanes = {"avx2": 8, "avx512": 16}.get(torch.ops.capsroute.cpu_capability(), 4)
+    border = (256 << 10) // (2 * 4 * 4 * 32 * lanes)
+    assert not planned(9, 16, border, 4, 32, backward=True).one_by_one
+    assert planned(9, 16, border + 1, 4, 32, backward=True).one_by_one
+    assert not planned(9, 16, border + 1, 4, 32, backward=True, weight="JOD").one_by_one
     assert planned(16, 1280, 2, 1000, 16, backward=True)[7:9] == (False, False)  # it must make the coupling of a block
 
 
