@@ -44,6 +44,10 @@ class Case(NamedTuple):
         """The weight's form, as the kernels name it."""
         return {"IJOD": "pair", "JOD": "output", "OD": "single", "": "votes"}[self.weight]
 
+    def label(self, backward: bool) -> str:
+        """The case and pass, for a table or a plot."""
+        return f"{self.name}, {'forward + backward' if backward else 'forward'}"
+
     @property
     def votes(self) -> int:
         """The numbers in the votes [B, I, J, O]."""

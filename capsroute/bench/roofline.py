@@ -60,12 +60,13 @@ def measure_machine() -> Machine:
 def measure(case: Case, backward: bool, dtype: torch.dtype, seconds: float) -> Point:
     """Time the fused kernels on a case: the forward with no gradient wanted, or forward and backward."""
     problem = make_problem(case, dtype)
-    timing = alternate({"fused": lambda: run(lambda p: routed(p, "cpu"), problem, backward)}, seconds)["fused"]
+    timing = alternate({"fused": partial(run, partial(routed, backend="cpu"), problem, backward)}, seconds)["fused"]
     passes = (False, True)[: 1 + backward]
     paths = [path_of(problem, each) for each in passes]
     total = sum(operations(case, path, each) for path, each in zip(paths, passes, strict=True))
-    label = f"{case.name}, {'forward + backward' if backward else 'forward'}"
-    return Point(label, timing.seconds, total, fewest(problem, backward), explain(case, paths[-1], backward))
+    return Point(
+        case.label(backward), timing.seconds, total, fewest(problem, backward), explain(case, paths[-1], backward)
+    )
 
 
 def rows(machine: Machine, points: Sequence[Point]) -> str:

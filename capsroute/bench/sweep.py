@@ -11,7 +11,7 @@ import torch
 
 from .measure import alternate
 from .path import path_of
-from .registry import Case, make_problem, routed, run
+from .registry import Case, Problem, make_problem, routed, run
 from .table import format_seconds
 
 MOST = {"batch": 256, "inputs": 4096, "outputs": 128}
@@ -53,11 +53,11 @@ def sizes(axis: str) -> list[int]:
 def measure(case: Case, axis: str, backward: bool, dtype: torch.dtype, seconds: float) -> Curve:
     """Time the fused kernels at all sizes, in turns: the forward with no gradient wanted, or forward and backward."""
     problems = {size: make_problem(case._replace(**{axis: size}), dtype) for size in sizes(axis)}
-    calls = {str(size): partial(_call, problem, backward) for size, problem in problems.items()}
+    kernels = partial(routed, backend="cpu")
+    calls = {str(size): partial(run, kernels, problem, backward) for size, problem in problems.items()}
     times = {int(name): timing.lower for name, timing in alternate(calls, seconds).items()}
     tiles = {size: _tile(problem, axis, backward) for size, problem in problems.items()}
-    label = f"{case.name}, {'forward + backward' if backward else 'forward'}"
-    return Curve(label, axis, steps(times, tiles))
+    return Curve(case.label(backward), axis, steps(times, tiles))
 
 
 def steps(times: dict[int, float], tiles: dict[int, int]) -> list[Step]:
@@ -106,11 +106,7 @@ def plot(curves: Sequence[Curve], file: File) -> None:
     figure.savefig(file, dpi=150)
 
 
-def _call(problem, backward: bool) -> None:
-    run(lambda p: routed(p, "cpu"), problem, backward)
-
-
-def _tile(problem, axis: str, backward: bool) -> int:
+def _tile(problem: Problem, axis: str, backward: bool) -> int:
     if axis == "batch":
         return max(path_of(problem, each).tile for each in (False, True)[: 1 + backward])
     return LANES if axis == "inputs" else 1

@@ -25,7 +25,7 @@ CAPSROUTE_INLINE void with_features(int64_t F, const Visit& visit) {
 }
 
 constexpr int64_t kRows = 8;          // of a weight, that are read together
-constexpr int64_t kNear = 16 * 1024;  // bytes that are not too far ahead to be asked for
+constexpr int64_t kNear = 16 * 1024;  // bytes that may be asked for ahead; beyond it, what follows in the same row
 
 // y_n[f] += sum over d of x_n[d] w[d, f], for N samples and C vectors of features; from 0 if this is `first`. What lies
 // `ahead` of w is asked for on the way: rows this short and far apart are not what a processor prefetches by itself.
