@@ -38,7 +38,19 @@ def test_votes_are_kept_up_to_8_mib():
 
 def test_a_tile_is_larger_where_votes_are_made_anew():
     assert planned(33, 16, 2, 20, 16)[2:4] == (4, 9)
-    assert planned(33, 1648, 2, 20, 16)[2:4] == (16, 3)
+    assert planned(64, 1648, 2, 20, 16)[2:4] == (64, 1)
+    assert planned(65, 1648, 2, 20, 16)[2:4] == (36, 2)  # even tiles, of whole fours
+    # 4 MiB hold V and sums, 2 x 4 bytes for each of J x O, of 32 samples, and of 15, of which 16 are taken
+    assert planned(128, 16, 2, 1024, 16, iterations=1)[2:4] == (32, 4)
+    assert planned(128, 16, 2, 2176, 16, iterations=1)[2:4] == (16, 8)
+
+
+@pytest.mark.parametrize(("threads", "tiles"), [(1, (48, 2)), (3, (32, 3)), (6, (16, 6)), (9, (64, 2))])
+def test_each_thread_has_a_share_of_the_long_tiles(threads, tiles):
+    """96 samples; of less than 16, a tile would read the weight too often, and then threads share out its groups."""
+    path = planned(96, 1648, 2, 20, 16, threads=threads)
+    assert path[2:4] == tiles
+    assert path.by_group == (threads == 9)
 
 
 @pytest.mark.parametrize(("batch", "by_group"), [(4, True), (8, False)])

@@ -48,13 +48,15 @@ def test_same_bits_on_any_number_of_threads(fused, threads, form, options, dtype
 
 
 @pytest.mark.not_interpreted
+@pytest.mark.parametrize("logits", [None, "IJ"])
 @pytest.mark.parametrize("sizes", LARGE.values(), ids=LARGE)
-def test_same_bits_on_any_number_of_threads_at_large_sizes(fused, threads, sizes):
-    problem = random_problem(sizes, dtype=torch.float32, logits="IJ")
+def test_same_bits_on_any_number_of_threads_at_large_sizes(fused, threads, sizes, logits):
+    problem = random_problem(sizes, dtype=torch.float32, logits=logits)
     threads(1)
     expected = results(problem, fused)
-    threads(3)
-    assert_same_bits(results(problem, fused), expected)
+    for count in (2, 3):
+        threads(count)
+        assert_same_bits(results(problem, fused), expected)
 
 
 @pytest.mark.parametrize("options", [{"bias": True}, {"query": "BJO", "coupling": "in"}], ids=["route", "pass, in"])

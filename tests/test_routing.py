@@ -56,6 +56,7 @@ def test_sizes_at_the_edges_of_vectors_and_blocks(fused, sizes, case, dtype, ite
 
 LARGE_OPTIONS = {name: {**EVERY[name], "iterations": 3} for name in ["all", "all, detached", "in, all"]}
 LARGE_OPTIONS |= {name: EVERY[name] for name in ["pass, all", "pass, all, in"]}
+LARGE_OPTIONS["no logits"] = {"mask": "BI", "leaky": True, "iterations": 3}  # the first pass couples all alike
 
 
 @pytest.mark.not_interpreted

@@ -80,6 +80,7 @@ class ForwardStream {
     A *sum = partial_ + partial * stream_.schedule.tile * state_, *c = scratch.coupling;
     A* logits = out_.logits && step == p_.R - 1 ? scratch.logits : nullptr;
     if (step < p_.R) clear(sum, tile.count);
+    if (step == 0 && is_uniform()) return stream_.add_votes(tile, group, A(1) / A(p_.leaky ? J + 1 : J), scratch, sum);
     stream_.for_blocks(tile, 0, group, step == 0, scratch, [&](int64_t n, int64_t i0, const Block<A>& block) {
       const A* query = queries ? queries + n * sums : nullptr;
       if (step == p_.R) {
@@ -140,6 +141,12 @@ class ForwardStream {
 
   // The place of a step among the saved ones, negative if it is none.
   int64_t saved(int64_t step) const { return step - (p_.R - out_.saved); }
+
+  // Whether the first pass couples all alike, and what is wanted of it are the sums alone: no vote is kept or compared.
+  bool is_uniform() const {
+    const bool sums_alone = p_.R > 1 || !(out_.coupling || out_.logits);
+    return p_.form == Weight::pair && !stream_.keep && !p_.over_inputs && !queried(0) && !p_.logits.data && sums_alone;
+  }
 
   bool queried(int64_t step) const { return p_.query.data || minimum(step, p_.R - 1) > 0; }
 

@@ -86,7 +86,7 @@ struct Parallel {
 };
 
 // The way in which a call is computed: it follows from sizes, options, dtype and instruction set. The number of
-// threads decides `by_group` and `scratch` alone, and the bits depend on neither.
+// threads decides `by_group`, `scratch` and how long a long tile is, and the bits depend on none of them.
 struct Plan {
   int64_t scratch;        // bytes
   bool keeps_votes;       // of a tile, between its passes; else each pass makes them anew

@@ -118,7 +118,6 @@ class Rows {
   void make_votes(int64_t b, int64_t samples, int64_t i0, A* staged, A* u) const {
     const int64_t count = minimum(W<A>, p_.I - i0), D = p_.D, votes = layout_.sums();
     inputs(b, samples, i0, count, u);
-    ask_for_inputs(b, samples, i0 + W<A>, W<A>);
     for (int64_t l = 0; l < count; ++l) {
       const A* x[kSamples];
       A* y[kSamples];
@@ -129,6 +128,16 @@ class Rows {
       apply(weights_.pair + (i0 + l) * D * votes, votes, x, D, y, votes, samples);
     }
     for (int64_t n = 0; n < samples; ++n) clear_past(staged + n * layout_.block_size(), count);
+  }
+
+  // Weight::pair: y_n = sum over the block's i of h_ij, [J, F], for which no single vote is needed.
+  void sum_votes(int64_t b, int64_t samples, int64_t i0, A* y, A* u) const {
+    const int64_t terms = minimum(W<A>, p_.I - i0) * p_.D, votes = layout_.sums();
+    inputs(b, samples, i0, minimum(W<A>, p_.I - i0), u);
+    const A* x[kSamples];
+    A* to[kSamples];
+    for (int64_t n = 0; n < samples; ++n) x[n] = u + n * terms, to[n] = y + n * votes;
+    apply(weights_.pair + i0 * p_.D * votes, votes, x, terms, to, votes, samples);
   }
 
   // The block at i0 of sample b without its rows: which lanes are live, and their prior logits.

@@ -8,6 +8,8 @@ namespace capsroute::CAPSROUTE_ISA {
 
 // Votes of a tile are kept between passes while they fit into this; else they are made anew.
 constexpr int64_t kKeptVotes = int64_t(8) << 20;
+// Then a tile has samples, between these two numbers, whose V and sums fit into that.
+constexpr int64_t kShortTile = 4 * kSamples, kLongTile = 16 * kSamples, kTileStates = int64_t(4) << 20;
 
 template <class X>
 class Stream {
@@ -35,7 +37,7 @@ class Stream {
         rows(layout, weights),
         keep(keeps(layout, passes)),
         together(minimum(kSamples, batch)),
-        schedule(batch, keep || p.form != Weight::pair ? kSamples : 4 * kSamples, layout.groups, parallel.threads) {
+        schedule(batch, tile_size(layout, keep, batch, parallel.threads), layout.groups, parallel.threads) {
     kept_ = keep ? carver.take<A>(schedule.slots * kept_size()) : nullptr;
     scratch_ = take_shares(carver, schedule.parts, [this](Carver& own) { carve_scratch(own); });
   }
@@ -50,18 +52,27 @@ class Stream {
   template <class Visit>
   void for_blocks(const Tile& tile, int64_t first_sample, int64_t group, bool first, const Scratch& scratch,
                   const Visit& visit) const {
-    const int64_t end = minimum(p.I, (group + 1) * kGroup), size = layout.block_size();
+    const int64_t size = layout.block_size();
+    const bool makes = p.form == Weight::pair && (first || !keep);
     Block<A> lanes{};
-    for (int64_t i0 = group * kGroup; i0 < end; i0 += W<A>)
-      for (int64_t m = 0; m < tile.count; m += kSamples) {
-        const int64_t samples = minimum(kSamples, tile.count - m), b = first_sample + tile.first + m;
-        A* staged = keep ? kept_ + tile.slot * kept_size() + i0 / W<A> * together * size : scratch.rows.staged;
-        if (p.form == Weight::pair && (first || !keep)) rows.make_votes(b, samples, i0, staged, scratch.rows.inputs);
-        for (int64_t n = 0; n < samples; ++n) {
-          if (m + n == 0 || rows.lanes_differ()) lanes = rows.lanes(b + n, i0, scratch.rows.prior);
-          visit(m + n, i0, rows.block(lanes, b + n, i0, staged + n * size));
-        }
+    for_samples(tile, first_sample, group, makes, [&](int64_t m, int64_t samples, int64_t i0) {
+      const int64_t b = first_sample + tile.first + m;
+      A* staged = keep ? kept_ + tile.slot * kept_size() + i0 / W<A> * together * size : scratch.rows.staged;
+      if (makes) rows.make_votes(b, samples, i0, staged, scratch.rows.inputs);
+      for (int64_t n = 0; n < samples; ++n) {
+        if (m + n == 0 || rows.lanes_differ()) lanes = rows.lanes(b + n, i0, scratch.rows.prior);
+        visit(m + n, i0, rows.block(lanes, b + n, i0, staged + n * size));
       }
+    });
+  }
+
+  // sums[n] += share * sum over a group's i of h_ij for every sample n of a tile: a pass whose coupling is constant.
+  void add_votes(const Tile& tile, int64_t group, A share, const Scratch& scratch, A* sums) const {
+    for_samples(tile, 0, group, true, [&](int64_t m, int64_t samples, int64_t i0) {
+      A *to = sums + m * layout.sums(), *votes = scratch.rows.staged;
+      rows.sum_votes(tile.first + m, samples, i0, votes, scratch.rows.inputs);
+      for (int64_t k = 0; k < samples * layout.sums(); k += W<A>) store(to + k, load(to + k) + load(votes + k) * share);
+    });
   }
 
   // rows[j] = W_j^T outputs[j] for every j: from [J, O] to what the rows are dotted with, [J, F].
@@ -84,6 +95,31 @@ class Stream {
   static bool keeps(const Layout<X>& layout, int64_t passes) {
     const int64_t bytes = layout.blocks * kSamples * layout.block_size() * int64_t(sizeof(A));
     return layout.p.form == Weight::pair && passes > 1 && bytes <= kKeptVotes;
+  }
+
+  // Samples that read the weight together: few where their votes are kept in the cache, else as many as keep V and sums
+  // there, so that the weight comes from memory as seldom as can be. Each thread has a share of the tiles.
+  static int64_t tile_size(const Layout<X>& layout, bool keep, int64_t batch, int64_t threads) {
+    if (keep || layout.p.form != Weight::pair) return kSamples;
+    const int64_t most = kTileStates / (2 * layout.outputs() * int64_t(sizeof(A)));
+    const int64_t tile = minimum(kLongTile, maximum(kShortTile, most));
+    const int64_t tiles = divide_up(divide_up(batch, tile), threads) * threads;
+    const int64_t even = divide_up(divide_up(batch, tiles), kSamples) * kSamples;
+    return even < kShortTile ? tile : even;
+  }
+
+  // Calls visit(m, samples, i0) for every block of a group and up to kSamples samples m, .. of a tile at a time.
+  // `asks` for the inputs of the next ones.
+  template <class Visit>
+  void for_samples(const Tile& tile, int64_t first_sample, int64_t group, bool asks, const Visit& visit) const {
+    const int64_t end = minimum(p.I, (group + 1) * kGroup);
+    for (int64_t i0 = group * kGroup; i0 < end; i0 += W<A>)
+      for (int64_t m = 0; m < tile.count; m += kSamples) {
+        const bool last = m + kSamples >= tile.count;
+        const int64_t next = last ? 0 : m + kSamples, b = first_sample + tile.first + next;
+        if (asks) rows.ask_for_inputs(b, minimum(kSamples, tile.count - next), last ? i0 + W<A> : i0, W<A>);
+        visit(m, minimum(kSamples, tile.count - m), i0);
+      }
   }
 
   int64_t kept_size() const { return layout.blocks * together * layout.block_size(); }
