@@ -18,6 +18,10 @@ def _device_if_on(x: Tensor) -> str | None:
     return device if _has_autocast(device) and torch.is_autocast_enabled(device) else None
 
 
+def is_on(x: Tensor) -> bool:
+    return _device_if_on(x) is not None
+
+
 def cast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, tensors of one device in its dtype; float64 is left alone."""
     device = _device_if_on(tensors[0])

@@ -14,27 +14,28 @@ from . import _autocast, reference
 
 def route(namespace, u, weight, bias, logits, mask, options, return_coupling) -> tuple[Tensor, Tensor]:
     """v [B, J, O] and, if asked for, the coupling [B, I, J]."""
-    tensors = _as_seen_by_dynamo(u, weight, bias, logits)
     if _is_transformed():
+        tensors = _as_seen_by_dynamo(u, weight, bias, logits)
         v, *_, c = _Route.apply(*tensors, mask, namespace, options, return_coupling)
-    elif _wants_gradient(tensors):
-        v, c = _QuickRoute.apply(*tensors, mask, namespace, options, return_coupling)
+    elif _wants_gradient(u, weight, bias, logits):
+        v, c = _QuickRoute.apply(u, weight, bias, logits, mask, namespace, options, return_coupling)
     else:
-        v, *_, c = getattr(torch.ops, namespace).route(*tensors, mask, *_scalars(options), 0, return_coupling)
+        op = getattr(torch.ops, namespace).route.default
+        v, _, _, _, c = op(u, weight, bias, logits, mask, *_scalars(options), 0, return_coupling)
     return v, c
 
 
 def routing_pass(namespace, u, weight, query, logits, mask, options, return_coupling) -> tuple[Tensor, Tensor]:
     """s [B, J, O] in the accumulation dtype and, if asked for, the coupling [B, I, J]."""
-    tensors = _as_seen_by_dynamo(u, weight, query, logits)
     if _is_transformed():
+        tensors = _as_seen_by_dynamo(u, weight, query, logits)
         s, _, c = _RoutingPass.apply(*tensors, mask, namespace, options, return_coupling)
-    elif _wants_gradient(tensors):
-        s, c = _QuickPass.apply(*tensors, mask, namespace, options, return_coupling)
+    elif _wants_gradient(u, weight, query, logits):
+        s, c = _QuickPass.apply(u, weight, query, logits, mask, namespace, options, return_coupling)
     else:
-        s, _, c = getattr(torch.ops, namespace).routing_pass(
-            *tensors, mask, options.coupling == "in", options.leaky, False, return_coupling
-        )
+        op = getattr(torch.ops, namespace).routing_pass.default
+        over_inputs = options.coupling == "in"
+        s, _, c = op(u, weight, query, logits, mask, over_inputs, options.leaky, False, return_coupling)
     return s, c
 
 
@@ -47,11 +48,12 @@ def _as_seen_by_dynamo(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def _is_transformed() -> bool:
     """Whether torch.func or torch.compile is at work, or forward mode, whose tangents a raw op would drop silently."""
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return transformed or torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _wants_gradient(tensors) -> bool:
+def _wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
@@ -87,7 +89,7 @@ class _Route(torch.autograd.Function):
     @staticmethod
     @_positional
     def forward(u, weight, bias, logits, mask, namespace, options, return_coupling):
-        route = getattr(torch.ops, namespace).route
+        route = getattr(torch.ops, namespace).route.default
         save = 1 if options.detach_coupling else options.iterations
         return route(u, weight, bias, logits, mask, *_scalars(options), save, return_coupling)
 
@@ -141,7 +143,7 @@ def _quick(function):
     It takes half the time, which a small call notices.
     """
 
-    class Quick(torch.autograd.Function):
+    class Quick(torch.autograd.function._SingleLevelFunction):
         @staticmethod
         def forward(ctx, *inputs):
             output = function.forward(*inputs)

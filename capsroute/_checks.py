@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
+
+from .reference import Options
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COUPLINGS = ("out", "in")
@@ -42,7 +45,17 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def check_options(iterations: int, coupling: str, leaky: bool, detach_coupling: bool, eps: float) -> None:
+def check_options(*options) -> Options:
+    """The options of the public operators; those that were checked before are taken at once."""
+    try:
+        return _checked_options(*options)
+    except TypeError:
+        pass  # one is of a wrong type, or has not even a hash: the check itself says which
+    return _checked_options.__wrapped__(*options)
+
+
+@functools.lru_cache(typed=True)  # True is not 1
+def _checked_options(iterations: int, coupling: str, leaky: bool, detach_coupling: bool, eps: float) -> Options:
     if isinstance(iterations, bool) or not isinstance(iterations, (int, torch.SymInt)):
         raise TypeError(f"iterations must be an int, got {type(iterations).__name__}")
     if iterations < 1:
@@ -50,6 +63,7 @@ def check_options(iterations: int, coupling: str, leaky: bool, detach_coupling: 
     check_flag("detach_coupling", detach_coupling)
     check_coupling(coupling, leaky)
     check_eps(eps)
+    return Options(iterations, coupling, leaky, detach_coupling, eps)
 
 
 def check_coupling(coupling: str, leaky: bool) -> None:

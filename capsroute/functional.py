@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from . import _autocast, _backends, _checks, reference
@@ -65,10 +66,8 @@ def capsule_linear(
         TypeError, ValueError: for an argument of the wrong type, dtype, shape or value, by its name.
         RuntimeError: if an explicit backend cannot serve the call, with the reason.
     """
-    _checks.check_options(iterations, coupling, leaky, detach_coupling, eps)
-    u, weight, sizes = _with_weight(u, weight, logits, bias, "bias")
-    options = reference.Options(iterations, coupling, leaky, detach_coupling, eps)
-    return _route(u, weight, sizes, (bias, logits, mask), options, return_coupling, backend)
+    options = _checks.check_options(iterations, coupling, leaky, detach_coupling, eps)
+    return _route(_check_linear, (u, weight, bias, logits, mask), options, return_coupling, backend)
 
 
 def dynamic_routing(
@@ -100,10 +99,8 @@ def dynamic_routing(
     Raises:
         TypeError, ValueError, RuntimeError: as in :func:`capsule_linear`.
     """
-    _checks.check_options(iterations, coupling, leaky, detach_coupling, eps)
-    votes, sizes = _with_votes(votes)
-    options = reference.Options(iterations, coupling, leaky, detach_coupling, eps)
-    return _route(votes, None, sizes, (bias, logits, mask), options, return_coupling, backend)
+    options = _checks.check_options(iterations, coupling, leaky, detach_coupling, eps)
+    return _route(_check_routing, (votes, None, bias, logits, mask), options, return_coupling, backend)
 
 
 def routing_pass(
@@ -147,8 +144,8 @@ def routing_pass(
         TypeError, ValueError, RuntimeError: as in :func:`capsule_linear`.
     """
     _checks.check_coupling(coupling, leaky)
-    u, weight, sizes = _with_weight(u, weight, logits, query, "query")
-    return _pass(u, weight, sizes, (query, scale, logits, mask), (coupling, leaky), return_coupling, backend)
+    options = reference.Options(1, coupling, leaky)
+    return _pass(_check_pass, (u, weight, query, logits, mask), scale, options, return_coupling, backend)
 
 
 def votes_pass(
@@ -177,8 +174,8 @@ def votes_pass(
         TypeError, ValueError, RuntimeError: as in :func:`capsule_linear`.
     """
     _checks.check_coupling(coupling, leaky)
-    votes, sizes = _with_votes(votes)
-    return _pass(votes, None, sizes, (query, scale, logits, mask), (coupling, leaky), return_coupling, backend)
+    options = reference.Options(1, coupling, leaky)
+    return _pass(_check_votes_pass, (votes, None, query, logits, mask), scale, options, return_coupling, backend)
 
 
 def squash(s: Tensor, dim: int = -1, eps: float = 1e-9, power: float = 1.0) -> Tensor:
@@ -204,88 +201,145 @@ def squash(s: Tensor, dim: int = -1, eps: float = 1e-9, power: float = 1.0) -> T
     return reference.squash(s.to(reference.accumulation_dtype(s.dtype)), dim, eps, power).to(s.dtype)
 
 
-def _with_weight(u, weight, logits, outputs, name):
-    """u and weight, checked and cast, and (leading dimensions, I, J or None, O).
+def _route(check, tensors, options, return_coupling, backend):
+    u, weight, sizes, autocast = _checked(check, tensors)
+    run = _backends.choose(backend, u, weight, options).route
+    return _run(run, u, weight, tensors[2:], sizes, options, return_coupling, autocast)
 
-    A weight [O, D] does not say what J is: then it is that of the logits, else of `outputs`, the bias or query.
+
+def _pass(check, tensors, scale, options, return_coupling, backend):
+    _checks.check_scale(scale)
+    u, weight, sizes, autocast = _checked(check, tensors)
+    query, logits, mask = tensors[2:]
+    if query is not None:
+        lead, outputs, features = sizes
+        batch = math.prod(lead)
+        query = _flatten_lead(query, lead, batch, 2).expand(batch, outputs, features)
+        query = query.to(reference.accumulation_dtype(u.dtype))
+        query = query if scale == 1 else query * scale
+    run = _backends.choose(backend, u, weight, options).routing_pass
+    result = _run(run, u, weight, (query, logits, mask), sizes, options, return_coupling, autocast)
+    return (result[0].to(u.dtype), result[1]) if return_coupling else result.to(u.dtype)
+
+
+_sizes = {}  # of arguments that passed a check, by the check and their kinds
+_MOST_SIZES = 1024
+
+
+def _checked(check, tensors):
+    """u (or the votes) and the weight, cast under autocast; their sizes (leading dimensions, J, O); whether it is on.
+
+    The checks take longer than a small problem: arguments like those that passed them before pass again.
+    """
+    u, weight = tensors[:2]
+    autocast = isinstance(u, Tensor) and _autocast.is_on(u)
+    if autocast or torch.compiler.is_compiling():
+        return *check(*tensors), autocast
+    key = check, *map(_kind, tensors)
+    try:
+        sizes = _sizes.get(key)
+    except TypeError:  # a symbolic size has no hash
+        return *check(*tensors), autocast
+    if sizes is None:
+        sizes = check(*tensors)[2]
+        if len(_sizes) == _MOST_SIZES:
+            _sizes.clear()
+        _sizes[key] = sizes
+    return u, weight, sizes, autocast
+
+
+def _kind(x):
+    """All that a check looks at."""
+    if x is None:
+        return None
+    return (x.shape, x.dtype, x.device, x.layout) if isinstance(x, Tensor) else type(x)
+
+
+def _check_linear(u, weight, bias, logits, mask):
+    u, weight, outputs = _check_weight(u, weight, logits, bias, "bias")
+    return u, weight, _check_parameters(u, u.shape[:-1], outputs, weight.shape[-2], bias, logits, mask)
+
+
+def _check_routing(votes, _, bias, logits, mask):
+    votes, (*lead, outputs, features) = _check_votes(votes)
+    return votes, None, _check_parameters(votes, lead, outputs, features, bias, logits, mask)
+
+
+def _check_pass(u, weight, query, logits, mask):
+    u, weight, outputs = _check_weight(u, weight, logits, query, "query")
+    return u, weight, _check_parameters(u, u.shape[:-1], outputs, weight.shape[-2], None, logits, mask, query)
+
+
+def _check_votes_pass(votes, _, query, logits, mask):
+    votes, (*lead, outputs, features) = _check_votes(votes)
+    return votes, None, _check_parameters(votes, lead, outputs, features, None, logits, mask, query)
+
+
+def _check_weight(u, weight, logits, third, name):
+    """u and weight, checked and cast, and J, or None.
+
+    A weight [O, D] does not say what J is: then it is that of the logits, else of `third`, the bias or query.
     """
     _checks.check_input(u)
     _checks.check_tensor("weight", weight, "[I, J, O, D], [J, O, D] or [O, D]")
     u, weight = _autocast.cast(u, weight)
     _checks.check_weight(weight, u)
-    *lead, inputs, _ = u.shape
-    out_capsules = weight.shape[-3] if weight.dim() > 2 else None
-    if out_capsules is None and logits is None and outputs is None:
+    outputs = weight.shape[-3] if weight.dim() > 2 else None
+    if outputs is None and logits is None and third is None:
         raise ValueError(
             f"logits or {name} must be given with weight [O, D], which does not say what J is "
             "(and all output capsules would be identical)"
         )
-    if out_capsules is None and logits is not None:
+    if outputs is None and logits is not None:
         _checks.check_parameter("logits", logits, "[*, I, J]", u)
-        out_capsules = logits.shape[-1] if logits.dim() else 0
-        if out_capsules == 0:
+        outputs = logits.shape[-1] if logits.dim() else 0
+        if outputs == 0:
             raise ValueError(f"logits must be [*, I, J] with J >= 1, got {list(logits.shape)}")
-    return u, weight, (lead, inputs, out_capsules, weight.shape[-2])
+    return u, weight, outputs
 
 
-def _with_votes(votes):
+def _check_votes(votes):
     _checks.check_votes(votes)
-    *lead, inputs, outputs, features = votes.shape
-    (votes,) = _autocast.cast(votes)
-    return votes, (lead, inputs, outputs, features)
+    return _autocast.cast(votes)[0], votes.shape
 
 
-def _route(u, weight, sizes, parameters, options, return_coupling, backend):
-    lead, inputs, outputs, features = sizes
-    bias, logits, mask = parameters
+def _check_parameters(u, lead_and_inputs, outputs, features, bias, logits, mask, query=None):
+    """The leading dimensions, J and O."""
+    *lead, inputs = lead_and_inputs
     if bias is not None:
         _checks.check_bias(bias, outputs, features, u)
         outputs = bias.shape[0]
-    logits, mask = _one_batch(u, lead, inputs, outputs, logits, mask)
-    run = _backends.choose(backend, u, weight, options).route
-    return _run(run, u, lead, (weight, bias, logits, mask), options, return_coupling)
-
-
-def _pass(u, weight, sizes, parameters, normaliser, return_coupling, backend):
-    lead, inputs, outputs, features = sizes
-    query, scale, logits, mask = parameters
-    _checks.check_scale(scale)
     if query is not None:
         outputs = _checks.check_query(query, lead, outputs, features, u)
-        query = _flatten_lead(query, lead, math.prod(lead), 2).expand(math.prod(lead), outputs, features)
-        query = query.to(reference.accumulation_dtype(u.dtype))
-        query = query if scale == 1 else query * scale
-    logits, mask = _one_batch(u, lead, inputs, outputs, logits, mask)
-    options = reference.Options(1, *normaliser)
-    run = _backends.choose(backend, u, weight, options).routing_pass
-    result = _run(run, u, lead, (weight, query, logits, mask), options, return_coupling)
-    return (result[0].to(u.dtype), result[1]) if return_coupling else result.to(u.dtype)
-
-
-def _one_batch(u, lead, inputs, outputs, logits, mask):
-    """logits and mask, checked, as [B or 1, I or 1, J] and [B or 1, I or 1]: the form of the backends."""
-    batch = math.prod(lead)
     if logits is not None:
         _checks.check_parameter("logits", logits, "[*, I, J]", u)
         _checks.check_broadcast("logits", logits, (*lead, inputs, outputs), "[*, I, J]")
-        logits = _flatten_lead(logits, lead, batch, 2).expand(-1, -1, outputs)
     if mask is not None:
         _checks.check_mask(mask, (*lead, inputs), u)
-        mask = _flatten_lead(mask, lead, batch, 1)
-    return logits, mask
+    return lead, outputs, features
 
 
-def _run(run, u, lead, parameters, options, return_coupling):
+def _run(run, u, weight, parameters, sizes, options, return_coupling, autocast):
     """Call a backend with one batch dimension, and give its results the caller's leading ones."""
     _checks.check_flag("return_coupling", return_coupling)
+    lead, outputs, _ = sizes
+    third, logits, mask = parameters
+    if logits is not None:  # [B or 1, I or 1, J]
+        logits = _flatten_lead(logits, lead, math.prod(lead), 2).expand(-1, -1, outputs)
+    if mask is not None:  # [B or 1, I or 1]
+        mask = _flatten_lead(mask, lead, math.prod(lead), 1)
     if len(lead) != 1:
         u = u.reshape(math.prod(lead), *u.shape[len(lead) :])
-    with _autocast.off(u):
-        outputs, c = run(u, *parameters, options, return_coupling)
+    arguments = u, weight, third, logits, mask, options, return_coupling
+    if autocast:
+        with _autocast.off(u):
+            v, c = run(*arguments)
+    else:
+        v, c = run(*arguments)
     if len(lead) != 1:
-        outputs = outputs.reshape(*lead, *outputs.shape[1:])
+        v = v.reshape(*lead, *v.shape[1:])
         c = c.reshape(*lead, *c.shape[1:]) if return_coupling else c
-    return (outputs, c) if return_coupling else outputs
+    return (v, c) if return_coupling else v
 
 
 def _flatten_lead(x: Tensor, lead: list[int], batch: int, kept: int) -> Tensor:

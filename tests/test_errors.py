@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import capsroute
+from capsroute import functional
 
 # A valid call of each kind: B = 2, I = 5, D = 3, J = 6, O = 4.
 VALID = {
@@ -158,3 +159,26 @@ def test_wrong_argument_is_named_with_what_was_expected_and_what_came(case):
 def test_integer_eps_and_positional_iterations_are_fine():
     function, arguments = VALID["votes"]
     assert torch.equal(function(*arguments.values(), 2, eps=1), function(**arguments, iterations=2, eps=1.0))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "expected"),
+    [
+        ({"iterations": 1}, {"iterations": True}, "int"),
+        ({"leaky": False}, {"leaky": 0}, "True or False"),
+        ({"eps": 1.0}, {"eps": True}, "float"),
+        ({}, {"iterations": [3]}, "int"),  # without a hash
+    ],
+    ids=str,
+)
+def test_a_wrong_option_is_not_taken_for_a_right_one_that_equals_it(right, wrong, expected):
+    function, arguments = VALID["linear"]
+    function(**arguments, **right)
+    with pytest.raises(TypeError, match=rf"{next(iter(wrong))} must be .*{expected}"):
+        function(**arguments, **wrong)
+
+
+def test_what_is_remembered_of_arguments_is_bounded():
+    for batch in range(functional._MOST_SIZES + 10):
+        capsroute.dynamic_routing(torch.ones(1, 1, 1).expand(batch, 1, 1, 1), 1)
+    assert 0 < len(functional._sizes) <= functional._MOST_SIZES

@@ -6,6 +6,7 @@ import pytest
 import torch
 from problems import FORMS, Problem, random_problem
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -207,3 +208,15 @@ def penalty_gradients(problem: Problem, backend: str) -> tuple[Tensor, ...]:
         v = function(*tensors)
     (du,) = torch.autograd.grad(v.norm(dim=-1).sum(), tensors[0], create_graph=True)
     return torch.autograd.grad(du.square().sum(), tensors)
+
+
+def test_traced_with_symbolic_sizes(fused):
+    problem = random_problem((3, 5, 4, 3, 2), dtype=torch.float64)
+
+    def routed(u, weight):
+        return capsroute.capsule_linear(u, weight, backend=fused)
+
+    u, weight = problem.tensors["u"].detach(), problem.tensors["weight"].detach()
+    traced = make_fx(routed, tracing_mode="symbolic")(u, weight)
+    more = u.repeat(2, 1, 1)
+    assert_close(traced(more, weight), routed(more, weight))
