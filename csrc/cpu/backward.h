@@ -49,18 +49,16 @@ class BatchSums {
   }
 
   // dW_j = sum over samples and k of ds^k_j (sum_i p^k_ij u_i)^T + V^(k-1)_j (sum_i db^k_ij u_i)^T, by
-  // four rows o at a time; over all j too where they share one matrix.
+  // four rows o at a time. Where all j share one matrix they are only more terms, which follow each other.
   void weight_gradient(int64_t count, const Parallel& parallel) {
-    const int64_t quads = divide_up(p_.O, 4), F = layout_.F;
-    const int64_t pairs = count * plan_.terms;
+    const bool one = p_.form == Weight::single;
+    const int64_t quads = divide_up(p_.O, 4), F = layout_.F, O = layout_.O;
+    const int64_t terms = count * plan_.terms * (one ? p_.J : 1), next = one ? 1 : p_.J;
     parallel_for(parallel, layout_.weights * quads, [&](int64_t item, int64_t) {
-      const int64_t matrix = item / quads, o = item % quads * 4, rows = minimum(4, p_.O - o);
-      const bool one = p_.form == Weight::single;
-      for (int64_t j = one ? 0 : matrix; j < (one ? p_.J : matrix + 1); ++j)
-        for (int64_t n = 0; n < pairs; n += kSumBlock)
-          outer(dW_ + (matrix * p_.O + o) * F, F, kept_.outputs + n * layout_.outputs() + j * layout_.O + o,
-                layout_.outputs(), rows, kept_.sums + n * layout_.sums() + j * F, layout_.sums(), F,
-                minimum(kSumBlock, pairs - n), Write::add);
+      const int64_t j = item / quads, o = item % quads * 4;
+      for (int64_t n = 0; n < terms; n += kSumBlock)
+        outer(dW_ + (j * p_.O + o) * F, F, kept_.outputs + (n * next + j) * O + o, next * O, minimum(4, p_.O - o),
+              kept_.sums + (n * next + j) * F, next * F, F, minimum(kSumBlock, terms - n), Write::add);
     });
   }
 

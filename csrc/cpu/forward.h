@@ -52,7 +52,7 @@ class ForwardStream {
         state_(layout.sums() + (layout.p.over_inputs ? 2 * pad<A>(layout.p.J) : 0)) {
     const Schedule& schedule = stream_.schedule;
     total_ = carver.take<A>(schedule.slots * schedule.tile * state_);
-    s_ = layout.shared ? carver.take<A>(schedule.slots * layout.outputs()) : nullptr;
+    s_ = layout.shared ? carver.take<A>(schedule.slots * schedule.tile * layout.outputs()) : nullptr;
     V_ = carver.take<A>(schedule.slots * schedule.tile * layout.outputs());
     v_ = carver.take<A>(schedule.slots * layout.outputs());
     query_ = layout.shared ? carver.take<A>(schedule.slots * schedule.tile * layout.sums()) : V_;
@@ -64,12 +64,9 @@ class ForwardStream {
   void run(const Parallel& parallel) { run_stream(*this, stream_.schedule, steps_, parallel); }
 
   void begin(const Tile& tile) {
-    for (int64_t n = 0; n < tile.count; ++n) {
-      A* V = of_tile(V_, tile, layout_.outputs()) + n * layout_.outputs();
-      read_query(p_, tile.first + n, V, layout_);
-      if (p_.query.data && layout_.shared)
-        stream_.to_rows(V, of_tile(query_, tile, layout_.sums()) + n * layout_.sums());
-    }
+    A* V = of_tile(V_, tile, layout_.outputs());
+    for (int64_t n = 0; n < tile.count; ++n) read_query(p_, tile.first + n, V + n * layout_.outputs(), layout_);
+    if (p_.query.data) compare_with(V, tile);
   }
 
   // partial_j = sum over the group's i of c_ij (row of i, j)
@@ -110,33 +107,35 @@ class ForwardStream {
   // s = W total + bias, v = squash(s), V = V + v
   void finish(const Tile& tile, int64_t step) {
     if (step == p_.R) return;
+    const int64_t outputs = layout_.outputs();
+    A *total = of_tile(total_, tile, state_), *V = of_tile(V_, tile, outputs), *v = v_ + tile.slot * outputs;
+    for (int64_t n = 0; p_.over_inputs && n < tile.count; ++n) normalise(online(total, n), step, tile.first + n);
+    A* sums = layout_.shared ? of_tile(s_, tile, outputs) : total;
+    if (layout_.shared) stream_.to_outputs(total, state_, sums, tile.count);
     for (int64_t n = 0; n < tile.count; ++n) {
-      A* V = of_tile(V_, tile, layout_.outputs()) + n * layout_.outputs();
-      A* s = of_tile(total_, tile, state_) + n * state_;
-      A* v = v_ + tile.slot * layout_.outputs();
-      if (p_.over_inputs) normalise(online(of_tile(total_, tile, state_), n), step, tile.first + n);
-      if (layout_.shared) {
-        A* outputs = s_ + tile.slot * layout_.outputs();
-        stream_.to_outputs(s, outputs);
-        s = outputs;
-      }
-      if (bias_) fold_sum(s, bias_, layout_.outputs(), false);
       const int64_t b = tile.first + n;
+      A* s = sums + n * (layout_.shared ? outputs : state_);
+      if (bias_) fold_sum(s, bias_, outputs, false);
       if (out_.s && saved(step) >= 0) write(static_cast<A*>(out_.s) + (saved(step) * p_.B + b) * p_.J * p_.O, s);
       if (step == p_.R - 1 && !out_.v) continue;
       for (int64_t j = 0; j < p_.J; ++j) squash(s + j * layout_.O, v + j * layout_.O, layout_.O, p_.eps);
-      if (step == p_.R - 1) {
+      if (step == p_.R - 1)
         write(static_cast<X*>(out_.v) + b * p_.J * p_.O, v);
-      } else {
-        fold_sum(V, v, layout_.outputs(), false);
-        if (layout_.shared) stream_.to_rows(V, of_tile(query_, tile, layout_.sums()) + n * layout_.sums());
-      }
+      else
+        fold_sum(V + n * outputs, v, outputs, false);
     }
+    if (step < p_.R - 1) compare_with(V, tile);
   }
 
  private:
   A* of_tile(A* states, const Tile& tile, int64_t size) const {
     return states + tile.slot * stream_.schedule.tile * size;
+  }
+
+  // V of a tile becomes what its rows are dotted with.
+  void compare_with(const A* V, const Tile& tile) const {
+    const int64_t sums = layout_.sums();
+    if (layout_.shared) stream_.to_rows(V, layout_.outputs(), of_tile(query_, tile, sums), sums, tile.count);
   }
 
   // The place of a step among the saved ones, negative if it is none.

@@ -21,7 +21,7 @@ class LogitStream {
     const Schedule& schedule = stream_.schedule;
     dV_ = carver.take<A>(schedule.slots * schedule.tile * layout_.outputs());
     s_ = carver.take<A>(schedule.slots * layout_.outputs());
-    v_ = carver.take<A>(schedule.slots * layout_.outputs());
+    v_ = carver.take<A>(schedule.slots * schedule.tile * layout_.outputs());
     total_ = carver.take<A>(schedule.slots * schedule.tile * sums_);
     partial_ = carver.take<A>(schedule.partials * schedule.tile * sums_);
   }
@@ -36,7 +36,7 @@ class LogitStream {
 
   // V^k from s^k, ds^R from the gradient of v.
   void begin(const Tile& tile) {
-    A *s = s_ + tile.slot * layout_.outputs(), *v = v_ + tile.slot * layout_.outputs();
+    A *s = s_ + tile.slot * layout_.outputs(), *v = of_tile(v_, tile);
     for (int64_t n = 0; n < tile.count; ++n) {
       A* V = dV(tile, n);  // free until the end of this loop
       read_query(p_, first_ + tile.first + n, V, layout_);
@@ -50,6 +50,7 @@ class LogitStream {
       set_zero(V, layout_.outputs());
       read_last(tile.first + n, v, s);
     }
+    for (int64_t term = plan_.e(p_.R); term < plan_.terms; ++term) to_rows(tile, term);  // and all q
   }
 
   void group(const Tile& tile, int64_t step, int64_t group, int64_t partial, int64_t part) {
@@ -69,7 +70,7 @@ class LogitStream {
 
   void finish(const Tile& tile, int64_t step) {
     const int64_t k = p_.R - step, sums = layout_.sums(), outputs = layout_.outputs();
-    A *s = s_ + tile.slot * outputs, *v = v_ + tile.slot * outputs;
+    A *s = s_ + tile.slot * outputs, *v = of_tile(v_, tile);
     for (int64_t n = 0; n < tile.count; ++n) {
       const A *logit_sum = total(tile, n), *coupled = logit_sum + sums;
       if (p_.over_inputs && plan_.logits_move) correct_sums(tile, n, k, s);
@@ -81,14 +82,17 @@ class LogitStream {
         const int64_t J = pad<A>(p_.J);
         fold_sum(kept_.logit_sums + (tile.first + n) * J, total(tile, n) + sums_ - J, J, step == 0);
       }
-      if (!plan_.queried(k)) continue;
-      if (layout_.shared) stream_.to_outputs(logit_sum, v);
-      fold_sum(dV(tile, n), layout_.shared ? v : logit_sum, outputs, false);
+    }
+    if (!plan_.queried(k)) return;
+    if (layout_.shared) stream_.to_outputs(total(tile, 0), sums_, v, tile.count);
+    for (int64_t n = 0; n < tile.count; ++n) {
+      fold_sum(dV(tile, n), layout_.shared ? v + n * outputs : total(tile, n), outputs, false);
       if (k > 1)
         keep_ds(tile.first + n, k - 1, dV(tile, n), s);
       else if (plan_.out.query)
         write_query(tile.first + n, dV(tile, n));
     }
+    if (k > 1) to_rows(tile, plan_.e(k - 1));
   }
 
   // Pass k over a block: p^k and db^k, and their sums over i, to `sums` if not null. `pairs` has the
@@ -129,7 +133,10 @@ class LogitStream {
   }
 
  private:
-  A* dV(const Tile& tile, int64_t n) const { return dV_ + (tile.slot * stream_.schedule.tile + n) * layout_.outputs(); }
+  A* of_tile(A* outputs, const Tile& tile) const {
+    return outputs + tile.slot * stream_.schedule.tile * layout_.outputs();
+  }
+  A* dV(const Tile& tile, int64_t n) const { return of_tile(dV_, tile) + n * layout_.outputs(); }
   A* total(const Tile& tile, int64_t n) const { return total_ + (tile.slot * stream_.schedule.tile + n) * sums_; }
 
   // Takes the mean's error x_j from sum over i of db_ij h_ij, and keeps it for the db_ij themselves.
@@ -176,7 +183,14 @@ class LogitStream {
 
   void keep(int64_t n, int64_t term, const A* outputs) const {
     fold_sum(kept_.output(n, term), outputs, layout_.outputs(), true);
-    if (layout_.shared) stream_.to_rows(outputs, kept_.row(n, term));
+  }
+
+  // e^k from ds^k, or q^k from V^k, of a tile.
+  void to_rows(const Tile& tile, int64_t term) const {
+    const int64_t n = tile.first, terms = plan_.terms;
+    if (layout_.shared)
+      stream_.to_rows(kept_.output(n, term), terms * layout_.outputs(), kept_.row(n, term), terms * layout_.sums(),
+                      tile.count);
   }
 
   // ds^k = J_squash(s^k)^T g
@@ -187,7 +201,6 @@ class LogitStream {
       const int64_t at = j * layout_.O;
       squash_backward(s + at, g + at, ds + at, layout_.O, p_.eps);
     }
-    if (layout_.shared) stream_.to_rows(ds, kept_.row(n, plan_.e(k)));
     if (p_.over_inputs) keep_means(n, k, s);
   }
 

@@ -229,21 +229,57 @@ CAPSROUTE_INLINE void add_rows(A* s, const A* rows, int64_t row_stride, const A*
   for (; f < F; f += W<A>) add_panel<1>(s + f, rows + f, row_stride, c);
 }
 
-// y_l[f] = sum over t of coefficient_t[l] vector_t[f], for N neighbouring lanes l and C vectors of
-// features; y_l are y_stride apart, vector_t vector_stride.
-template <int N, int C, class A>
-CAPSROUTE_INLINE void combine_panel(A* y, int64_t y_stride, const A* const* coefficient, int64_t lane, const A* vector,
-                                    int64_t vector_stride, int64_t terms) {
-  Vec<A> sum[N][C] = {};
-  for (int64_t t = 0; t < terms; ++t, vector += vector_stride) {
+// The same rows for K output capsules: s_k[f] += sum over l of c_k[l] rows[l, f], for C vectors of features.
+template <int K, int C, class A>
+CAPSROUTE_INLINE void add_shared_panel(A* s, int64_t s_stride, const A* rows, int64_t row_stride, const A* c) {
+  Vec<A> sum[K][C] = {};
+#pragma GCC unroll 16
+  for (int64_t l = 0; l < W<A>; ++l) {
     Vec<A> row[C];
 #pragma GCC unroll 2
-    for (int c = 0; c < C; ++c) row[c] = load(vector + c * W<A>);
+    for (int v = 0; v < C; ++v) row[v] = load(rows + l * row_stride + v * W<A>);
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      const Vec<A> scale = all<A>(coefficient[t][lane + n]);
+    for (int k = 0; k < K; ++k) {
+      const Vec<A> scale = all<A>(c[k * W<A> + l]);
 #pragma GCC unroll 2
-      for (int c = 0; c < C; ++c) sum[n][c] += scale * row[c];
+      for (int v = 0; v < C; ++v) sum[k][v] += scale * row[v];
+    }
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < K; ++k)
+#pragma GCC unroll 2
+    for (int v = 0; v < C; ++v) {
+      A* to = s + k * s_stride + v * W<A>;
+      store(to, load(to) + sum[k][v]);
+    }
+}
+
+// s_k[f] += sum over l of c_k[l] rows[l, f] for K output capsules
+template <int K, class A, class Size>
+CAPSROUTE_INLINE void add_shared_rows(A* s, const A* rows, int64_t row_stride, const A* c, Size F) {
+  int64_t f = 0;
+  for (; f + 2 * W<A> <= F; f += 2 * W<A>) add_shared_panel<K, 2>(s + f, F, rows + f, row_stride, c);
+  for (; f < F; f += W<A>) add_shared_panel<K, 1>(s + f, F, rows + f, row_stride, c);
+}
+
+// y_l[f] = sum over t and j of coefficient_t[j, l] vector_tj[f], for N neighbouring lanes l and C vectors of
+// features; y_l are y_stride apart, vector_tj follow each other vector_stride apart.
+template <int N, int C, class A, class Size>
+CAPSROUTE_INLINE void combine_panel(A* y, int64_t y_stride, const A* const* coefficient, int64_t lane, const A* vector,
+                                    int64_t vector_stride, int64_t terms, Size J) {
+  Vec<A> sum[N][C] = {};
+  for (int64_t t = 0; t < terms; ++t) {
+    const A* own = coefficient[t] + lane;
+    for (int64_t j = 0; j < J; ++j, vector += vector_stride, own += W<A>) {
+      Vec<A> row[C];
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c) row[c] = load(vector + c * W<A>);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        const Vec<A> scale = all<A>(own[n]);
+#pragma GCC unroll 2
+        for (int c = 0; c < C; ++c) sum[n][c] += scale * row[c];
+      }
     }
   }
 #pragma GCC unroll 4

@@ -67,7 +67,7 @@ class RowGradients {
   struct Scratch {
     A* uniform;             // [sub_batch][J, W]: p^1 where it has no query
     A* pairs;               // [sub_batch][slot][J, W], where they are not kept
-    const A** coefficient;  // [terms], where all j share a row [terms][J]
+    const A** coefficient;  // [terms]
     A* dh;                  // [kSubLanes or 1][sub_batch][J, F]
     A* inputs;              // [sub_batch][lanes][D]
     A* du;                  // [sub_batch][lanes][D]
@@ -78,7 +78,7 @@ class RowGradients {
     Scratch s;
     s.uniform = carver.take<A>(sub_batch_ * layout_.lanes());
     s.pairs = carver.take<A>(plan_.keep_pairs ? 0 : kSubBatch * kept_.block_pairs());
-    s.coefficient = carver.take<const A*>(plan_.terms * (layout_.shared ? p_.J : 1));
+    s.coefficient = carver.take<const A*>(plan_.terms);
     s.dh = carver.take<A>(minimum(lanes_, kSubLanes<A>) * sub_batch_ * layout_.sums());
     s.inputs = carver.take<A>(sub_batch_ * lanes_ * p_.D);
     s.du = carver.take<A>(sub_batch_ * lanes_ * p_.D);
@@ -161,12 +161,9 @@ class RowGradients {
     const int64_t sums = layout_.sums(), next = sub_batch_ * sums, terms = plan_.terms, J = p_.J;
     const A* vectors = kept_.row(n, 0);
     const bool at_once = layout_.shared && !block.forbids;  // the vectors of all j follow each other
-    if (at_once) {
-      for (int64_t t = terms * J - 1; t >= 0; --t) coefficient[t] = coefficient[t / J] + t % J * W<A>;
-      combine<N>(dh, next, coefficient, l0, vectors, F, terms * J, F);
-    }
+    if (at_once) combine<N>(dh, next, coefficient, l0, vectors, F, terms, J, F);
     for (int64_t j = 0; !at_once && j < J; ++j)
-      combine<N>(dh + j * F, next, coefficient, j * W<A> + l0, vectors + j * F, sums, terms, F);
+      combine<N>(dh + j * F, next, coefficient, j * W<A> + l0, vectors + j * F, sums, terms, Known<1>(), F);
     for (int64_t l = 0; l < N; ++l) {  // exactly 0, also where a vector is NaN
       A* own = dh + l * next;
       if (block.live[l0 + l] == 0) set_zero(own, at_once ? F : sums);
@@ -176,14 +173,14 @@ class RowGradients {
     }
   }
 
-  // to[l] = sum over terms of coefficient[term][lane + l] vectors[term], [F], for N lanes l
-  template <int N, class Size>
+  // to[l] = sum over terms and J of them of coefficient[term][j, lane + l] vectors[term, j], [F], for N lanes l
+  template <int N, class Count, class Size>
   void combine(A* to, int64_t next, const A* const* coefficient, int64_t lane, const A* vectors, int64_t stride,
-               int64_t terms, Size F) const {
+               int64_t terms, Count J, Size F) const {
     int64_t f = 0;
     for (; f + 2 * W<A> <= F; f += 2 * W<A>)
-      combine_panel<N, 2>(to + f, next, coefficient, lane, vectors + f, stride, terms);
-    for (; f < F; f += W<A>) combine_panel<N, 1>(to + f, next, coefficient, lane, vectors + f, stride, terms);
+      combine_panel<N, 2>(to + f, next, coefficient, lane, vectors + f, stride, terms, J);
+    for (; f < F; f += W<A>) combine_panel<N, 1>(to + f, next, coefficient, lane, vectors + f, stride, terms, J);
   }
 
   void row_gradients(int64_t first, int64_t m, int64_t samples, const Lanes& lanes, const Block<A>* blocks,

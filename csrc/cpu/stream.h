@@ -75,12 +75,15 @@ class Stream {
     });
   }
 
-  // rows[j] = W_j^T outputs[j] for every j: from [J, O] to what the rows are dotted with, [J, F].
-  void to_rows(const A* outputs, A* rows) const { transform(weights.to_rows, outputs, p.O, layout.O, rows, layout.F); }
+  // rows[j] = W_j^T outputs[j] for every j of some samples: from [J, O] to what rows are dotted with, [J, F]. Those of
+  // two samples are the two strides apart.
+  void to_rows(const A* outputs, int64_t outputs_stride, A* rows, int64_t rows_stride, int64_t samples) const {
+    transform(weights.to_rows, outputs, outputs_stride, p.O, layout.O, rows, rows_stride, layout.F, samples);
+  }
 
-  // outputs[j] = W_j rows[j] for every j: from sums of rows, [J, F], to [J, O].
-  void to_outputs(const A* rows, A* outputs) const {
-    transform(weights.to_outputs, rows, p.D, layout.F, outputs, layout.O);
+  // outputs[j] = W_j rows[j]: from sums of rows, [J, F], to [n][J, O].
+  void to_outputs(const A* rows, int64_t rows_stride, A* outputs, int64_t samples) const {
+    transform(weights.to_outputs, rows, rows_stride, p.D, layout.F, outputs, layout.outputs(), layout.O, samples);
   }
 
   const Layout<X>& layout;
@@ -132,16 +135,25 @@ class Stream {
     return s;
   }
 
-  // to_j = matrix_j from_j; one matrix for all j is read once for kSamples of them.
-  void transform(const A* matrices, const A* from, int64_t n, int64_t from_stride, A* to, int64_t m) const {
+  // to_nj = matrix_j from_nj; a matrix is read once for kSamples n, or, if it is one for all j, n and j.
+  void transform(const A* matrices, const A* from, int64_t from_n, int64_t terms, int64_t from_j, A* to, int64_t to_n,
+                 int64_t size, int64_t samples) const {
     const bool one = layout.weights == 1;
-    for (int64_t j = 0, count; j < p.J; j += count) {
-      count = one ? minimum(kSamples, p.J - j) : 1;
-      const A* x[kSamples];
-      A* y[kSamples];
-      for (int64_t k = 0; k < count; ++k) x[k] = from + (j + k) * from_stride, y[k] = to + (j + k) * m;
-      apply(matrices + (one ? 0 : j) * n * m, m, x, n, y, m, count);
-    }
+    const int64_t J = p.J, items = samples * (one ? J : 1);
+    for (int64_t matrix = 0; matrix < layout.weights; ++matrix)
+      for (int64_t first = 0, n = 0, j = matrix; first < items; first += kSamples) {
+        const int64_t count = minimum(kSamples, items - first);
+        const A* x[kSamples];
+        A* y[kSamples];
+        for (int64_t k = 0; k < count; ++k) {
+          x[k] = from + n * from_n + j * from_j, y[k] = to + n * to_n + j * size;
+          if (one && j + 1 < J)
+            ++j;
+          else
+            ++n, j = matrix;
+        }
+        apply(matrices + matrix * terms * size, size, x, terms, y, size, count);
+      }
   }
 
   A* kept_;  // [slots][blocks][together][W, row]
