@@ -102,6 +102,12 @@ def test_operations_of_mnist():
     assert operations(case, planned(*case[1:6]), False) == 2 * 13 * case.votes
 
 
+def test_operations_where_votes_are_made_anew():
+    """Three makings of the votes, the first of which is already a sum; two sums and two agreements: 2 (24 + 4)."""
+    case = CASES["cifar10"]._replace(batch=4)
+    assert operations(case, planned(*case[1:6]), False) == 2 * 28 * case.votes
+
+
 def test_explain_tells_people_and_programs(capsys):
     assert main(["bench", "--explain", "--case", "mnist-1", "--json"]) == 0
     out, err = capsys.readouterr()

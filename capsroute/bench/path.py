@@ -54,9 +54,9 @@ def explain(case: Case, path: Path, backward: bool) -> str:
     passes = streamed(case, backward)
     if case.weight == "IJOD" and passes > 1:
         if path.keeps_votes:
-            words.append("kept between passes, as those of a tile are few enough")
+            words.append("kept between passes, as those of 4 samples are few enough")
         else:
-            words.append("made anew in each pass, as those of a tile would be too many to keep")
+            words.append("made anew in each pass, as those of 4 samples are too many to keep")
     shared_out = "their groups are shared out" if path.by_group else "a thread takes whole tiles"
     samples, inputs = min(path.tile, path.chunk), -(-case.inputs // path.groups)
     tiles = f"{path.tiles} x {samples} samples, {path.groups} x {inputs} input capsules"
@@ -87,7 +87,10 @@ def operations(case: Case, path: Path, backward: bool) -> int:
     votes = 2 * B * I * J * O * D if case.weight == "IJOD" else 0
     products = 2 * B * J * O * D if shared else 0  # of W with V or a sum
     if not backward:
-        return (1 if path.keeps_votes else R) * votes + R * (row + products) + (R - 1) * (row + products)
+        alike = (
+            case.weight == "IJOD" and not path.keeps_votes and case.coupling == "out"
+        )  # pass 1 sums without a coupling
+        return (1 if path.keeps_votes else R) * votes + (R - alike) * (row + products) + (R - 1) * (row + products)
     if case.detach_coupling:
         R = 1
     passes = streamed(case, backward)

@@ -205,33 +205,9 @@ CAPSROUTE_INLINE Vec<A> dot_rows(const A* rows, int64_t row_stride, const A* q, 
   return sum_each<A>(sum);
 }
 
-// s[f] += sum over l of c[l] rows[l, f] for C vectors of features, in two interleaved chains each.
-template <int C, class A>
-CAPSROUTE_INLINE void add_panel(A* s, const A* rows, int64_t row_stride, const A* c) {
-  Vec<A> sum[2][C];
-#pragma GCC unroll 2
-  for (int k = 0; k < C; ++k) sum[0][k] = load(s + k * W<A>), sum[1][k] = all<A>(0);
-#pragma GCC unroll 16
-  for (int64_t l = 0; l < W<A>; ++l) {
-    const Vec<A> scale = all<A>(c[l]);
-#pragma GCC unroll 2
-    for (int k = 0; k < C; ++k) sum[l % 2][k] += scale * load(rows + l * row_stride + k * W<A>);
-  }
-#pragma GCC unroll 2
-  for (int k = 0; k < C; ++k) store(s + k * W<A>, sum[0][k] + sum[1][k]);
-}
-
-// s[f] += sum over l of c[l] rows[l, f]
-template <class A, class Size>
-CAPSROUTE_INLINE void add_rows(A* s, const A* rows, int64_t row_stride, const A* c, Size F) {
-  int64_t f = 0;
-  for (; f + 2 * W<A> <= F; f += 2 * W<A>) add_panel<2>(s + f, rows + f, row_stride, c);
-  for (; f < F; f += W<A>) add_panel<1>(s + f, rows + f, row_stride, c);
-}
-
-// The same rows for K output capsules: s_k[f] += sum over l of c_k[l] rows[l, f], for C vectors of features.
+// s_k[f] += sum over l of c_k[l] rows[l, f] for K output capsules and C vectors of features.
 template <int K, int C, class A>
-CAPSROUTE_INLINE void add_shared_panel(A* s, int64_t s_stride, const A* rows, int64_t row_stride, const A* c) {
+CAPSROUTE_INLINE void add_panel(A* s, int64_t s_stride, const A* rows, int64_t row_stride, const A* c) {
   Vec<A> sum[K][C] = {};
 #pragma GCC unroll 16
   for (int64_t l = 0; l < W<A>; ++l) {
@@ -254,12 +230,12 @@ CAPSROUTE_INLINE void add_shared_panel(A* s, int64_t s_stride, const A* rows, in
     }
 }
 
-// s_k[f] += sum over l of c_k[l] rows[l, f] for K output capsules
+// s_k[f] += sum over l of c_k[l] rows[l, f] for K output capsules: the bits are those of one at a time.
 template <int K, class A, class Size>
-CAPSROUTE_INLINE void add_shared_rows(A* s, const A* rows, int64_t row_stride, const A* c, Size F) {
+CAPSROUTE_INLINE void add_rows(A* s, const A* rows, int64_t row_stride, const A* c, Size F) {
   int64_t f = 0;
-  for (; f + 2 * W<A> <= F; f += 2 * W<A>) add_shared_panel<K, 2>(s + f, F, rows + f, row_stride, c);
-  for (; f < F; f += W<A>) add_shared_panel<K, 1>(s + f, F, rows + f, row_stride, c);
+  for (; f + 2 * W<A> <= F; f += 2 * W<A>) add_panel<K, 2>(s + f, F, rows + f, row_stride, c);
+  for (; f < F; f += W<A>) add_panel<K, 1>(s + f, F, rows + f, row_stride, c);
 }
 
 // y_l[f] = sum over t and j of coefficient_t[j, l] vector_tj[f], for N neighbouring lanes l and C vectors of

@@ -144,9 +144,9 @@ void couple_backward(const Block<A> block, const A* c, const A* e, int64_t J, Si
 template <class A, class Size>
 void add_block(const Block<A> block, const A* c, int64_t J, Size F, A* s) {
   int64_t j = 0;
-  if (block.column == 0)
-    for (; j + 4 <= J; j += 4) add_shared_rows<4>(s + j * F, block.rows, block.row, c + j * W<A>, F);
-  for (; j < J; ++j) add_rows(s + j * F, block.rows + j * block.column, block.row, c + j * W<A>, F);
+  if (block.column == 0)  // the same rows for all j
+    for (; j + 4 <= J; j += 4) add_rows<4>(s + j * F, block.rows, block.row, c + j * W<A>, F);
+  for (; j < J; ++j) add_rows<1>(s + j * F, block.rows + j * block.column, block.row, c + j * W<A>, F);
 }
 
 // v = squash(s) = n2 / (1 + n2) * s / sqrt(n2 + eps), n2 = |s|^2
