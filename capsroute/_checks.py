@@ -47,14 +47,14 @@ def check_flag(name: str, value: object) -> None:
 
 def check_options(*options) -> Options:
     """The options of the public operators; those that were checked before are taken at once."""
-    try:
-        return _checked_options(*options)
-    except TypeError:
-        pass  # one is of a wrong type, or has not even a hash: the check itself says which
-    return _checked_options.__wrapped__(*options)
+    if not torch.compiler.is_compiling():  # dynamo warns of a cache
+        try:
+            return _remembered_options(*options)
+        except TypeError:
+            pass  # one is of a wrong type, or has not even a hash: the check itself says which
+    return _checked_options(*options)
 
 
-@functools.lru_cache(typed=True)  # True is not 1
 def _checked_options(iterations: int, coupling: str, leaky: bool, detach_coupling: bool, eps: float) -> Options:
     if isinstance(iterations, bool) or not isinstance(iterations, (int, torch.SymInt)):
         raise TypeError(f"iterations must be an int, got {type(iterations).__name__}")
@@ -64,6 +64,9 @@ def _checked_options(iterations: int, coupling: str, leaky: bool, detach_couplin
     check_coupling(coupling, leaky)
     check_eps(eps)
     return Options(iterations, coupling, leaky, detach_coupling, eps)
+
+
+_remembered_options = functools.lru_cache(typed=True)(_checked_options)  # True is not 1
 
 
 def check_coupling(coupling: str, leaky: bool) -> None:

@@ -114,6 +114,13 @@ def test_compile_with_the_coupling_and_without_gradients(fused):
         assert_close(x, y)
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_compile_warns_of_nothing(fused):
+    """Nor of the caches of a plain call, which dynamo traces past."""
+    u, weight = torch.randn(2, 3, 4), torch.randn(3, 5, 6, 4, requires_grad=True)
+    torch.compile(layer, backend="aot_eager", fullgraph=True)(u, weight, fused)
+
+
 def test_compile_by_inductor(fused):
     u, weight = torch.randn(4, 9, 3, requires_grad=True), torch.randn(9, 3, 5, 3, requires_grad=True)
 
