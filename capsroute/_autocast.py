@@ -19,6 +19,7 @@ def _device_if_on(x: Tensor) -> str | None:
 
 
 def is_on(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x."""
     return _device_if_on(x) is not None
 
 

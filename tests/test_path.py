@@ -40,6 +40,7 @@ def test_a_tile_is_larger_where_votes_are_made_anew():
     assert planned(33, 16, 2, 20, 16)[2:4] == (4, 9)
     assert planned(64, 1648, 2, 20, 16)[2:4] == (64, 1)
     assert planned(65, 1648, 2, 20, 16)[2:4] == (36, 2)  # even tiles, of whole fours
+    assert planned(0, 1648, 2, 20, 16).tiles == 0
     # 4 MiB hold V and sums, 2 x 4 bytes for each of J x O, of 32 samples, and of 15, of which 16 are taken
     assert planned(128, 16, 2, 1024, 16, iterations=1)[2:4] == (32, 4)
     assert planned(128, 16, 2, 2176, 16, iterations=1)[2:4] == (16, 8)

@@ -87,9 +87,8 @@ def operations(case: Case, path: Path, backward: bool) -> int:
     votes = 2 * B * I * J * O * D if case.weight == "IJOD" else 0
     products = 2 * B * J * O * D if shared else 0  # of W with V or a sum
     if not backward:
-        alike = (
-            case.weight == "IJOD" and not path.keeps_votes and case.coupling == "out"
-        )  # pass 1 sums without a coupling
+        # the first pass couples all alike: its votes are summed as they are made
+        alike = case.weight == "IJOD" and not path.keeps_votes and case.coupling == "out"
         return (1 if path.keeps_votes else R) * votes + (R - alike) * (row + products) + (R - 1) * (row + products)
     if case.detach_coupling:
         R = 1

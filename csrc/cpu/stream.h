@@ -6,9 +6,10 @@
 
 namespace capsroute::CAPSROUTE_ISA {
 
-// Votes of a tile are kept between passes while they fit into this; else they are made anew.
+// Votes are kept between passes while those of kSamples samples fit into this; else they are made anew.
 constexpr int64_t kKeptVotes = int64_t(8) << 20;
-// Then a tile has samples, between these two numbers, whose V and sums fit into that.
+// Where they are made anew, a tile has as many samples, between these two numbers, as have V and sums that fit into
+// that.
 constexpr int64_t kShortTile = 4 * kSamples, kLongTile = 16 * kSamples, kTileStates = int64_t(4) << 20;
 
 template <class X>
@@ -106,7 +107,7 @@ class Stream {
     if (keep || layout.p.form != Weight::pair) return kSamples;
     const int64_t most = kTileStates / (2 * layout.outputs() * int64_t(sizeof(A)));
     const int64_t tile = minimum(kLongTile, maximum(kShortTile, most));
-    const int64_t tiles = divide_up(divide_up(batch, tile), threads) * threads;
+    const int64_t tiles = divide_up(maximum(1, divide_up(batch, tile)), threads) * threads;
     const int64_t even = divide_up(divide_up(batch, tiles), kSamples) * kSamples;
     return even < kShortTile ? tile : even;
   }
