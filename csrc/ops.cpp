@@ -79,11 +79,17 @@ std::string plan(const Tensor& u, const Optional& weight, const Optional& bias, 
   gradients.u = &p, gradients.weight = weight ? &p : nullptr;
   const Plan found =
       backward ? kernels().plan_backward(p, gradients, threads) : kernels().plan_forward(p, forward, threads);
-  const std::pair<const char*, int64_t> numbers[] = {
-      {"scratch", found.scratch}, {"keeps_votes", found.keeps_votes}, {"tile", found.tile},
-      {"tiles", found.tiles},     {"groups", found.groups},           {"by_group", found.by_group},
-      {"chunk", found.chunk},     {"keeps_pairs", found.keeps_pairs}, {"one_by_one", found.one_by_one},
-      {"threads", threads}};
+  const std::pair<const char*, int64_t> numbers[] = {{"scratch", found.scratch},
+                                                     {"keeps_votes", found.keeps_votes},
+                                                     {"tile", found.tile},
+                                                     {"tiles", found.tiles},
+                                                     {"groups", found.groups},
+                                                     {"by_group", found.by_group},
+                                                     {"chunk", found.chunk},
+                                                     {"keeps_pairs", found.keeps_pairs},
+                                                     {"one_by_one", found.one_by_one},
+                                                     {"by_samples", found.by_samples},
+                                                     {"threads", threads}};
   std::string text;
   for (const auto& [name, number] : numbers)
     text += std::string(text.empty() ? "" : " ") + name + "=" + std::to_string(number);

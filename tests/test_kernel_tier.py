@@ -24,7 +24,7 @@ kernel_tier = importlib.import_module("capsroute._kernel_tier")  # built for dev
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", kernel_tier.instruction_sets())
-@pytest.mark.parametrize("shape", [(5, 67, 8, 10, 16), (3, 19, 5, 3, 17)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 67, 8, 10, 16), (3, 19, 5, 3, 17), (37, 131, 4, 10, 16)], ids=str)
 def test_instruction_set_against_reference(name, shape, dtype):
     batch, inputs, in_features, outputs, out_features = shape
     u = torch.randn(batch, inputs, in_features, dtype=dtype)

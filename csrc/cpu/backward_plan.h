@@ -84,13 +84,14 @@ template <class X>
 struct Kept {
   using A = Acc<X>;
 
-  Kept(const BackwardPlan<X>& plan, Carver& carver) : plan(plan), layout(plan.layout) {
+  Kept(const BackwardPlan<X>& plan, Carver& carver)
+      : plan(plan), layout(plan.layout), sub_tiles(divide_up(plan.chunk, W<A>)) {
     const int64_t vectors = plan.chunk * plan.terms;
     outputs = carver.take<A>(vectors * layout.outputs());
     rows = layout.shared ? carver.take<A>(vectors * layout.sums()) : outputs;
     sums = layout.shared ? carver.take<A>(vectors * layout.sums()) : nullptr;
     means = carver.take<A>(plan.chunk * plan.means);
-    pairs = plan.keep_pairs ? carver.take<A>(plan.chunk * layout.blocks * block_pairs()) : nullptr;
+    pairs = plan.keep_pairs ? carver.take<A>(sub_tiles * W<A> * layout.blocks * block_pairs()) : nullptr;
     logit_sums = plan.logits_by_sum ? carver.take<A>(plan.chunk * pad<A>(plan.p.J)) : nullptr;
   }
 
@@ -101,14 +102,18 @@ struct Kept {
   A* mean(int64_t n, int64_t k) const { return means + n * plan.means + 2 * (k - 1) * pad<A>(plan.p.J); }
   A* mean_error(int64_t n, int64_t k) const { return mean(n, k) + pad<A>(plan.p.J); }
   A* pair(int64_t n, int64_t i0) const { return pairs + (i0 / W<A> * plan.chunk + n) * block_pairs(); }
+  A* pair_of_samples(int64_t n, int64_t i) const {
+    return pairs + ((i / W<A> * sub_tiles + n / W<A>)*W<A> + i % W<A>)*block_pairs() + n % W<A>;
+  }
 
   const BackwardPlan<X>& plan;
   const Layout<X>& layout;
+  const int64_t sub_tiles;
   A* outputs;     // [n][term][J, O]: ds^k and V^k
   A* rows;        // [n][term][J, F]: e^k and q^k
   A* sums;        // [n][term][J, F]: sum over i of p^k_ij u_i and of db^k_ij u_i, for a shared weight
   A* means;       // [n][k][2][J], for a softmax over i
-  A* pairs;       // [block][n][slot][J, W]
+  A* pairs;       // [block][n][slot][J, W inputs], or by samples [block][n / W][i][slot][J, W samples]
   A* logit_sums;  // [n][J]
 };
 

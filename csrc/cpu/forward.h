@@ -36,6 +36,9 @@ void read_query(const Problem& p, int64_t b, Acc<X>* V, const Layout<X>& layout)
   widen_outputs(V, static_cast<const Acc<X>*>(p.query.data) + b * stride[0], stride[1], stride[2], layout);
 }
 
+// A vote of fewer terms is cheaper to make once more, in a product with all others, than to read and add.
+constexpr int64_t kFewTerms = 32;
+
 template <class X>
 class ForwardStream {
  public:
@@ -48,8 +51,8 @@ class ForwardStream {
         bias_(widen_bias(layout, carver)),
         // With a softmax over i the coupling is known only after the last pass, and takes a step of its own.
         steps_(layout.p.R + (layout.p.over_inputs && out.coupling)),
-        stream_(layout, layout.p.B, steps_, carver, parallel),
-        state_(layout.sums() + (layout.p.over_inputs ? 2 * pad<A>(layout.p.J) : 0)) {
+        state_(layout.sums() + (layout.p.over_inputs ? 2 * pad<A>(layout.p.J) : 0)),
+        stream_(layout, layout.p.B, steps_, state_, layout.sums(), steps_ == layout.p.R, carver, parallel) {
     const Schedule& schedule = stream_.schedule;
     total_ = carver.take<A>(schedule.slots * schedule.tile * state_);
     s_ = layout.shared ? carver.take<A>(schedule.slots * schedule.tile * layout.outputs()) : nullptr;
@@ -77,7 +80,8 @@ class ForwardStream {
     A *sum = partial_ + partial * stream_.schedule.tile * state_, *c = scratch.coupling;
     A* logits = out_.logits && step == p_.R - 1 ? scratch.logits : nullptr;
     if (step < p_.R) clear(sum, tile.count);
-    if (step == 0 && is_uniform()) return stream_.add_votes(tile, group, A(1) / A(p_.leaky ? J + 1 : J), scratch, sum);
+    if (stream_.by_samples) return group_of_samples(tile, step, group, queries, logits, sum, scratch);
+    if (step == 0 && is_uniform()) return stream_.add_votes(tile, group, share(), scratch, sum);
     stream_.for_blocks(tile, 0, group, step == 0, scratch, [&](int64_t n, int64_t i0, const Block<A>& block) {
       const A* query = queries ? queries + n * sums : nullptr;
       if (step == p_.R) {
@@ -92,8 +96,8 @@ class ForwardStream {
           add_block(block, c, J, F, sum + n * state_);
         });
       }
-      if (logits) write_pairs(static_cast<A*>(out_.logits), tile.first + n, i0, logits);
-      if (out_.coupling && step == steps_ - 1) write_pairs(static_cast<X*>(out_.coupling), tile.first + n, i0, c);
+      const int64_t inputs = minimum(W<A>, p_.I - i0);
+      write_pairs(tile.first + n, 1, i0, inputs, step, c, logits);
     });
   }
 
@@ -128,6 +132,48 @@ class ForwardStream {
   }
 
  private:
+  // The same where a lane is a sample.
+  void group_of_samples(const Tile& tile, int64_t step, int64_t group, const A* queries, A* logits, A* sum,
+                        const typename Stream<X>::Scratch& scratch) const {
+    const int64_t sums = layout_.sums(), lanes = layout_.lanes(), J = p_.J;
+    const bool alike = step == 0 && is_uniform(), makes = step == is_uniform();
+    A* c = scratch.coupling;
+    if (makes && stream_.keep) stream_.make_kept(tile, 0, group, scratch);
+    for (int64_t m = 0; m < tile.count; m += W<A>) {
+      const int64_t count = minimum(W<A>, tile.count - m);
+      if (queries) to_lanes(queries + m * sums, sums, count, sums, scratch.q);
+      scratch.sums.clear();
+      for (int64_t j = 0; p_.over_inputs && j < J; ++j) store(online_lanes(scratch).highest + j * W<A>, never<A>());
+      const A* q = queries ? scratch.q : nullptr;
+      auto visit = [&](int64_t i, int64_t l, const SampleBlock<A>& block) {
+        A* own = c + l * lanes;
+        with_features<A>(layout_.F, [&](auto F) {
+          if (p_.over_inputs)
+            online_logits(block, q, J, F, own, logits);
+          else
+            couple(block, q, J, F, p_.leaky, own, logits);
+        });
+        write_pairs(tile.first + m, count, i, 1, step, own, logits);
+      };
+      auto add = [&](Run<A> run, int64_t, bool first) {
+        if (p_.over_inputs) couple_online(c, run.count, J, layout_.F, online_lanes(scratch));
+        run.c = c, run.c_next = lanes;
+        add_run(scratch.sums.block, run, J, layout_.F, first);
+      };
+      if (alike)
+        stream_.add_sample_votes(tile, m, count, group, share(), scratch);
+      else
+        stream_.for_inputs(tile, 0, m, count, group, scratch, visit, add);
+      from_lanes(scratch.sums.total, state_, sum + m * state_, state_, count);
+    }
+  }
+
+  // As `online`, by lanes.
+  Online<A> online_lanes(const typename Stream<X>::Scratch& scratch) const {
+    A *sums = scratch.sums.total, *highest = sums + layout_.sums() * W<A>;
+    return {sums, highest, highest + pad<A>(p_.J) * W<A>};
+  }
+
   A* of_tile(A* states, const Tile& tile, int64_t size) const {
     return states + tile.slot * stream_.schedule.tile * size;
   }
@@ -141,11 +187,12 @@ class ForwardStream {
   // The place of a step among the saved ones, negative if it is none.
   int64_t saved(int64_t step) const { return step - (p_.R - out_.saved); }
 
-  // Whether the first pass couples all alike, and what is wanted of it are the sums alone: no vote is kept or compared.
+  // Whether the first pass couples all alike, by a share, and what is wanted of it are the sums alone, by a product.
   bool is_uniform() const {
-    const bool sums_alone = p_.R > 1 || !(out_.coupling || out_.logits);
-    return p_.form == Weight::pair && !stream_.keep && !p_.over_inputs && !queried(0) && !p_.logits.data && sums_alone;
+    const bool sums_alone = p_.R > 1 || !(out_.coupling || out_.logits), few = p_.D < kFewTerms;
+    return p_.form == Weight::pair && few && !p_.over_inputs && !queried(0) && !p_.logits.data && sums_alone;
   }
+  A share() const { return A(1) / A(p_.leaky ? p_.J + 1 : p_.J); }
 
   bool queried(int64_t step) const { return p_.query.data || minimum(step, p_.R - 1) > 0; }
 
@@ -179,12 +226,19 @@ class ForwardStream {
     for (int64_t j = 0; j < p_.J; ++j) narrow(to + j * p_.O, from + j * layout_.O, p_.O);
   }
 
-  // A block's [J, W] to [B, I, J].
+  // What is wanted of the pairs of a pass: [J, W], of so many samples and input capsules, one of which is 1.
+  void write_pairs(int64_t b, int64_t samples, int64_t i0, int64_t inputs, int64_t step, const A* c,
+                   const A* logits) const {
+    if (logits) write_pairs(static_cast<A*>(out_.logits), b, samples, i0, inputs, logits);
+    if (out_.coupling && step == steps_ - 1) write_pairs(static_cast<X*>(out_.coupling), b, samples, i0, inputs, c);
+  }
+
   template <class To>
-  void write_pairs(To* to, int64_t b, int64_t i0, const A* pairs) const {
+  void write_pairs(To* to, int64_t b, int64_t samples, int64_t i0, int64_t inputs, const A* pairs) const {
     to += (b * p_.I + i0) * p_.J;
-    for (int64_t l = 0; l < minimum(W<A>, p_.I - i0); ++l)
-      for (int64_t j = 0; j < p_.J; ++j) to[l * p_.J + j] = from_acc<To>(pairs[j * W<A> + l]);
+    const int64_t next = (samples > 1 ? p_.I : 1) * p_.J;
+    for (int64_t l = 0; l < samples * inputs; ++l)
+      for (int64_t j = 0; j < p_.J; ++j) to[l * next + j] = from_acc<To>(pairs[j * W<A> + l]);
   }
 
   const Forward& out_;
@@ -192,8 +246,8 @@ class ForwardStream {
   const Layout<X>& layout_;
   const A* bias_;
   const int64_t steps_;
-  Stream<X> stream_;
   const int64_t state_;  // of one sample: the sums over i, and of a softmax over i its largest logits and totals
+  Stream<X> stream_;
   A *total_, *s_, *V_, *v_, *query_, *partial_;
 };
 

@@ -16,8 +16,9 @@ class LogitStream {
         p_(plan.p),
         kept_(kept),
         bias_(layout_.p.over_inputs ? widen_bias(layout_, carver) : nullptr),
-        stream_(layout_, plan.chunk, plan.p.R - plan.last_pass + 1, carver, parallel),
-        sums_((layout_.shared ? 2 : 1) * layout_.sums() + (plan.logit_sums ? pad<A>(plan.p.J) : 0)) {
+        sums_((layout_.shared ? 2 : 1) * layout_.sums() + (plan.logit_sums ? pad<A>(plan.p.J) : 0)),
+        stream_(layout_, plan.chunk, plan.p.R - plan.last_pass + 1, sums_, sums_,
+                !(plan.logits_by_row || plan.p.over_inputs), carver, parallel) {
     const Schedule& schedule = stream_.schedule;
     dV_ = carver.take<A>(schedule.slots * schedule.tile * layout_.outputs());
     s_ = carver.take<A>(schedule.slots * layout_.outputs());
@@ -57,6 +58,7 @@ class LogitStream {
     const int64_t k = p_.R - step;
     const typename Stream<X>::Scratch scratch = stream_.scratch(part);
     A* sums = partial_ + partial * stream_.schedule.tile * sums_;
+    if (stream_.by_samples) return group_of_samples(tile, step, group, sums, scratch);
     set_zero(sums, tile.count * sums_);
     stream_.for_blocks(tile, first_, group, step == 0, scratch, [&](int64_t n, int64_t i0, const Block<A>& block) {
       A* pairs = plan_.keep_pairs ? kept_.pair(tile.first + n, i0) : nullptr;
@@ -106,18 +108,17 @@ class LogitStream {
   void pass(int64_t n, int64_t k, const Block<A>& block, A* pairs, const typename Stream<X>::Scratch& scratch, A* sums,
             Size F) const {
     const int64_t J = p_.J, lanes = layout_.lanes();
-    const bool queried = plan_.queried(k);
-    A* c = pairs && queried ? pairs + plan_.p_slot(k) * lanes : scratch.coupling;
+    A* c = p_slot(pairs, k, scratch);
     couple_again(n, k, block, c, F);
     if (sums && layout_.shared) add_block(block, c, J, F, sums + layout_.sums());
-    if (!(queried || plan_.out.logits)) return;
-    A* db = pairs && queried ? pairs + plan_.db_slot(k) * lanes : scratch.logits;
+    if (!wants_db(k)) return;
+    A* db = db_slot(pairs, k, scratch);
     const A* e = kept_.row(n, plan_.e(k));
     if (p_.over_inputs)
       couple_inputs_backward(block, c, e, J, F, kept_.mean(n, k), db);
     else
       couple_backward(block, c, e, J, F, db);
-    if (sums && queried) add_block(block, db, J, F, sums);
+    if (sums && plan_.queried(k)) add_block(block, db, J, F, sums);
     if (sums && plan_.logit_sums)
       for (int64_t j = 0; j < J; ++j) sums[sums_ - pad<A>(J) + j] += sum_lanes(load(db + j * W<A>));
     if (pairs && plan_.logits_by_row) fold_sum(pairs + plan_.logits_slot() * lanes, db, lanes, k == p_.R);
@@ -133,6 +134,58 @@ class LogitStream {
   }
 
  private:
+  // A group where a lane is a sample.
+  void group_of_samples(const Tile& tile, int64_t step, int64_t group, A* to,
+                        const typename Stream<X>::Scratch& scratch) const {
+    const int64_t k = p_.R - step, rows = layout_.sums(), stride = plan_.terms * rows;
+    if (step == 0 && stream_.keep) stream_.make_kept(tile, first_, group, scratch);
+    for (int64_t m = 0; m < tile.count; m += W<A>) {
+      const int64_t n = tile.first + m, count = minimum(W<A>, tile.count - m);
+      if (plan_.queried(k)) to_lanes(kept_.row(n, plan_.q(k - 1)), stride, count, rows, scratch.q);
+      to_lanes(kept_.row(n, plan_.e(k)), stride, count, rows, scratch.e);
+      scratch.sums.clear();
+      const bool queried = plan_.queried(k), kept = plan_.keep_pairs && queried;
+      const int64_t lanes = layout_.lanes();
+      auto db_of = [&](int64_t i, int64_t l) {
+        return kept ? kept_.pair_of_samples(n, i) + plan_.db_slot(k) * lanes : scratch.logits + l * lanes;
+      };
+      auto visit = [&](int64_t i, int64_t l, const SampleBlock<A>& block) {
+        A* c = kept ? kept_.pair_of_samples(n, i) + plan_.p_slot(k) * lanes : scratch.coupling;
+        with_features<A>(layout_.F, [&](auto F) {
+          couple(block, queried ? scratch.q : nullptr, p_.J, F, p_.leaky, c);
+          if (wants_db(k)) couple_backward(block, c, scratch.e, p_.J, F, db_of(i, l));
+        });
+      };
+      auto add = [&](Run<A> run, int64_t i, bool first) {
+        run.c = db_of(i, 0), run.c_next = kept ? kept_.block_pairs() : lanes;
+        A* sums = scratch.sums.block;
+        if (queried)
+          add_run(sums, run, p_.J, layout_.F, first);
+        else if (first)
+          set_zero(sums, rows * W<A>);
+        if (plan_.logit_sums) add_logits(sums + rows * W<A>, run, first);
+      };
+      stream_.for_inputs(tile, first_, m, count, group, scratch, visit, add);
+      from_lanes(scratch.sums.total, sums_, to + m * sums_, sums_, count);
+    }
+  }
+
+  // sums [J][W] += sum over the run of db
+  void add_logits(A* sums, const Run<A>& run, bool first) const {
+    if (first) set_zero(sums, pad<A>(p_.J) * W<A>);
+    for (int64_t l = 0; l < run.count; ++l) fold_sum(sums, run.c + l * run.c_next, layout_.lanes(), false);
+  }
+
+  bool wants_db(int64_t k) const { return plan_.queried(k) || plan_.out.logits; }
+
+  // Where p^k and db^k go: to their places among the pairs, if these are kept and pass k has some.
+  A* p_slot(A* pairs, int64_t k, const typename Stream<X>::Scratch& scratch) const {
+    return pairs && plan_.queried(k) ? pairs + plan_.p_slot(k) * layout_.lanes() : scratch.coupling;
+  }
+  A* db_slot(A* pairs, int64_t k, const typename Stream<X>::Scratch& scratch) const {
+    return pairs && plan_.queried(k) ? pairs + plan_.db_slot(k) * layout_.lanes() : scratch.logits;
+  }
+
   A* of_tile(A* outputs, const Tile& tile) const {
     return outputs + tile.slot * stream_.schedule.tile * layout_.outputs();
   }
@@ -219,9 +272,9 @@ class LogitStream {
   const Layout<X>& layout_;
   const Problem& p_;
   const Kept<X>& kept_;
-  const A* bias_;  // for a softmax over i
-  const Stream<X> stream_;
+  const A* bias_;       // for a softmax over i
   const int64_t sums_;  // of one sample: sum of db_ij h_ij, if shared of p_ij u_i, if by sum of db_ij
+  const Stream<X> stream_;
   int64_t first_ = 0;
   A *dV_, *s_, *v_, *total_, *partial_;
 };

@@ -72,25 +72,27 @@ void apply_rows(const X* w, int64_t w_stride, const A* const* x, Size D, A* cons
 }
 
 template <int N, class X, class A>
-void apply_samples(const X* w, int64_t w_stride, const A* const* x, int64_t D, A* const* y, int64_t F) {
+void apply_samples(const X* w, int64_t w_stride, const A* const* x, int64_t D, A* const* y, int64_t F, bool first) {
   for (int64_t d = 0; d < D; d += kRows) {
     const A* part[N];
     for (int n = 0; n < N; ++n) part[n] = x[n] + d;
     if (d + kRows <= D)
-      apply_rows<N>(w + d * w_stride, w_stride, part, Known<kRows>(), y, F, d == 0);
+      apply_rows<N>(w + d * w_stride, w_stride, part, Known<kRows>(), y, F, first && d == 0);
     else
-      apply_rows<N>(w + d * w_stride, w_stride, part, D - d, y, F, d == 0);
+      apply_rows<N>(w + d * w_stride, w_stride, part, D - d, y, F, first && d == 0);
   }
 }
 
-// y_n[f] = sum over d of x_n[d] w[d, f] for `samples` <= kSamples samples and F features.
+// y_n[f] = sum over d of x_n[d] w[d, f] for `samples` <= kSamples samples and F features, or added to it term by term
+// if this is not the `first`.
 template <class X, class A>
-void apply(const X* w, int64_t w_stride, const A* const* x, int64_t D, A* const* y, int64_t F, int64_t samples) {
+void apply(const X* w, int64_t w_stride, const A* const* x, int64_t D, A* const* y, int64_t F, int64_t samples,
+           bool first = true) {
   switch (samples) {
-    case 1: return apply_samples<1>(w, w_stride, x, D, y, F);
-    case 2: return apply_samples<2>(w, w_stride, x, D, y, F);
-    case 3: return apply_samples<3>(w, w_stride, x, D, y, F);
-    default: return apply_samples<4>(w, w_stride, x, D, y, F);
+    case 1: return apply_samples<1>(w, w_stride, x, D, y, F, first);
+    case 2: return apply_samples<2>(w, w_stride, x, D, y, F, first);
+    case 3: return apply_samples<3>(w, w_stride, x, D, y, F, first);
+    default: return apply_samples<4>(w, w_stride, x, D, y, F, first);
   }
 }
 
@@ -195,7 +197,7 @@ CAPSROUTE_INLINE Vec<A> dot_rows(const A* rows, int64_t row_stride, const A* q, 
   {
     const Vec<A> query = load(q);
 #pragma GCC unroll 16
-    for (int64_t l = 0; l < W<A>; ++l) sum[l] = load(rows + l * row_stride) * query;
+    for (int64_t l = 0; l < W<A>; ++l) sum[l] = rounded<A>(load(rows + l * row_stride) * query);
   }
   for (int64_t f = W<A>; f < F; f += W<A>) {
     const Vec<A> query = load(q + f);
@@ -238,21 +240,29 @@ CAPSROUTE_INLINE void add_rows(A* s, const A* rows, int64_t row_stride, const A*
   for (; f < F; f += W<A>) add_panel<K, 1>(s + f, F, rows + f, row_stride, c);
 }
 
-// y_l[f] = sum over t and j of coefficient_t[j, l] vector_tj[f], for N neighbouring lanes l and C vectors of
+// A coefficient for each of W input capsules l and each j, of one sample.
+template <class A>
+struct Coefficient {
+  const A* at;   // at[l * next + j * W]
+  int64_t next;  // 1 where a lane is an input capsule
+};
+
+// y_l[f] = sum over t and j of coefficient_t[j, l] vector_tj[f], for N input capsules l from `lane` on and C vectors of
 // features; y_l are y_stride apart, vector_tj follow each other vector_stride apart.
 template <int N, int C, class A, class Size>
-CAPSROUTE_INLINE void combine_panel(A* y, int64_t y_stride, const A* const* coefficient, int64_t lane, const A* vector,
-                                    int64_t vector_stride, int64_t terms, Size J) {
+CAPSROUTE_INLINE void combine_panel(A* y, int64_t y_stride, const Coefficient<A>* coefficient, int64_t lane, int64_t j0,
+                                    const A* vector, int64_t vector_stride, int64_t terms, Size J) {
   Vec<A> sum[N][C] = {};
   for (int64_t t = 0; t < terms; ++t) {
-    const A* own = coefficient[t] + lane;
+    const int64_t next = coefficient[t].next;
+    const A* own = coefficient[t].at + lane * next + j0 * W<A>;
     for (int64_t j = 0; j < J; ++j, vector += vector_stride, own += W<A>) {
       Vec<A> row[C];
 #pragma GCC unroll 2
       for (int c = 0; c < C; ++c) row[c] = load(vector + c * W<A>);
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) {
-        const Vec<A> scale = all<A>(own[n]);
+        const Vec<A> scale = all<A>(own[n * next]);
 #pragma GCC unroll 2
         for (int c = 0; c < C; ++c) sum[n][c] += scale * row[c];
       }

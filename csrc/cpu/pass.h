@@ -1,23 +1,34 @@
-// One pass over a block of input capsules, forward and backward: lanes are input capsules here. Blocks
-// are passed by value: a store could change one that is passed by reference.
+// One pass over a block, forward and backward: its lanes are input capsules of one sample, or samples of one input
+// capsule. Blocks are passed by value: a store could change one that is passed by reference.
 #pragma once
 
 #include "rows.h"
 
 namespace capsroute::CAPSROUTE_ISA {
 
-// logits_ij + h_ij . q_j for the block's lanes i.
+// h_ij . q_j for the block's lanes; q is [J, F], and [J, F][W] where lanes are samples.
 template <class A, class Size>
-CAPSROUTE_INLINE Vec<A> logit_of(const Block<A> block, const A* q, int64_t j, Size F) {
-  Vec<A> logit = q ? dot_rows(block.rows + j * block.column, block.row, q + j * F, F) : all<A>(0);
+CAPSROUTE_INLINE Vec<A> dot(const Block<A> block, const A* q, int64_t j, Size F) {
+  return dot_rows(block.rows + j * block.column, block.row, q + j * F, F);
+}
+
+template <class A, class Size>
+CAPSROUTE_INLINE Vec<A> dot(const SampleBlock<A> block, const A* q, int64_t j, Size F) {
+  return dot_samples(block.rows + j * F * W<A>, q + j * F * W<A>, F);
+}
+
+// logits_ij + h_ij . q_j
+template <class Lanes, class A, class Size>
+CAPSROUTE_INLINE Vec<A> logit_of(const Lanes block, const A* q, int64_t j, Size F) {
+  Vec<A> logit = q ? dot(block, q, j, F) : all<A>(0);
   if (block.prior) logit += load(block.prior + j * W<A>);
   return logit;
 }
 
 // c_ij = softmax over j of (logits_ij + h_ij . q_j), to c[j, lane]; 0 in lanes that are not live and
 // for forbidden pairs. A null query counts as zero: then rows are not read. The logits are left too, if wanted.
-template <class A, class Size>
-void couple(const Block<A> block, const A* q, int64_t J, Size F, bool leaky, A* c, A* logits = nullptr) {
+template <class Lanes, class A, class Size>
+void couple(const Lanes block, const A* q, int64_t J, Size F, bool leaky, A* c, A* logits = nullptr) {
   const Mask<A> live = block.live != 0;
   if (!q && !block.prior && !logits) {
     const Vec<A> uniform = live ? all<A>(A(1) / A(leaky ? J + 1 : J)) : all<A>(0);
@@ -63,17 +74,34 @@ CAPSROUTE_INLINE A rescale(A from, A to) {
   return exp_negative<A>(all<A>(from == to ? A(0) : from - to))[0];
 }
 
+template <class A>
+CAPSROUTE_INLINE Vec<A> never() {
+  return all<A>(-A(__builtin_inf()));
+}
+
+// A logit of a softmax over i, where what does not take part has -inf.
+template <class Lanes, class A, class Size>
+CAPSROUTE_INLINE Vec<A> online_logit(const Lanes block, const A* q, int64_t j, Size F) {
+  Vec<A> logit = logit_of(block, q, j, F);
+  logit = block.live != 0 ? logit : never<A>();
+  if (block.forbids) logit = load(block.prior + j * W<A>) == never<A>() ? never<A>() : logit;
+  return logit;
+}
+
+// Those of a block, to c[j, lane], and also to `logits`, if wanted.
+template <class A, class Size>
+void online_logits(const SampleBlock<A> block, const A* q, int64_t J, Size F, A* c, A* logits) {
+  for (int64_t j = 0; j < J; ++j) store(c + j * W<A>, online_logit(block, q, j, F));
+  if (logits) __builtin_memcpy(logits, c, J * W<A> * sizeof(A));
+}
+
 // Softmax over i, on the way: c_ij = exp(logits_ij + h_ij . q_j - highest_j), to c[j, lane], for the largest logit up
 // to and with this block, to which total and sums are brought. The logits are left too, if wanted.
 template <class A, class Size>
 void couple_online(const Block<A> block, const A* q, int64_t J, Size F, const Online<A>& online, A* c,
                    A* logits = nullptr) {
-  const Mask<A> live = block.live != 0;
-  const Vec<A> never = all<A>(-A(__builtin_inf()));
   for (int64_t j = 0; j < J; ++j) {
-    Vec<A> logit = logit_of(block, q, j, F);
-    logit = live ? logit : never;
-    if (block.forbids) logit = load(block.prior + j * W<A>) == never ? never : logit;
+    const Vec<A> logit = online_logit(block, q, j, F);
     if (logits) store(logits + j * W<A>, logit);
     A highest = online.highest[j];
     for (int64_t l = 0; l < W<A>; ++l) highest = logit[l] > highest ? logit[l] : highest;
@@ -83,9 +111,38 @@ void couple_online(const Block<A> block, const A* q, int64_t J, Size F, const On
       A* sums = online.sums + j * F;
       for (int64_t f = 0; f < F; f += W<A>) store(sums + f, load(sums + f) * scale);
     }
-    const Vec<A> share = exp_negative<A>(highest == never[0] ? logit : logit - highest);
+    const Vec<A> share = exp_negative<A>(highest == never<A>()[0] ? logit : logit - highest);
     online.total[j] += sum_lanes(share);
     store(c + j * W<A>, share);
+  }
+}
+
+// The same for the input capsules of a block, [count][J, W], where a lane is a sample: their logits become c. What was
+// found so far is given by lanes too.
+template <class A, class Size>
+void couple_online(A* c, int64_t count, int64_t J, Size F, const Online<A>& online) {
+  for (int64_t j = 0; j < J; ++j) {
+    A *own = c + j * W<A>, *total = online.total + j * W<A>;
+    const Vec<A> before = load(online.highest + j * W<A>);
+    Vec<A> highest = before;
+    for (int64_t l = 0; l < count; ++l) {
+      const Vec<A> logit = load(own + l * J * W<A>);
+      highest = logit > highest ? logit : highest;
+    }
+    if (any(highest > before)) {
+      const Vec<A> scale = exp_negative<A>(before == highest ? all<A>(0) : before - highest);
+      store(online.highest + j * W<A>, highest), store(total, load(total) * scale);
+      A* sums = online.sums + j * F * W<A>;
+      for (int64_t f = 0; f < F; ++f) store(sums + f * W<A>, load(sums + f * W<A>) * scale);
+    }
+    Vec<A> sum = all<A>(0);
+    for (int64_t l = 0; l < count; ++l) {
+      const Vec<A> logit = load(own + l * J * W<A>);
+      const Vec<A> share = exp_negative<A>(highest == never<A>() ? logit : logit - highest);
+      sum = l == 0 ? share : sum + share;
+      store(own + l * J * W<A>, share);
+    }
+    store(total, load(total) + sum);
   }
 }
 
@@ -118,18 +175,18 @@ void couple_inputs(const Block<A> block, const A* q, int64_t J, Size F, const A*
 template <class A, class Size>
 void couple_inputs_backward(const Block<A> block, const A* c, const A* e, int64_t J, Size F, const A* mean, A* db) {
   for (int64_t j = 0; j < J; ++j) {
-    const Vec<A> t = dot_rows(block.rows + j * block.column, block.row, e + j * F, F);
+    const Vec<A> t = dot(block, e, j, F);
     const Vec<A> share = load(c + j * W<A>);
     store(db + j * W<A>, share == 0 ? all<A>(0) : share * (t - mean[j]));
   }
 }
 
 // With t_ij = h_ij . e_j, the gradient of the logits: db_ij = c_ij (t_ij - sum over j of c_ij t_ij).
-template <class A, class Size>
-void couple_backward(const Block<A> block, const A* c, const A* e, int64_t J, Size F, A* db) {
+template <class Lanes, class A, class Size>
+void couple_backward(const Lanes block, const A* c, const A* e, int64_t J, Size F, A* db) {
   Vec<A> mean = all<A>(0);
   for (int64_t j = 0; j < J; ++j) {
-    const Vec<A> t = dot_rows(block.rows + j * block.column, block.row, e + j * F, F);
+    const Vec<A> t = dot(block, e, j, F);
     mean += load(c + j * W<A>) * t;
     store(db + j * W<A>, t);
   }

@@ -89,6 +89,7 @@ struct Parallel {
 // threads decides `by_group`, `scratch` and how long a long tile is, and the bits depend on none of them.
 struct Plan {
   int64_t scratch;        // bytes
+  bool by_samples;        // a lane is a sample, not a feature
   bool keeps_votes;       // of a tile, between its passes; else each pass makes them anew
   int64_t tile;           // samples that read the weight together
   int64_t tiles, groups;  // of samples, and of input capsules, whose sums are added in order

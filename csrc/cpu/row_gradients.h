@@ -62,23 +62,24 @@ class RowGradients {
   // Input capsules i0 + begin .. i0 + begin + count of the block at i0.
   struct Lanes {
     int64_t i0, begin, count;
+    bool differ;  // from sample to sample, in which are live and in p^1
   };
 
   struct Scratch {
-    A* uniform;             // [sub_batch][J, W]: p^1 where it has no query
-    A* pairs;               // [sub_batch][slot][J, W], where they are not kept
-    const A** coefficient;  // [terms]
-    A* dh;                  // [kSubLanes or 1][sub_batch][J, F]
-    A* inputs;              // [sub_batch][lanes][D]
-    A* du;                  // [sub_batch][lanes][D]
-    A* dlogits;             // [J, W]
+    A* uniform;                   // [sub_batch][J, W]: p^1 where it has no query
+    A* pairs;                     // [sub_batch][slot][J, W], where they are not kept
+    Coefficient<A>* coefficient;  // [terms]
+    A* dh;                        // [kSubLanes or 1][sub_batch][J, F]
+    A* inputs;                    // [sub_batch][lanes][D]
+    A* du;                        // [sub_batch][lanes][D]
+    A* dlogits;                   // [J, W]
   };
 
   Scratch carve_scratch(Carver& carver) const {
     Scratch s;
     s.uniform = carver.take<A>(sub_batch_ * layout_.lanes());
     s.pairs = carver.take<A>(plan_.keep_pairs ? 0 : kSubBatch * kept_.block_pairs());
-    s.coefficient = carver.take<const A*>(plan_.terms);
+    s.coefficient = carver.take<Coefficient<A>>(plan_.terms);
     s.dh = carver.take<A>(minimum(lanes_, kSubLanes<A>) * sub_batch_ * layout_.sums());
     s.inputs = carver.take<A>(sub_batch_ * lanes_ * p_.D);
     s.du = carver.take<A>(sub_batch_ * lanes_ * p_.D);
@@ -89,17 +90,23 @@ class RowGradients {
   void block_gradients(int64_t first, int64_t count, int64_t i0, bool rows, const Scratch& scratch, int64_t part) {
     const int64_t lanes = minimum(W<A>, p_.I - i0);
     if (dlogits_ && first == 0) set_zero(dlogits_ + i0 * p_.J, layout_.lanes());
+    const bool differ = logits_.stream().rows.lanes_differ() || p_.over_inputs;  // else those of one serve all samples
+    Block<A> blocks[kLongSubBatch];
+    auto set_lanes = [&](int64_t m, int64_t n) {
+      A* uniform = scratch.uniform + n * layout_.lanes();
+      blocks[n] = logits_.stream().rows.lanes(first + m + n, i0, uniform);
+      if (!plan_.queried(1)) logits_.couple_again(m + n, 1, blocks[n], uniform, layout_.F);
+    };
+    if (!differ) set_lanes(0, 0);
     for (int64_t l = 0; l < lanes; l += lanes_)
       for (int64_t m = 0; m < count; m += sub_batch_) {
-        const Lanes some{i0, l, minimum(lanes_, lanes - l)};
+        const Lanes some{i0, l, minimum(lanes_, lanes - l), differ};
         const int64_t samples = minimum(sub_batch_, count - m);
         if (l == 0 && !plan_.keep_pairs) make_pairs(first, m, samples, i0, scratch, part);
-        Block<A> blocks[kLongSubBatch];
-        for (int64_t n = 0; n < samples; ++n) {
-          A* uniform = scratch.uniform + n * layout_.lanes();
-          blocks[n] = logits_.stream().rows.lanes(first + m + n, i0, uniform);
-          if (!plan_.queried(1)) logits_.couple_again(m + n, 1, blocks[n], uniform, layout_.F);
-          if (l == 0 && p_.over_inputs && plan_.logits_move) correct_pairs(m + n, pairs(m, n, i0, scratch), uniform);
+        for (int64_t n = 0; differ && n < samples; ++n) {
+          set_lanes(m, n);
+          if (l == 0 && p_.over_inputs && plan_.logits_move)
+            correct_pairs(m + n, pairs(m, n, i0, scratch), scratch.uniform + n * layout_.lanes());
         }
         if (l == 0 && plan_.logits_by_row) logit_gradients(first, m, samples, i0, scratch);
         if (!rows) continue;
@@ -157,50 +164,55 @@ class RowGradients {
   // dh_ij = sum over terms of coefficient_ij vector_j, for the lanes l0 .. l0 + lanes of one sample; summed over j too
   // where all j share a row.
   template <int N, class Size>
-  void votes_gradient(int64_t n, const Block<A>& block, const A** coefficient, int64_t l0, A* dh, Size F) const {
+  void votes_gradient(int64_t n, const Block<A>& block, const Coefficient<A>* coefficient, int64_t l0, A* dh,
+                      Size F) const {
     const int64_t sums = layout_.sums(), next = sub_batch_ * sums, terms = plan_.terms, J = p_.J;
     const A* vectors = kept_.row(n, 0);
     const bool at_once = layout_.shared && !block.forbids;  // the vectors of all j follow each other
-    if (at_once) combine<N>(dh, next, coefficient, l0, vectors, F, terms, J, F);
+    if (at_once) combine<N>(dh, next, coefficient, l0, 0, vectors, F, terms, J, F);
     for (int64_t j = 0; !at_once && j < J; ++j)
-      combine<N>(dh + j * F, next, coefficient, j * W<A> + l0, vectors + j * F, sums, terms, Known<1>(), F);
+      combine<N>(dh + j * F, next, coefficient, l0, j, vectors + j * F, sums, terms, Known<1>(), F);
     for (int64_t l = 0; l < N; ++l) {  // exactly 0, also where a vector is NaN
       A* own = dh + l * next;
       if (block.live[l0 + l] == 0) set_zero(own, at_once ? F : sums);
       for (int64_t j = 0; block.forbids && j < J; ++j)
-        if (coefficient[0][j * W<A> + l0 + l] == 0) set_zero(own + j * F, F);
+        if (coefficient->at[(l0 + l) * coefficient->next + j * W<A>] == 0) set_zero(own + j * F, F);
       for (int64_t j = 1; layout_.shared && !at_once && j < J; ++j) fold_sum(own, own + j * F, F, false);
     }
   }
 
-  // to[l] = sum over terms and J of them of coefficient[term][j, lane + l] vectors[term, j], [F], for N lanes l
+  // to[l] = sum over terms and J of them of coefficient[term][j0 + j, lane + l] vectors[term, j], [F], for N lanes l
   template <int N, class Count, class Size>
-  void combine(A* to, int64_t next, const A* const* coefficient, int64_t lane, const A* vectors, int64_t stride,
-               int64_t terms, Count J, Size F) const {
+  void combine(A* to, int64_t next, const Coefficient<A>* coefficient, int64_t lane, int64_t j0, const A* vectors,
+               int64_t stride, int64_t terms, Count J, Size F) const {
     int64_t f = 0;
     for (; f + 2 * W<A> <= F; f += 2 * W<A>)
-      combine_panel<N, 2>(to + f, next, coefficient, lane, vectors + f, stride, terms, J);
-    for (; f < F; f += W<A>) combine_panel<N, 1>(to + f, next, coefficient, lane, vectors + f, stride, terms, J);
+      combine_panel<N, 2>(to + f, next, coefficient, lane, j0, vectors + f, stride, terms, J);
+    for (; f < F; f += W<A>) combine_panel<N, 1>(to + f, next, coefficient, lane, j0, vectors + f, stride, terms, J);
   }
 
   void row_gradients(int64_t first, int64_t m, int64_t samples, const Lanes& lanes, const Block<A>* blocks,
                      const Scratch& scratch) const {
     const int64_t sums = layout_.sums();
-    const A** coefficient = scratch.coefficient;
+    Coefficient<A>* coefficient = scratch.coefficient;
+    const bool by_samples = plan_.keep_pairs && logits_.stream().by_samples;
+    const int64_t next = by_samples ? kept_.block_pairs() : 1;
     for (int64_t l = 0; l < lanes.count; l += kSubLanes<A>) {
       for (int64_t n = 0; n < samples; ++n) {
-        const A* kept = pairs(m, n, lanes.i0, scratch);
-        if (!plan_.queried(1)) coefficient[0] = scratch.uniform + n * layout_.lanes();
+        if (by_samples) ask_for_pairs(m, samples, lanes, l + kSubLanes<A>, n);
+        const A* kept = by_samples ? kept_.pair_of_samples(m + n, lanes.i0) : pairs(m, n, lanes.i0, scratch);
+        const int64_t own = lanes.differ ? n : 0;
+        if (!plan_.queried(1)) coefficient[0] = {scratch.uniform + own * layout_.lanes(), 1};
         for (int64_t k = plan_.first_queried(); k <= p_.R; ++k) {
-          coefficient[plan_.e(k)] = kept + plan_.p_slot(k) * layout_.lanes();
-          coefficient[plan_.q(k - 1)] = kept + plan_.db_slot(k) * layout_.lanes();
+          coefficient[plan_.e(k)] = {kept + plan_.p_slot(k) * layout_.lanes(), next};
+          coefficient[plan_.q(k - 1)] = {kept + plan_.db_slot(k) * layout_.lanes(), next};
         }
         with_features<A>(layout_.F, [&](auto F) {
           A* dh = scratch.dh + n * sums;
           if (lanes.count == 1)
-            votes_gradient<1>(m + n, blocks[n], coefficient, lanes.begin, dh, F);
+            votes_gradient<1>(m + n, blocks[own], coefficient, lanes.begin, dh, F);
           else
-            votes_gradient<kSubLanes<A>>(m + n, blocks[n], coefficient, lanes.begin + l, dh, F);
+            votes_gradient<kSubLanes<A>>(m + n, blocks[own], coefficient, lanes.begin + l, dh, F);
         });
       }
       for (int64_t k = 0; k < minimum(kSubLanes<A>, lanes.count - l); ++k) {
@@ -212,6 +224,16 @@ class RowGradients {
             given_gradient(first + m + n, lanes.i0 + lanes.begin + l + k, dh + n * sums);
       }
     }
+  }
+
+  // Asks for the pairs, kept by samples, of the input capsules after these, a part with each sample n.
+  void ask_for_pairs(int64_t m, int64_t samples, const Lanes& lanes, int64_t l, int64_t n) const {
+    const bool last = l >= lanes.count;
+    const int64_t count = kSubLanes<A> * kept_.block_pairs(), line = 64 / int64_t(sizeof(A));
+    const A* next = last ? kept_.pair_of_samples((m + samples) / W<A> * W<A>, lanes.i0 + lanes.begin)
+                         : kept_.pair_of_samples(m / W<A> * W<A>, lanes.i0 + lanes.begin + l);
+    for (int64_t k = n * count / samples / line * line; k < (n + 1) * count / samples; k += line)
+      __builtin_prefetch(next + k);
   }
 
   // dW_i += sum over samples of u_i dh_i^T, du_i = W_i^T dh_i

@@ -1,8 +1,8 @@
 // Where the rows of a pass come from: W input capsules of one sample at a time, as a Block.
 #pragma once
 
-#include "micro.h"
 #include "plan.h"
+#include "samples.h"
 
 namespace capsroute::CAPSROUTE_ISA {
 
@@ -14,6 +14,15 @@ struct Block {
   Vec<A> live;     // 1, or 0
   const A* prior;  // [J, W] prior logits, 0 where not live, or null
   bool forbids;    // some prior logit of a live lane is -inf: that pair's row is zero
+};
+
+// One input capsule of W samples: a lane is a sample. Those past the end of a tile are not live.
+template <class A>
+struct SampleBlock {
+  const A* rows;   // h_ij[f] at rows[(j * F + f) * W], by lanes
+  Vec<A> live;     // 1, or 0
+  const A* prior;  // [J, W], as above
+  bool forbids;
 };
 
 template <class A>
@@ -73,7 +82,7 @@ class Rows {
   using A = Acc<X>;
   Rows(const Layout<X>& layout, const Weights<X>& weights) : layout_(layout), p_(layout.p), weights_(weights) {}
 
-  // Scratch of one thread: a block's input capsules for kSamples samples, and its prior logits.
+  // Scratch of one thread: a block's input capsules for kSamples samples, its votes, and its prior logits.
   struct Scratch {
     A* inputs;
     A* staged;
@@ -83,6 +92,24 @@ class Rows {
       s.inputs = carver.take<A>(kSamples * W<A> * maximum(layout.p.D, 1));
       const bool may_spread = layout.shared && layout.p.logits.data;
       s.staged = carver.take<A>(kSamples * layout.block_size() + (may_spread ? W<A> * layout.sums() : 0));
+      s.prior = carver.take<A>(layout.lanes());
+      return s;
+    }
+  };
+
+  // The same where a lane is a sample.
+  struct SampleScratch {
+    A* inputs;   // [W samples][W, D]
+    A* by_lane;  // [2][W, D][W samples]
+    A* weight;   // [W, D, J, F], of one input capsule or a block, where it must be widened
+    A* votes;    // [run][J, F][W samples]
+    A* prior;    // [J][W samples]
+    static SampleScratch carve(const Layout<X>& layout, int64_t run, Carver& carver) {
+      SampleScratch s;
+      s.inputs = carver.take<A>(W<A> * W<A> * layout.p.D);
+      s.by_lane = carver.take<A>(2 * W<A> * W<A> * layout.p.D);
+      s.weight = std::is_same_v<X, A> ? nullptr : carver.take<A>(W<A> * layout.p.D * layout.sums());
+      s.votes = carver.take<A>(run * layout.sums() * W<A>);
       s.prior = carver.take<A>(layout.lanes());
       return s;
     }
@@ -100,32 +127,39 @@ class Rows {
 
   // `count` <= W input capsules from i0 on for `samples` samples, to to[n][count][D].
   void inputs(int64_t b, int64_t samples, int64_t i0, int64_t count, A* to) const {
+    const int64_t numbers = count * p_.D;
     for (int64_t n = 0; n < samples; ++n)
-      for (int64_t l = 0; l < count; ++l) input(b + n, i0 + l, to + (n * count + l) * p_.D);
+      if (inputs_follow() && !p_.mask.data)
+        widen(to + n * numbers, first_input(b + n, i0), 1, numbers, numbers);
+      else
+        for (int64_t l = 0; l < count; ++l) input(b + n, i0 + l, to + n * numbers + l * p_.D);
   }
 
   // Asks for them before they are needed: reads so short and far apart are not what a processor prefetches by itself.
   void ask_for_inputs(int64_t b, int64_t samples, int64_t i0, int64_t count) const {
-    if (p_.u.stride[1] != p_.D) return;
+    if (!inputs_follow()) return;
     for (int64_t n = 0; n < samples; ++n) {
-      const X* u = static_cast<const X*>(p_.u.data) + (b + n) * p_.u.stride[0] + i0 * p_.D;
+      const X* u = first_input(b + n, i0);
       for (int64_t k = 0; k < count * p_.D; k += 64 / int64_t(sizeof(X))) __builtin_prefetch(u + k);
     }
   }
 
   // Weight::pair: the votes h_ij = W_ij u_i of the block at i0 for `samples` <= kSamples samples, to
-  // staged[n][l][J, F].
-  void make_votes(int64_t b, int64_t samples, int64_t i0, A* staged, A* u) const {
+  // staged[n][l][J, F]; and what sum_votes gives, if wanted.
+  void make_votes(int64_t b, int64_t samples, int64_t i0, A* staged, A* u, A* total = nullptr) const {
     const int64_t count = minimum(W<A>, p_.I - i0), D = p_.D, votes = layout_.sums();
     inputs(b, samples, i0, count, u);
     for (int64_t l = 0; l < count; ++l) {
       const A* x[kSamples];
-      A* y[kSamples];
+      A *y[kSamples], *sum[kSamples];
       for (int64_t n = 0; n < samples; ++n) {
         x[n] = u + (n * count + l) * D;
         y[n] = staged + n * layout_.block_size() + l * layout_.row;
+        sum[n] = total ? total + n * votes : nullptr;
       }
-      apply(weights_.pair + (i0 + l) * D * votes, votes, x, D, y, votes, samples);
+      const X* weight = weights_.pair + (i0 + l) * D * votes;
+      apply(weight, votes, x, D, y, votes, samples);
+      if (total) apply(weight, votes, x, D, sum, votes, samples, l == 0);
     }
     for (int64_t n = 0; n < samples; ++n) clear_past(staged + n * layout_.block_size(), count);
   }
@@ -138,6 +172,46 @@ class Rows {
     A* to[kSamples];
     for (int64_t n = 0; n < samples; ++n) x[n] = u + n * terms, to[n] = y + n * votes;
     apply(weights_.pair + i0 * p_.D * votes, votes, x, terms, to, votes, samples);
+  }
+
+  // The input capsules of the block at i0 for `samples` <= W samples, a lane for each, to by_lane[W, D][W].
+  void inputs_by_lane(int64_t b, int64_t samples, int64_t i0, A* by_lane, const SampleScratch& scratch) const {
+    const int64_t count = minimum(W<A>, p_.I - i0), numbers = count * p_.D;
+    if constexpr (std::is_same_v<X, A>)
+      if (inputs_follow() && !p_.mask.data)
+        return to_lanes(first_input(b, i0), p_.u.stride[0], samples, numbers, by_lane);
+    inputs(b, samples, i0, count, scratch.inputs);
+    to_lanes(scratch.inputs, numbers, samples, numbers, by_lane);
+  }
+
+  // Weight::pair: the votes h_ij = W_ij u_i of input capsule i, given by lane, to votes[J, F][W], for G groups of
+  // samples; or the sum of those of `inputs` capsules from i on.
+  template <int G>
+  void make_sample_votes(int64_t i, int64_t inputs, const A* const* u, A* const* votes,
+                         const SampleScratch& scratch) const {
+    const int64_t count = layout_.sums(), D = inputs * p_.D;
+    const X* weight = weights_.pair + i * p_.D * count;
+    if constexpr (std::is_same_v<X, A>) {
+      votes_of_samples<G>(weight, u, D, count, votes);
+    } else {
+      widen(scratch.weight, weight, 1, D * count, D * count);
+      votes_of_samples<G>(scratch.weight, u, D, count, votes);
+    }
+  }
+
+  // Input capsule i of W samples from b on, as lanes with their votes: which are live, and their prior logits.
+  SampleBlock<A> samples(int64_t b, int64_t count, int64_t i, A* votes, A* prior) const {
+    SampleBlock<A> block{votes, all<A>(1), nullptr, false};
+    if (count < W<A> || p_.mask.data)
+      for (int64_t n = 0; n < W<A>; ++n) block.live[n] = n < count && !masked(b + n, i);
+    if (p_.logits.data) {
+      if (p_.logits.dtype == p_.u.dtype)
+        gather_prior<X>(block, b, count, i, prior);
+      else
+        gather_prior<float>(block, b, count, i, prior);
+      if (block.forbids) clear_forbidden(block, votes);
+    }
+    return block;
   }
 
   // The block at i0 of sample b without its rows: which lanes are live, and their prior logits.
@@ -170,6 +244,12 @@ class Rows {
   }
 
  private:
+  // Whether the input capsules of a sample lie one after another.
+  bool inputs_follow() const { return p_.u.stride[1] == p_.D && p_.u.stride[2] == 1; }
+  const X* first_input(int64_t b, int64_t i0) const {
+    return static_cast<const X*>(p_.u.data) + b * p_.u.stride[0] + i0 * p_.D;
+  }
+
   bool masked(int64_t b, int64_t i) const {
     const auto* mask = static_cast<const uint8_t*>(p_.mask.data);
     return mask && !mask[b * p_.mask.stride[0] + i * p_.mask.stride[1]];
@@ -185,9 +265,26 @@ class Rows {
       for (int64_t j = 0; j < p_.J; ++j) prior[j * W<A> + l] = live ? A(to_acc(from[j * stride[2]])) : 0;
     }
     block.prior = prior;
-    auto none = load(prior) == all<A>(-A(__builtin_inf()));
-    for (int64_t j = 1; j < p_.J; ++j) none |= load(prior + j * W<A>) == all<A>(-A(__builtin_inf()));
-    for (int64_t l = 0; l < W<A>; ++l) block.forbids |= none[l] != 0;
+    Mask<A> never{};
+    for (int64_t j = 0; j < p_.J; ++j) never |= load(prior + j * W<A>) == -A(__builtin_inf());
+    block.forbids = any(never);
+  }
+
+  template <class L>
+  void gather_prior(SampleBlock<A>& block, int64_t b, int64_t count, int64_t i, A* prior) const {
+    const int64_t* stride = p_.logits.stride;
+    const L* logits = static_cast<const L*>(p_.logits.data) + b * stride[0] + i * stride[1];
+    const Mask<A> live = block.live != 0;
+    Mask<A> never{};
+    for (int64_t j = 0; j < p_.J; ++j) {
+      Vec<A> own = all<A>(to_acc(logits[j * stride[2]]));
+      for (int64_t n = 1; stride[0] != 0 && n < W<A>; ++n)
+        own[n] = n < count ? A(to_acc(logits[n * stride[0] + j * stride[2]])) : 0;
+      own = live ? own : all<A>(0);
+      store(prior + j * W<A>, own);
+      never |= own == -A(__builtin_inf());
+    }
+    block.prior = prior, block.forbids = any(never);
   }
 
   // Rows given in the accumulation type, in whole vectors and with all lanes live need no copy.
@@ -227,6 +324,14 @@ class Rows {
     for (int64_t j = 0; j < p_.J; ++j)
       for (int64_t l = 0; l < W<A>; ++l)
         if (forbidden(block.prior[j * W<A> + l])) clear(staged + l * block.row + j * block.column, layout_.F);
+  }
+
+  void clear_forbidden(const SampleBlock<A>& block, A* votes) const {
+    for (int64_t j = 0; j < p_.J; ++j) {
+      const Mask<A> never = load(block.prior + j * W<A>) == -A(__builtin_inf());
+      for (int64_t k = j * layout_.F; k < (j + 1) * layout_.F; ++k)
+        store(votes + k * W<A>, never ? all<A>(0) : load(votes + k * W<A>));
+    }
   }
 
   // One row for every j, in place of one for all.

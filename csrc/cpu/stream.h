@@ -6,11 +6,17 @@
 
 namespace capsroute::CAPSROUTE_ISA {
 
-// Votes are kept between passes while those of kSamples samples fit into this; else they are made anew.
-constexpr int64_t kKeptVotes = int64_t(8) << 20;
+// Votes are kept between passes while those of kSamples samples fit into this; else they are made anew. Where a lane is
+// a sample there are more of them, and making one of few terms is cheaper than reading it from beyond a cache: then
+// they may take kKeptForTerm for each of the D terms.
+constexpr int64_t kKeptVotes = int64_t(8) << 20, kKeptForTerm = int64_t(128) << 10;
+// A lane is a sample where votes, sums and V of W samples and one input capsule stay in the first-level cache: the
+// votes may take this. It pays where shuffles of vectors are dear and registers many, which is AVX-512.
+constexpr int64_t kNearVotes = int64_t(16) << 10;
+constexpr bool kWide = CAPSROUTE_VECTOR_BYTES == 64;
 // Where they are made anew, a tile has as many samples, between these two numbers, as have V and sums that fit into
 // that.
-constexpr int64_t kShortTile = 4 * kSamples, kLongTile = 16 * kSamples, kTileStates = int64_t(4) << 20;
+constexpr int64_t kShortTile = 4 * kSamples, kLongTile = 32 * kSamples, kTileStates = int64_t(4) << 20;
 
 template <class X>
 class Stream {
@@ -20,25 +26,36 @@ class Stream {
   Plan plan() const {
     Plan plan{};
     plan.keeps_votes = keep, plan.tile = schedule.tile, plan.tiles = schedule.tiles, plan.groups = schedule.groups;
-    plan.by_group = schedule.by_group, plan.chunk = schedule.batch;
+    plan.by_group = schedule.by_group, plan.by_samples = by_samples, plan.chunk = schedule.batch;
     return plan;
   }
 
   // Scratch of one thread.
   struct Scratch {
     typename Rows<X>::Scratch rows;
-    A* coupling;  // [J, W]
-    A* logits;    // [J, W], or their gradient
+    A* coupling;  // [run][J, W]
+    A* logits;    // [run][J, W], or their gradient
+    typename Rows<X>::SampleScratch samples;
+    A *q, *e;  // [J, F][W samples]; these, `samples` and `sums` only where a lane is a sample
+    SampleSums<A> sums;
   };
 
-  Stream(const Layout<X>& layout, int64_t batch, int64_t passes, Carver& carver, const Parallel& parallel)
+  // `sums` is how many numbers a sample has that change with i, the first `joined` of which are sums over i. A lane is
+  // a sample only if it `may` be.
+  Stream(const Layout<X>& layout, int64_t batch, int64_t passes, int64_t sums, int64_t joined, bool may, Carver& carver,
+         const Parallel& parallel)
       : layout(layout),
         p(layout.p),
         weights(Weights<X>::pack(layout, carver, parallel)),
         rows(layout, weights),
-        keep(keeps(layout, passes)),
-        together(minimum(kSamples, batch)),
-        schedule(batch, tile_size(layout, keep, batch, parallel.threads), layout.groups, parallel.threads) {
+        by_samples(kWide && may && p.form == Weight::pair && batch >= W<A> &&
+                   layout.sums() * W<A> * int64_t(sizeof(A)) <= kNearVotes),
+        keep(keeps(passes)),
+        together(by_samples ? W<A> : minimum(kSamples, batch)),
+        run(by_samples && (keep || p.over_inputs) ? W<A> : 1),
+        schedule(batch, tile_size(batch, parallel.threads), layout.groups, parallel.threads),
+        sums_(sums),
+        joined_(joined) {
     kept_ = keep ? carver.take<A>(schedule.slots * kept_size()) : nullptr;
     scratch_ = take_shares(carver, schedule.parts, [this](Carver& own) { carve_scratch(own); });
   }
@@ -58,7 +75,7 @@ class Stream {
     Block<A> lanes{};
     for_samples(tile, first_sample, group, makes, [&](int64_t m, int64_t samples, int64_t i0) {
       const int64_t b = first_sample + tile.first + m;
-      A* staged = keep ? kept_ + tile.slot * kept_size() + i0 / W<A> * together * size : scratch.rows.staged;
+      A* staged = keep ? kept_block(tile, i0) : scratch.rows.staged;
       if (makes) rows.make_votes(b, samples, i0, staged, scratch.rows.inputs);
       for (int64_t n = 0; n < samples; ++n) {
         if (m + n == 0 || rows.lanes_differ()) lanes = rows.lanes(b + n, i0, scratch.rows.prior);
@@ -68,12 +85,75 @@ class Stream {
   }
 
   // sums[n] += share * sum over a group's i of h_ij for every sample n of a tile: a pass whose coupling is constant.
+  // Votes that are kept are made on the way.
   void add_votes(const Tile& tile, int64_t group, A share, const Scratch& scratch, A* sums) const {
     for_samples(tile, 0, group, true, [&](int64_t m, int64_t samples, int64_t i0) {
-      A *to = sums + m * layout.sums(), *votes = scratch.rows.staged;
-      rows.sum_votes(tile.first + m, samples, i0, votes, scratch.rows.inputs);
-      for (int64_t k = 0; k < samples * layout.sums(); k += W<A>) store(to + k, load(to + k) + load(votes + k) * share);
+      A *to = sums + m * layout.sums(), *total = scratch.rows.staged;
+      if (keep)
+        rows.make_votes(tile.first + m, samples, i0, kept_block(tile, i0), scratch.rows.inputs, total);
+      else
+        rows.sum_votes(tile.first + m, samples, i0, total, scratch.rows.inputs);
+      for (int64_t k = 0; k < samples * layout.sums(); k += W<A>) store(to + k, load(to + k) + load(total + k) * share);
     });
+  }
+
+  // The same for `count` <= W samples of a tile from m on, to scratch.sums.
+  void add_sample_votes(const Tile& tile, int64_t m, int64_t count, int64_t group, A share,
+                        const Scratch& scratch) const {
+    const int64_t end = minimum(p.I, (group + 1) * kGroup);
+    const A* u = scratch.samples.by_lane;
+    for (int64_t i0 = group * kGroup; i0 < end; i0 += W<A>) {
+      rows.inputs_by_lane(tile.first + m, count, i0, scratch.samples.by_lane, scratch.samples);
+      rows.template make_sample_votes<1>(i0, minimum(W<A>, p.I - i0), &u, &scratch.sums.block, scratch.samples);
+      scratch.sums.join(share, layout.sums());
+    }
+  }
+
+  // The votes of a group, to be kept, where a lane is a sample: of twice W samples at a time.
+  void make_kept(const Tile& tile, int64_t first_sample, int64_t group, const Scratch& scratch) const {
+    const int64_t end = minimum(p.I, (group + 1) * kGroup), lanes = W<A> * p.D * W<A>;
+    for (int64_t i0 = group * kGroup; i0 < end; i0 += W<A>)
+      for (int64_t m = 0; m < tile.count; m += 2 * W<A>) {
+        const bool both = m + W<A> < tile.count;
+        for (int64_t n = m; n < minimum(m + 2 * W<A>, tile.count); n += W<A>)
+          rows.inputs_by_lane(first_sample + tile.first + n, minimum(W<A>, tile.count - n), i0,
+                              scratch.samples.by_lane + (n - m) / W<A> * lanes, scratch.samples);
+        for (int64_t l = 0; l < minimum(W<A>, p.I - i0); ++l) {
+          const A* u = scratch.samples.by_lane + l * p.D * W<A>;
+          const A* from[] = {u, u + lanes};
+          A* to[] = {kept(tile, m, i0 + l), kept(tile, m + W<A>, i0 + l)};
+          if (both)
+            rows.template make_sample_votes<2>(i0 + l, 1, from, to, scratch.samples);
+          else
+            rows.template make_sample_votes<1>(i0 + l, 1, from, to, scratch.samples);
+        }
+      }
+  }
+
+  // For `count` <= W samples of a tile from m on, where a lane is a sample: visit(i, l, block) for every input capsule
+  // i of a group, the l-th of a run of them, with its votes; then add(run, i, first) for the run that begins with i,
+  // the `first` of a block or not, to scratch.sums.block, which joins scratch.sums.total after the block.
+  template <class Visit, class Add>
+  void for_inputs(const Tile& tile, int64_t first_sample, int64_t m, int64_t count, int64_t group,
+                  const Scratch& scratch, const Visit& visit, const Add& add) const {
+    const int64_t b = first_sample + tile.first + m, end = minimum(p.I, (group + 1) * kGroup);
+    const int64_t next = layout.sums() * W<A>;
+    for (int64_t i0 = group * kGroup; i0 < end; i0 += W<A>) {
+      const int64_t block_end = minimum(i0 + W<A>, p.I);
+      if (!keep) rows.inputs_by_lane(b, count, i0, scratch.samples.by_lane, scratch.samples);
+      for (int64_t first = i0; first < block_end; first += run) {
+        const int64_t inputs = minimum(run, block_end - first);
+        A* votes = keep ? kept(tile, m, first) : scratch.samples.votes;
+        for (int64_t l = 0; l < inputs; ++l) {
+          const A* u = scratch.samples.by_lane + (first + l - i0) * p.D * W<A>;
+          A* own = votes + l * next;
+          if (!keep) rows.template make_sample_votes<1>(first + l, 1, &u, &own, scratch.samples);
+          visit(first + l, l, rows.samples(b, count, first + l, own, scratch.samples.prior));
+        }
+        add(Run<A>{votes, next, nullptr, 0, inputs}, first, first == i0);
+      }
+      scratch.sums.join(A(1), joined_);
+    }
   }
 
   // rows[j] = W_j^T outputs[j] for every j of some samples: from [J, O] to what rows are dotted with, [J, F]. Those of
@@ -91,24 +171,28 @@ class Stream {
   const Problem& p;
   const Weights<X> weights;
   const Rows<X> rows;
+  const bool by_samples;  // a lane is a sample, not a feature or an input capsule
   const bool keep;
   const int64_t together;  // samples whose votes are made together
+  const int64_t run;       // where a lane is a sample, input capsules whose votes are summed together
   const Schedule schedule;
 
  private:
-  static bool keeps(const Layout<X>& layout, int64_t passes) {
-    const int64_t bytes = layout.blocks * kSamples * layout.block_size() * int64_t(sizeof(A));
-    return layout.p.form == Weight::pair && passes > 1 && bytes <= kKeptVotes;
+  bool keeps(int64_t passes) const {
+    if (p.form != Weight::pair || passes < 2) return false;
+    const int64_t votes = layout.blocks * layout.block_size() * int64_t(sizeof(A));  // of one sample
+    return by_samples ? W<A> * votes <= minimum(kKeptVotes, p.D * kKeptForTerm) : kSamples * votes <= kKeptVotes;
   }
 
   // Samples that read the weight together: few where their votes are kept in the cache, else as many as keep V and sums
   // there, so that the weight comes from memory as seldom as can be. Each thread has a share of the tiles.
-  static int64_t tile_size(const Layout<X>& layout, bool keep, int64_t batch, int64_t threads) {
-    if (keep || layout.p.form != Weight::pair) return kSamples;
+  int64_t tile_size(int64_t batch, int64_t threads) const {
+    const int64_t some = by_samples ? 2 * W<A> : kSamples;
+    if (keep || p.form != Weight::pair) return some;
     const int64_t most = kTileStates / (2 * layout.outputs() * int64_t(sizeof(A)));
-    const int64_t tile = minimum(kLongTile, maximum(kShortTile, most));
+    const int64_t tile = minimum(kLongTile, maximum(kShortTile, most / some * some));
     const int64_t tiles = divide_up(maximum(1, divide_up(batch, tile)), threads) * threads;
-    const int64_t even = divide_up(divide_up(batch, tiles), kSamples) * kSamples;
+    const int64_t even = divide_up(divide_up(batch, tiles), some) * some;
     return even < kShortTile ? tile : even;
   }
 
@@ -126,13 +210,27 @@ class Stream {
       }
   }
 
-  int64_t kept_size() const { return layout.blocks * together * layout.block_size(); }
+  A* kept_block(const Tile& tile, int64_t i0) const {
+    return kept_ + tile.slot * kept_size() + i0 / W<A> * together * layout.block_size();
+  }
+  A* kept(const Tile& tile, int64_t m, int64_t i) const {
+    return kept_ + tile.slot * kept_size() + (m / W<A> * p.I + i) * layout.sums() * W<A>;
+  }
+
+  int64_t kept_size() const {
+    return by_samples ? schedule.tile * p.I * layout.sums() : layout.blocks * together * layout.block_size();
+  }
 
   Scratch carve_scratch(Carver& carver) const {
     Scratch s;
     s.rows = Rows<X>::Scratch::carve(layout, carver);
-    s.coupling = carver.take<A>(layout.lanes());
-    s.logits = carver.take<A>(layout.lanes());
+    s.coupling = carver.take<A>(run * layout.lanes());
+    s.logits = carver.take<A>(run * layout.lanes());
+    if (!by_samples) return s;
+    s.samples = Rows<X>::SampleScratch::carve(layout, keep ? 0 : run, carver);
+    s.q = carver.take<A>(layout.sums() * W<A>);
+    s.e = carver.take<A>(layout.sums() * W<A>);
+    s.sums = SampleSums<A>::carve(sums_, carver);
     return s;
   }
 
@@ -157,7 +255,8 @@ class Stream {
       }
   }
 
-  A* kept_;  // [slots][blocks][together][W, row]
+  const int64_t sums_, joined_;
+  A* kept_;  // [slots][blocks][together][W, row], or by samples [slots][tile / W][I][J, F][W]
   Shares scratch_;
 };
 

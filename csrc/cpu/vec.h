@@ -183,8 +183,10 @@ template <class X, class A>
 CAPSROUTE_INLINE void widen(A* out, const X* in, int64_t stride, int64_t n, int64_t padded) {
   int64_t k = 0;
   if constexpr (std::is_same_v<Acc<X>, A>)
-    if (stride == 1)
+    if (stride == 1) {
       for (; k + W<A> <= n; k += W<A>) store(out + k, load(in + k));
+      for (; k < n; ++k) out[k] = to_acc(in[k]);
+    }
   for (; k < n; ++k) out[k] = to_acc(in[k * stride]);
   for (; k < padded; ++k) out[k] = 0;
 }
@@ -223,6 +225,43 @@ CAPSROUTE_INLINE Vec<A> sum_each(Vec<A>* x) {
     for (int64_t k = 0; k < W<A> / (2 * m); ++k) x[k] = add_pairs<A, m>(x[2 * k], x[2 * k + 1]);
     return sum_each<A, 2 * m>(x);
   }
+}
+
+// W vectors, of which x[k][l] and x[l][k] change places.
+template <class A, int64_t m = 1>
+CAPSROUTE_INLINE void transpose(Vec<A>* x) {
+  if constexpr (m < W<A>) {
+#pragma GCC unroll 16
+    for (int64_t k = 0; k < W<A>; ++k) {
+      if (k & m) continue;
+      const Vec<A> a = x[k], b = x[k | m];
+      [&]<int64_t... l>(std::integer_sequence<int64_t, l...>) {
+        x[k] = pick<A>(a, b, std::integer_sequence<int64_t, (l & m ? W<A> + (l ^ m) : l)...>());
+        x[k | m] = pick<A>(a, b, std::integer_sequence<int64_t, (l & m ? W<A> + l : l ^ m)...>());
+      }(std::make_integer_sequence<int64_t, W<A>>());
+    }
+    transpose<A, 2 * m>(x);
+  }
+}
+
+// x itself, rounded: what the compiler cannot see through, it cannot make part of an fma.
+template <class A>
+CAPSROUTE_INLINE Vec<A> rounded(Vec<A> x) {
+#if defined(__AVX512F__) || (defined(__x86_64__) && CAPSROUTE_VECTOR_BYTES < 64)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
+
+template <class M>
+CAPSROUTE_INLINE bool any(M mask) {
+  bool found = false;
+  for (size_t l = 0; l < sizeof(mask) / sizeof(mask[0]); ++l) found |= mask[l] != 0;
+  return found;
 }
 
 template <class V>

@@ -1,0 +1,149 @@
+// The inner loops where a lane is a sample: W samples meet one input capsule at a time. Votes are [J, F][W], dot
+// products and softmax need no shuffles, and W_i is read a number at a time. Every sum is made of the same terms in the
+// same order as where a lane is a feature (micro.h), so that a sample has the same bits in either way.
+#pragma once
+
+#include "micro.h"
+#include "plan.h"
+
+namespace capsroute::CAPSROUTE_ISA {
+
+// Sums that are made together, in 32 or 16 registers, beside their factors.
+constexpr int kSums = CAPSROUTE_VECTOR_BYTES == 64 ? 16 : 8;
+
+// y[k][n] = x_n[k]: `count` numbers of `samples` <= W samples, `stride` apart, to lanes; the other lanes are 0.
+template <class A>
+void to_lanes(const A* x, int64_t stride, int64_t samples, int64_t count, A* y) {
+  int64_t k = 0;
+  for (; k + W<A> <= count; k += W<A>) {
+    Vec<A> rows[W<A>];
+#pragma GCC unroll 16
+    for (int64_t n = 0; n < W<A>; ++n) rows[n] = n < samples ? load(x + n * stride + k) : all<A>(0);
+    transpose<A>(rows);
+#pragma GCC unroll 16
+    for (int64_t l = 0; l < W<A>; ++l) store(y + (k + l) * W<A>, rows[l]);
+  }
+  for (; k < count; ++k)
+    for (int64_t n = 0; n < W<A>; ++n) y[k * W<A> + n] = n < samples ? x[n * stride + k] : 0;
+}
+
+// The way back, for a count of whole vectors: x_n[k] = y[k][n].
+template <class A>
+void from_lanes(const A* y, int64_t count, A* x, int64_t stride, int64_t samples) {
+  for (int64_t k = 0; k < count; k += W<A>) {
+    Vec<A> rows[W<A>];
+#pragma GCC unroll 16
+    for (int64_t l = 0; l < W<A>; ++l) rows[l] = load(y + (k + l) * W<A>);
+    transpose<A>(rows);
+#pragma GCC unroll 16
+    for (int64_t n = 0; n < W<A>; ++n)
+      if (n < samples) store(x + n * stride + k, rows[n]);
+  }
+}
+
+// h_g[k] = sum over d of w[d, k] u_g[d], lane by lane, for C numbers k and G groups of W samples. What follows w is
+// asked for: rows this short are not what a processor fetches by itself.
+template <int G, int C, class A>
+CAPSROUTE_INLINE void votes_panel(const A* w, int64_t w_stride, const A* const* u, int64_t D, A* const* h, int64_t k) {
+  Vec<A> sum[G][C] = {};
+  const int64_t ahead = D * w_stride;
+  w += k;
+  for (int64_t d = 0; d < D; ++d, w += w_stride) {
+    Vec<A> x[G];
+#pragma GCC unroll 2
+    for (int g = 0; g < G; ++g) x[g] = load(u[g] + d * W<A>);
+    __builtin_prefetch(w + ahead);
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) {
+      const Vec<A> weight = all<A>(w[c]);
+#pragma GCC unroll 2
+      for (int g = 0; g < G; ++g) sum[g][c] += weight * x[g];
+    }
+  }
+#pragma GCC unroll 2
+  for (int g = 0; g < G; ++g)
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) store(h[g] + (k + c) * W<A>, sum[g][c]);
+}
+
+// The votes h_g [count][W] of an input capsule u_g [D][W], by its weight w [D, count], for G groups of samples.
+template <int G, class A>
+void votes_of_samples(const A* w, const A* const* u, int64_t D, int64_t count, A* const* h) {
+  constexpr int C = kSums / G;
+  int64_t k = 0;
+  for (; k + C <= count; k += C) votes_panel<G, C>(w, count, u, D, h, k);
+  for (; k < count; k += W<A>) votes_panel<G, W<A>>(w, count, u, D, h, k);
+}
+
+// Lane by lane the sum over f of h[f] q[f], as dot_rows adds them: f modulo W first, then neighbours.
+template <class A, class Size>
+CAPSROUTE_INLINE Vec<A> dot_samples(const A* h, const A* q, Size F) {
+  Vec<A> sum[W<A>];
+#pragma GCC unroll 16
+  for (int64_t l = 0; l < W<A>; ++l) sum[l] = rounded<A>(load(h + l * W<A>) * load(q + l * W<A>));
+  for (int64_t f = W<A>; f < F; f += W<A>)
+#pragma GCC unroll 16
+    for (int64_t l = 0; l < W<A>; ++l)
+      sum[l] = rounded<A>(sum[l] + load(h + (f + l) * W<A>) * load(q + (f + l) * W<A>));
+#pragma GCC unroll 16
+  for (int64_t m = 1; m < W<A>; m *= 2)
+#pragma GCC unroll 16
+    for (int64_t l = 0; l < W<A>; l += 2 * m) sum[l] += sum[l + m];
+  return sum[0];
+}
+
+// What so many input capsules of W samples give: votes h_l [J, F][W] and coefficients c_l [J][W], one after another.
+template <class A>
+struct Run {
+  const A* h;
+  int64_t h_next;
+  const A* c;
+  int64_t c_next;
+  int64_t count;
+};
+
+// s[f] += sum over l of c_l h_l[f] for C features of output capsule j, from 0 if this is `first`.
+template <int C, class A>
+CAPSROUTE_INLINE void add_run_panel(A* s, const Run<A> run, int64_t j, int64_t at, bool first) {
+  Vec<A> sum[C];
+#pragma GCC unroll 16
+  for (int k = 0; k < C; ++k) sum[k] = first ? all<A>(0) : load(s + at + k * W<A>);
+  for (int64_t l = 0; l < run.count; ++l) {
+    const Vec<A> c = load(run.c + l * run.c_next + j * W<A>);
+#pragma GCC unroll 16
+    for (int k = 0; k < C; ++k) sum[k] += c * load(run.h + l * run.h_next + at + k * W<A>);
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < C; ++k) store(s + at + k * W<A>, sum[k]);
+}
+
+// s [J, F][W]
+template <class A>
+void add_run(A* s, const Run<A> run, int64_t J, int64_t F, bool first) {
+  constexpr int C = kSums;
+  for (int64_t j = 0; j < J; ++j) {
+    int64_t f = 0;
+    for (; f + C <= F; f += C) add_run_panel<C>(s, run, j, (j * F + f) * W<A>, first);
+    for (; f < F; f += W<A>) add_run_panel<W<A>>(s, run, j, (j * F + f) * W<A>, first);
+  }
+}
+
+// Sums over a group of input capsules for W samples, block by block as for one sample: [count][W].
+template <class A>
+struct SampleSums {
+  A* total;
+  A* block;
+  int64_t count;
+
+  static SampleSums carve(int64_t count, Carver& carver) {
+    A* total = carver.take<A>(count * W<A>);
+    return {total, carver.take<A>(count * W<A>), count};
+  }
+  void clear() const { __builtin_memset(total, 0, count * W<A> * sizeof(A)); }
+  // What a block gave is added to the total, for the first of the numbers.
+  void join(A scale, int64_t first) const {
+    for (int64_t k = 0; k < first * W<A>; k += W<A>) store(total + k, load(total + k) + load(block + k) * scale);
+  }
+};
+
+}  // namespace capsroute::CAPSROUTE_ISA
