@@ -38,15 +38,15 @@ def test_votes_are_kept_up_to_8_mib():
 
 def test_a_tile_is_larger_where_votes_are_made_anew():
     assert planned(33, 16, 2, 20, 16)[2:4] == (4, 9)
-    assert planned(64, 1648, 2, 20, 16)[2:4] == (64, 1)
-    assert planned(65, 1648, 2, 20, 16)[2:4] == (36, 2)  # even tiles, of whole fours
+    assert planned(128, 1648, 2, 20, 16)[2:4] == (128, 1)
+    assert planned(129, 1648, 2, 20, 16)[2:4] == (68, 2)  # even tiles, of whole fours
     assert planned(0, 1648, 2, 20, 16).tiles == 0
     # 4 MiB hold V and sums, 2 x 4 bytes for each of J x O, of 32 samples, and of 15, of which 16 are taken
     assert planned(128, 16, 2, 1024, 16, iterations=1)[2:4] == (32, 4)
     assert planned(128, 16, 2, 2176, 16, iterations=1)[2:4] == (16, 8)
 
 
-@pytest.mark.parametrize(("threads", "tiles"), [(1, (48, 2)), (3, (32, 3)), (6, (16, 6)), (9, (64, 2))])
+@pytest.mark.parametrize(("threads", "tiles"), [(1, (96, 1)), (3, (32, 3)), (6, (16, 6)), (9, (128, 1))])
 def test_each_thread_has_a_share_of_the_long_tiles(threads, tiles):
     """96 samples; of less than 16, a tile would read the weight too often, and then threads share out its groups."""
     path = planned(96, 1648, 2, 20, 16, threads=threads)
@@ -98,9 +98,37 @@ def test_every_case_can_be_explained(name):
 
 
 def test_operations_of_mnist():
-    """One making of the votes, three sums and two agreements: 2 (8 + 5) for each vote."""
-    case = CASES["mnist"]
-    assert operations(case, planned(*case[1:6]), False) == 2 * 13 * case.votes
+    """The sums of the first pass and the votes, two sums and two agreements: 2 (16 + 4) for each vote."""
+    case = CASES["mnist-1"]
+    assert operations(case, planned(*case[1:6]), False) == 2 * 20 * case.votes
+
+
+def test_operations_of_many_terms():
+    """One making of the votes, three sums and two agreements: 2 (64 + 5) for each vote."""
+    case = CASES["comirec"]
+    assert operations(case, planned(*case[1:6]), False) == 2 * 69 * case.votes
+
+
+def test_with_avx512_a_lane_is_a_sample_where_votes_stay_near():
+    wide = torch.ops.capsroute.cpu_capability() == "avx512"
+    # 16 samples of J x O numbers of 4 bytes: 16 KiB at 256
+    assert planned(16, 50, 2, 16, 16).by_samples == wide
+    assert not planned(15, 50, 2, 16, 16).by_samples
+    assert not planned(16, 50, 2, 17, 16).by_samples
+    assert not planned(16, 50, 2, 16, 16, weight="JOD").by_samples
+    assert planned(16, 50, 2, 16, 16, coupling="in").by_samples == wide
+    assert planned(16, 50, 2, 16, 16, backward=True).by_samples == wide
+
+
+def test_votes_by_samples_are_kept_up_to_128_kib_for_each_term():
+    if torch.ops.capsroute.cpu_capability() != "avx512":
+        pytest.skip("only with AVX-512 a lane is a sample")
+    # 16 samples of 4 x 16 numbers of 4 bytes: 4 KiB for each input capsule
+    assert planned(16, 64, 2, 4, 16).keeps_votes
+    assert not planned(16, 80, 2, 4, 16).keeps_votes
+    assert planned(16, 80, 4, 4, 16).keeps_votes
+    assert planned(64, 64, 2, 4, 16)[2:4] == (32, 2)  # two vectors' samples read a weight together
+    assert planned(100, 80, 2, 4, 16)[2:4] == (128, 1)
 
 
 def test_operations_where_votes_are_made_anew():

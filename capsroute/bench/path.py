@@ -9,6 +9,8 @@ import torch
 from .. import _ops
 from .registry import Case, Problem
 
+FEW_TERMS = 32  # csrc/cpu/forward.h, kFewTerms
+
 
 class Path(NamedTuple):
     """The choices of csrc/cpu/routing.h, Plan; `chunk`, `keeps_pairs` and `one_by_one` are of a backward alone."""
@@ -22,6 +24,7 @@ class Path(NamedTuple):
     chunk: int
     keeps_pairs: bool
     one_by_one: bool
+    by_samples: bool
     threads: int
 
 
@@ -52,11 +55,14 @@ def explain(case: Case, path: Path, backward: bool) -> str:
     }.get(case.weight, "one weight for all i: the stream reads u itself, and W meets V and the sums alone")
     words = [rows]
     passes = streamed(case, backward)
+    if path.by_samples:
+        words.append("a lane is a sample, as there are enough of them and their votes stay near")
     if case.weight == "IJOD" and passes > 1:
+        samples = "a vector's samples" if path.by_samples else "4 samples"
         if path.keeps_votes:
-            words.append("kept between passes, as those of 4 samples are few enough")
+            words.append(f"kept between passes, as those of {samples} are few enough")
         else:
-            words.append("made anew in each pass, as those of 4 samples are too many to keep")
+            words.append(f"made anew in each pass, as those of {samples} are too many to keep")
     shared_out = "their groups are shared out" if path.by_group else "a thread takes whole tiles"
     samples, inputs = min(path.tile, path.chunk), -(-case.inputs // path.groups)
     tiles = f"{path.tiles} x {samples} samples, {path.groups} x {inputs} input capsules"
@@ -87,9 +93,10 @@ def operations(case: Case, path: Path, backward: bool) -> int:
     votes = 2 * B * I * J * O * D if case.weight == "IJOD" else 0
     products = 2 * B * J * O * D if shared else 0  # of W with V or a sum
     if not backward:
-        # the first pass couples all alike: its votes are summed as they are made
-        alike = case.weight == "IJOD" and not path.keeps_votes and case.coupling == "out"
-        return (1 if path.keeps_votes else R) * votes + (R - alike) * (row + products) + (R - 1) * (row + products)
+        # the first pass couples all alike: a product of its own, where it has few terms, gives the sums
+        alike = case.weight == "IJOD" and D < FEW_TERMS and case.coupling == "out"
+        made = 1 + alike if path.keeps_votes else R
+        return made * votes + (R - alike) * (row + products) + (R - 1) * (row + products)
     if case.detach_coupling:
         R = 1
     passes = streamed(case, backward)

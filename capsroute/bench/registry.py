@@ -72,6 +72,7 @@ CASES = {
         Case("emnist", 100, 1152, 8, 62, 16),
         Case("196-classes", 128, 3872, 8, 196, 16),
         Case("imagenet", 128, 1568, 8, 1000, 16),
+        Case("imagenet-192", 32, 192, 8, 1000, 16),  # the same after pooling
         Case("matrix-pose", 4608, 288, 16, 32, 16),  # convolutional capsules: B times positions
         Case("segcaps", 16384, 16, 0, 4, 32, weight=""),  # LaLonde and Bagci 2018: B times pixels
         Case("comirec", 256, 50, 64, 4, 64),  # ComiRec-DR, Cen et al. 2020

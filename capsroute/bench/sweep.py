@@ -16,7 +16,8 @@ from .table import format_seconds
 
 MOST = {"batch": 256, "inputs": 4096, "outputs": 128}
 NAMES = {"batch": "samples, B", "inputs": "input capsules, I", "outputs": "output capsules, J"}
-LANES = 16  # input capsules that the widest vectors hold: fewer take as long
+LANES = 16  # of the widest vectors, each an input capsule or a sample: fewer take as long
+SAMPLES = 4  # that share a load of the weight where a lane is a feature
 CLIFF = 1.2  # a step up of more than this is one
 
 
@@ -108,5 +109,5 @@ def plot(curves: Sequence[Curve], file: File) -> None:
 
 def _tile(problem: Problem, axis: str, backward: bool) -> int:
     if axis == "batch":
-        return max(path_of(problem, each).tile for each in (False, True)[: 1 + backward])
+        return LANES if path_of(problem, backward).by_samples else SAMPLES
     return LANES if axis == "inputs" else 1
