@@ -145,19 +145,18 @@ class LogitStream {
       to_lanes(kept_.row(n, plan_.e(k)), stride, count, rows, scratch.e);
       scratch.sums.clear();
       const bool queried = plan_.queried(k), kept = plan_.keep_pairs && queried;
-      const int64_t lanes = layout_.lanes();
-      auto db_of = [&](int64_t i, int64_t l) {
-        return kept ? kept_.pair_of_samples(n, i) + plan_.db_slot(k) * lanes : scratch.logits + l * lanes;
-      };
+      const int64_t next =
+          kept ? kept_.block_pairs() : layout_.lanes();  // from one input capsule's db to that after it
+      auto pairs_of = [&](int64_t i) { return kept ? kept_.pair_of_samples(n, i) : nullptr; };
       auto visit = [&](int64_t i, int64_t l, const SampleBlock<A>& block) {
-        A* c = kept ? kept_.pair_of_samples(n, i) + plan_.p_slot(k) * lanes : scratch.coupling;
+        A *c = p_slot(pairs_of(i), k, scratch), *db = db_slot(pairs_of(i - l), k, scratch) + l * next;
         with_features<A>(layout_.F, [&](auto F) {
           couple(block, queried ? scratch.q : nullptr, p_.J, F, p_.leaky, c);
-          if (wants_db(k)) couple_backward(block, c, scratch.e, p_.J, F, db_of(i, l));
+          if (wants_db(k)) couple_backward(block, c, scratch.e, p_.J, F, db);
         });
       };
       auto add = [&](Run<A> run, int64_t i, bool first) {
-        run.c = db_of(i, 0), run.c_next = kept ? kept_.block_pairs() : lanes;
+        run.c = db_slot(pairs_of(i), k, scratch), run.c_next = next;
         A* sums = scratch.sums.block;
         if (queried)
           add_run(sums, run, p_.J, layout_.F, first);
