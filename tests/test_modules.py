@@ -130,6 +130,9 @@ for name, (make, shape) in MODULES.items():
     for parameter, grad in zip(module.parameters(), expected):
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-5)
 print(f"{len(MODULES)} modules agree on rank {rank}")
+del parallel
+dist.barrier()
+dist.destroy_process_group()  # else its threads may outlive what they use, and the exit aborts
 """
 
 
