@@ -145,7 +145,7 @@ class ForwardStream {
       scratch.sums.clear();
       for (int64_t j = 0; p_.over_inputs && j < J; ++j) store(online_lanes(scratch).highest + j * W<A>, never<A>());
       const A* q = queries ? scratch.q : nullptr;
-      auto visit = [&](int64_t i, int64_t l, const SampleBlock<A>& block) {
+      auto visit = [&](int64_t i, int64_t l, const auto& block, const A* q, const A*) {
         A* own = c + l * lanes;
         with_features<A>(layout_.F, [&](auto F) {
           if (p_.over_inputs)
@@ -163,7 +163,7 @@ class ForwardStream {
       if (alike)
         stream_.add_sample_votes(tile, m, count, group, share(), scratch);
       else
-        stream_.for_inputs(tile, 0, m, count, group, scratch, visit, add);
+        stream_.for_inputs(tile, 0, m, count, group, q, nullptr, scratch, visit, add);
       from_lanes(scratch.sums.total, state_, sum + m * state_, state_, count);
     }
   }

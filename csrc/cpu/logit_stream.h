@@ -148,11 +148,11 @@ class LogitStream {
       const int64_t next =
           kept ? kept_.block_pairs() : layout_.lanes();  // from one input capsule's db to that after it
       auto pairs_of = [&](int64_t i) { return kept ? kept_.pair_of_samples(n, i) : nullptr; };
-      auto visit = [&](int64_t i, int64_t l, const SampleBlock<A>& block) {
+      auto visit = [&](int64_t i, int64_t l, const auto& block, const A* q, const A* e) {
         A *c = p_slot(pairs_of(i), k, scratch), *db = db_slot(pairs_of(i - l), k, scratch) + l * next;
         with_features<A>(layout_.F, [&](auto F) {
-          couple(block, queried ? scratch.q : nullptr, p_.J, F, p_.leaky, c);
-          if (wants_db(k)) couple_backward(block, c, scratch.e, p_.J, F, db);
+          couple(block, q, p_.J, F, p_.leaky, c);
+          if (wants_db(k)) couple_backward(block, c, e, p_.J, F, db);
         });
       };
       auto add = [&](Run<A> run, int64_t i, bool first) {
@@ -164,7 +164,7 @@ class LogitStream {
           set_zero(sums, rows * W<A>);
         if (plan_.logit_sums) add_logits(sums + rows * W<A>, run, first);
       };
-      stream_.for_inputs(tile, first_, m, count, group, scratch, visit, add);
+      stream_.for_inputs(tile, first_, m, count, group, queried ? scratch.q : nullptr, scratch.e, scratch, visit, add);
       from_lanes(scratch.sums.total, sums_, to + m * sums_, sums_, count);
     }
   }

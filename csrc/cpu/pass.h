@@ -17,6 +17,11 @@ CAPSROUTE_INLINE Vec<A> dot(const SampleBlock<A> block, const A* q, int64_t j, S
   return dot_samples(block.rows + j * F * W<A>, q + j * F * W<A>, F);
 }
 
+template <class A, class Size>
+CAPSROUTE_INLINE Vec<A> dot(const DottedBlock<A>, const A* dots, int64_t j, Size) {
+  return load(dots + j * W<A>);
+}
+
 // logits_ij + h_ij . q_j
 template <class Lanes, class A, class Size>
 CAPSROUTE_INLINE Vec<A> logit_of(const Lanes block, const A* q, int64_t j, Size F) {
@@ -89,8 +94,8 @@ CAPSROUTE_INLINE Vec<A> online_logit(const Lanes block, const A* q, int64_t j, S
 }
 
 // Those of a block, to c[j, lane], and also to `logits`, if wanted.
-template <class A, class Size>
-void online_logits(const SampleBlock<A> block, const A* q, int64_t J, Size F, A* c, A* logits) {
+template <class Lanes, class A, class Size>
+void online_logits(const Lanes block, const A* q, int64_t J, Size F, A* c, A* logits) {
   for (int64_t j = 0; j < J; ++j) store(c + j * W<A>, online_logit(block, q, j, F));
   if (logits) __builtin_memcpy(logits, c, J * W<A> * sizeof(A));
 }

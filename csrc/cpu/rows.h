@@ -25,6 +25,10 @@ struct SampleBlock {
   bool forbids;
 };
 
+// The same, of which only the dot products are asked for, and they are known: they take the place of a query.
+template <class A>
+struct DottedBlock : SampleBlock<A> {};
+
 template <class A>
 CAPSROUTE_INLINE bool forbidden(A prior) {
   return prior == -A(__builtin_inf());
@@ -104,6 +108,7 @@ class Rows {
     A* weight;   // [W, D, J, F], of one input capsule or a block, where it must be widened
     A* votes;    // [run][J, F][W samples]
     A* prior;    // [J][W samples]
+    A* dots[2];  // [J][W samples]
     static SampleScratch carve(const Layout<X>& layout, int64_t run, Carver& carver) {
       SampleScratch s;
       s.inputs = carver.take<A>(W<A> * W<A> * layout.p.D);
@@ -111,6 +116,7 @@ class Rows {
       s.weight = std::is_same_v<X, A> ? nullptr : carver.take<A>(W<A> * layout.p.D * layout.sums());
       s.votes = carver.take<A>(run * layout.sums() * W<A>);
       s.prior = carver.take<A>(layout.lanes());
+      for (A*& dots : s.dots) dots = carver.take<A>(layout.lanes());
       return s;
     }
   };
@@ -151,15 +157,16 @@ class Rows {
     inputs(b, samples, i0, count, u);
     for (int64_t l = 0; l < count; ++l) {
       const A* x[kSamples];
-      A *y[kSamples], *sum[kSamples];
+      Sums<A> to[kSamples];
       for (int64_t n = 0; n < samples; ++n) {
         x[n] = u + (n * count + l) * D;
-        y[n] = staged + n * layout_.block_size() + l * layout_.row;
-        sum[n] = total ? total + n * votes : nullptr;
+        to[n] = {staged + n * layout_.block_size() + l * layout_.row, total ? total + n * votes : nullptr};
       }
       const X* weight = weights_.pair + (i0 + l) * D * votes;
-      apply(weight, votes, x, D, y, votes, samples);
-      if (total) apply(weight, votes, x, D, sum, votes, samples, l == 0);
+      if (total)
+        apply<true>(weight, votes, x, D, to, votes, samples, l == 0);
+      else
+        apply(weight, votes, x, D, to, votes, samples);
     }
     for (int64_t n = 0; n < samples; ++n) clear_past(staged + n * layout_.block_size(), count);
   }
@@ -169,8 +176,8 @@ class Rows {
     const int64_t terms = minimum(W<A>, p_.I - i0) * p_.D, votes = layout_.sums();
     inputs(b, samples, i0, minimum(W<A>, p_.I - i0), u);
     const A* x[kSamples];
-    A* to[kSamples];
-    for (int64_t n = 0; n < samples; ++n) x[n] = u + n * terms, to[n] = y + n * votes;
+    Sums<A> to[kSamples];
+    for (int64_t n = 0; n < samples; ++n) x[n] = u + n * terms, to[n] = {y + n * votes, nullptr};
     apply(weights_.pair + i0 * p_.D * votes, votes, x, terms, to, votes, samples);
   }
 
@@ -199,8 +206,27 @@ class Rows {
     }
   }
 
+  // The same for one group, where F = W, with their dot products with up to two queries, to dots[J][W].
+  void make_votes_and_dots(int64_t i, const A* u, A* votes, const A* const* query, A* const* dots,
+                           const SampleScratch& scratch) const {
+    const int64_t count = layout_.sums(), D = p_.D;
+    const X* weight = weights_.pair + i * D * count;
+    auto make = [&](const A* w) {
+      if (D == 8)
+        votes_and_dots(w, u, Known<8>(), p_.J, votes, query, dots);
+      else
+        votes_and_dots(w, u, D, p_.J, votes, query, dots);
+    };
+    if constexpr (std::is_same_v<X, A>) {
+      make(weight);
+    } else {
+      widen(scratch.weight, weight, 1, D * count, D * count);
+      make(scratch.weight);
+    }
+  }
+
   // Input capsule i of W samples from b on, as lanes with their votes: which are live, and their prior logits.
-  SampleBlock<A> samples(int64_t b, int64_t count, int64_t i, A* votes, A* prior) const {
+  SampleBlock<A> samples(int64_t b, int64_t count, int64_t i, A* votes, A* prior, A* const* dots = nullptr) const {
     SampleBlock<A> block{votes, all<A>(1), nullptr, false};
     if (count < W<A> || p_.mask.data)
       for (int64_t n = 0; n < W<A>; ++n) block.live[n] = n < count && !masked(b + n, i);
@@ -209,7 +235,7 @@ class Rows {
         gather_prior<X>(block, b, count, i, prior);
       else
         gather_prior<float>(block, b, count, i, prior);
-      if (block.forbids) clear_forbidden(block, votes);
+      if (block.forbids) clear_forbidden(block, votes, dots);
     }
     return block;
   }
@@ -326,9 +352,10 @@ class Rows {
         if (forbidden(block.prior[j * W<A> + l])) clear(staged + l * block.row + j * block.column, layout_.F);
   }
 
-  void clear_forbidden(const SampleBlock<A>& block, A* votes) const {
+  void clear_forbidden(const SampleBlock<A>& block, A* votes, A* const* dots) const {
     for (int64_t j = 0; j < p_.J; ++j) {
       const Mask<A> never = load(block.prior + j * W<A>) == -A(__builtin_inf());
+      for (int t = 0; dots && t < 2; ++t) store(dots[t] + j * W<A>, never ? all<A>(0) : load(dots[t] + j * W<A>));
       for (int64_t k = j * layout_.F; k < (j + 1) * layout_.F; ++k)
         store(votes + k * W<A>, never ? all<A>(0) : load(votes + k * W<A>));
     }

@@ -43,10 +43,14 @@ void from_lanes(const A* y, int64_t count, A* x, int64_t stride, int64_t samples
 
 // h_g[k] = sum over d of w[d, k] u_g[d], lane by lane, for C numbers k and G groups of W samples. What follows w is
 // asked for: rows this short are not what a processor fetches by itself.
-template <int G, int C, class A>
-CAPSROUTE_INLINE void votes_panel(const A* w, int64_t w_stride, const A* const* u, int64_t D, A* const* h, int64_t k) {
-  Vec<A> sum[G][C] = {};
+template <int G, int C, class A, class Size>
+CAPSROUTE_INLINE void votes_panel(const A* w, int64_t w_stride, const A* const* u, Size D, A* const* h, int64_t k,
+                                  Vec<A> (&sum)[G][C]) {
   const int64_t ahead = D * w_stride;
+#pragma GCC unroll 2
+  for (int g = 0; g < G; ++g)
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) sum[g][c] = all<A>(0);
   w += k;
   for (int64_t d = 0; d < D; ++d, w += w_stride) {
     Vec<A> x[G];
@@ -71,8 +75,24 @@ template <int G, class A>
 void votes_of_samples(const A* w, const A* const* u, int64_t D, int64_t count, A* const* h) {
   constexpr int C = kSums / G;
   int64_t k = 0;
-  for (; k + C <= count; k += C) votes_panel<G, C>(w, count, u, D, h, k);
-  for (; k < count; k += W<A>) votes_panel<G, W<A>>(w, count, u, D, h, k);
+  for (; k + C <= count; k += C) {
+    Vec<A> sum[G][C];
+    votes_panel<G, C>(w, count, u, D, h, k, sum);
+  }
+  for (; k < count; k += W<A>) {
+    Vec<A> sum[G][W<A>];
+    votes_panel<G, W<A>>(w, count, u, D, h, k, sum);
+  }
+}
+
+// The sum of W vectors, as sum_each adds lanes: neighbours first.
+template <class A>
+CAPSROUTE_INLINE Vec<A> sum_vectors(Vec<A>* x) {
+#pragma GCC unroll 16
+  for (int64_t m = 1; m < W<A>; m *= 2)
+#pragma GCC unroll 16
+    for (int64_t l = 0; l < W<A>; l += 2 * m) x[l] += x[l + m];
+  return x[0];
 }
 
 // Lane by lane the sum over f of h[f] q[f], as dot_rows adds them: f modulo W first, then neighbours.
@@ -85,11 +105,25 @@ CAPSROUTE_INLINE Vec<A> dot_samples(const A* h, const A* q, Size F) {
 #pragma GCC unroll 16
     for (int64_t l = 0; l < W<A>; ++l)
       sum[l] = rounded<A>(sum[l] + load(h + (f + l) * W<A>) * load(q + (f + l) * W<A>));
+  return sum_vectors<A>(sum);
+}
+
+// The votes h [J, F][W] of one group and one input capsule, where F = W, and while they are at hand their dot products
+// with up to two queries [J, F][W], to dots[J][W].
+template <class A, class Size>
+void votes_and_dots(const A* w, const A* u, Size D, int64_t J, A* h, const A* const* query, A* const* dots) {
+  for (int64_t j = 0; j < J; ++j) {
+    Vec<A> sum[1][W<A>];
+    votes_panel<1, W<A>>(w, J * W<A>, &u, D, &h, j * W<A>, sum);
+    for (int t = 0; t < 2; ++t) {
+      if (!query[t]) continue;
+      const A* q = query[t] + j * W<A> * W<A>;
+      Vec<A> product[W<A>];
 #pragma GCC unroll 16
-  for (int64_t m = 1; m < W<A>; m *= 2)
-#pragma GCC unroll 16
-    for (int64_t l = 0; l < W<A>; l += 2 * m) sum[l] += sum[l + m];
-  return sum[0];
+      for (int64_t l = 0; l < W<A>; ++l) product[l] = rounded<A>(sum[0][l] * load(q + l * W<A>));
+      store(dots[t] + j * W<A>, sum_vectors<A>(product));
+    }
+  }
 }
 
 // What so many input capsules of W samples give: votes h_l [J, F][W] and coefficients c_l [J][W], one after another.

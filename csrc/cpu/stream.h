@@ -52,7 +52,7 @@ class Stream {
                    layout.sums() * W<A> * int64_t(sizeof(A)) <= kNearVotes),
         keep(keeps(passes)),
         together(by_samples ? W<A> : minimum(kSamples, batch)),
-        run(by_samples && (keep || p.over_inputs) ? W<A> : 1),
+        run(!by_samples ? 1 : keep || p.over_inputs ? W<A> : 4),
         schedule(batch, tile_size(batch, parallel.threads), layout.groups, parallel.threads),
         sums_(sums),
         joined_(joined) {
@@ -104,6 +104,7 @@ class Stream {
     const A* u = scratch.samples.by_lane;
     for (int64_t i0 = group * kGroup; i0 < end; i0 += W<A>) {
       rows.inputs_by_lane(tile.first + m, count, i0, scratch.samples.by_lane, scratch.samples);
+      for (int64_t n = 0; n < W<A>; ++n) ask_for_next(tile, 0, m, group, i0, n);
       rows.template make_sample_votes<1>(i0, minimum(W<A>, p.I - i0), &u, &scratch.sums.block, scratch.samples);
       scratch.sums.join(share, layout.sums());
     }
@@ -134,8 +135,11 @@ class Stream {
   // i of a group, the l-th of a run of them, with its votes; then add(run, i, first) for the run that begins with i,
   // the `first` of a block or not, to scratch.sums.block, which joins scratch.sums.total after the block.
   template <class Visit, class Add>
-  void for_inputs(const Tile& tile, int64_t first_sample, int64_t m, int64_t count, int64_t group,
-                  const Scratch& scratch, const Visit& visit, const Add& add) const {
+  void for_inputs(const Tile& tile, int64_t first_sample, int64_t m, int64_t count, int64_t group, const A* q,
+                  const A* e, const Scratch& scratch, const Visit& visit, const Add& add) const {
+    const A* const query[] = {q, e};
+    A* const* dots = scratch.samples.dots;
+    const bool dotted = !keep && layout.F == W<A>;
     const int64_t b = first_sample + tile.first + m, end = minimum(p.I, (group + 1) * kGroup);
     const int64_t next = layout.sums() * W<A>;
     for (int64_t i0 = group * kGroup; i0 < end; i0 += W<A>) {
@@ -147,8 +151,15 @@ class Stream {
         for (int64_t l = 0; l < inputs; ++l) {
           const A* u = scratch.samples.by_lane + (first + l - i0) * p.D * W<A>;
           A* own = votes + l * next;
-          if (!keep) rows.template make_sample_votes<1>(first + l, 1, &u, &own, scratch.samples);
-          visit(first + l, l, rows.samples(b, count, first + l, own, scratch.samples.prior));
+          if (!keep) ask_for_next(tile, first_sample, m, group, i0, first + l - i0);
+          if (dotted) {
+            rows.make_votes_and_dots(first + l, u, own, query, dots, scratch.samples);
+            const auto block = rows.samples(b, count, first + l, own, scratch.samples.prior, dots);
+            visit(first + l, l, DottedBlock<A>{block}, q ? dots[0] : nullptr, e ? dots[1] : nullptr);
+          } else {
+            if (!keep) rows.template make_sample_votes<1>(first + l, 1, &u, &own, scratch.samples);
+            visit(first + l, l, rows.samples(b, count, first + l, own, scratch.samples.prior), q, e);
+          }
         }
         add(Run<A>{votes, next, nullptr, 0, inputs}, first, first == i0);
       }
@@ -210,6 +221,14 @@ class Stream {
       }
   }
 
+  // Asks for the inputs of the block after that at i0, for the n-th of W samples from m on, or from those after them.
+  void ask_for_next(const Tile& tile, int64_t first_sample, int64_t m, int64_t group, int64_t i0, int64_t n) const {
+    const bool last = i0 + W<A> >= minimum(p.I, (group + 1) * kGroup), lasts = m + W<A> >= tile.count;
+    const int64_t next = (!last ? m : lasts ? 0 : m + W<A>) + n, i = last && !lasts ? group * kGroup : i0 + W<A>;
+    if (i < p.I && next < tile.count)
+      rows.ask_for_inputs(first_sample + tile.first + next, 1, i, minimum(W<A>, p.I - i));
+  }
+
   A* kept_block(const Tile& tile, int64_t i0) const {
     return kept_ + tile.slot * kept_size() + i0 / W<A> * together * layout.block_size();
   }
@@ -243,9 +262,9 @@ class Stream {
       for (int64_t first = 0, n = 0, j = matrix; first < items; first += kSamples) {
         const int64_t count = minimum(kSamples, items - first);
         const A* x[kSamples];
-        A* y[kSamples];
+        Sums<A> y[kSamples];
         for (int64_t k = 0; k < count; ++k) {
-          x[k] = from + n * from_n + j * from_j, y[k] = to + n * to_n + j * size;
+          x[k] = from + n * from_n + j * from_j, y[k] = {to + n * to_n + j * size, nullptr};
           if (one && j + 1 < J)
             ++j;
           else
