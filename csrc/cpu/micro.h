@@ -215,29 +215,45 @@ void outer(T* w, int64_t w_stride, const A* x, int64_t x_stride, int64_t D, cons
   for (; d < D; ++d) outer_rows<1>(w + d * w_stride, w_stride, x + d, x_stride, y, y_stride, F, samples, write);
 }
 
-// W rows of votes against one query vector: lane l is sum over f of rows[l, f] q[f].
-template <class A, class Size>
-CAPSROUTE_INLINE Vec<A> dot_rows(const A* rows, int64_t row_stride, const A* q, Size F) {
-  Vec<A> sum[W<A>];
+// N rows of votes against one query vector: lane l is sum over f of row_l[f] q[f]; lanes from N on hold nothing of use.
+template <int N, class A, class Size>
+CAPSROUTE_INLINE Vec<A> dot_some_rows(const A* const* row, const A* q, Size F) {
+  Vec<A> sum[N];
   {
     const Vec<A> query = load(q);
 #pragma GCC unroll 16
-    for (int64_t l = 0; l < W<A>; ++l) sum[l] = rounded<A>(load(rows + l * row_stride) * query);
+    for (int64_t l = 0; l < N; ++l) sum[l] = rounded<A>(load(row[l]) * query);
   }
   for (int64_t f = W<A>; f < F; f += W<A>) {
     const Vec<A> query = load(q + f);
 #pragma GCC unroll 16
-    for (int64_t l = 0; l < W<A>; ++l) sum[l] += load(rows + l * row_stride + f) * query;
+    for (int64_t l = 0; l < N; ++l) sum[l] += load(row[l] + f) * query;
   }
-  return sum_each<A>(sum);
+  return sum_each<A, N>(sum);
 }
 
-// s_k[f] += sum over l of c_k[l] rows[l, f] for K output capsules and C vectors of features.
-template <int K, int C, class A>
-CAPSROUTE_INLINE void add_panel(A* s, int64_t s_stride, const A* rows, int64_t row_stride, const A* c) {
+// The same for `count` <= W rows.
+template <class A, class Size>
+CAPSROUTE_INLINE Vec<A> dot_rows(const A* rows, int64_t row_stride, int64_t count, const A* q, Size F) {
+  const A* row[W<A>];
+  constexpr int few = W<A> >= 8 ? W<A> / 4 : 1;
+  if (few > 1 && count <= few) {
+    // Those past the end repeat the last one. If the compiler knew, it would share their products: then no fma is made.
+#pragma GCC unroll 16
+    for (int64_t l = 0; l < few; ++l) row[l] = opaque(rows + (l < count ? l : count - 1) * row_stride);
+    return dot_some_rows<few>(row, q, F);
+  }
+#pragma GCC unroll 16
+  for (int64_t l = 0; l < W<A>; ++l) row[l] = rows + l * row_stride;
+  return dot_some_rows<W<A>>(row, q, F);
+}
+
+// s_k[f] += sum over l < count of c_k[l] rows[l, f] for K output capsules and C vectors of features.
+template <int K, int C, class A, class Count>
+CAPSROUTE_INLINE void add_panel(A* s, int64_t s_stride, const A* rows, int64_t row_stride, Count count, const A* c) {
   Vec<A> sum[K][C] = {};
 #pragma GCC unroll 16
-  for (int64_t l = 0; l < W<A>; ++l) {
+  for (int64_t l = 0; l < count; ++l) {
     Vec<A> row[C];
 #pragma GCC unroll 2
     for (int v = 0; v < C; ++v) row[v] = load(rows + l * row_stride + v * W<A>);
@@ -257,12 +273,12 @@ CAPSROUTE_INLINE void add_panel(A* s, int64_t s_stride, const A* rows, int64_t r
     }
 }
 
-// s_k[f] += sum over l of c_k[l] rows[l, f] for K output capsules: the bits are those of one at a time.
-template <int K, class A, class Size>
-CAPSROUTE_INLINE void add_rows(A* s, const A* rows, int64_t row_stride, const A* c, Size F) {
+// s_k[f] += sum over l < count of c_k[l] rows[l, f] for K output capsules: the bits are those of one at a time.
+template <int K, class A, class Count, class Size>
+CAPSROUTE_INLINE void add_rows(A* s, const A* rows, int64_t row_stride, Count count, const A* c, Size F) {
   int64_t f = 0;
-  for (; f + 2 * W<A> <= F; f += 2 * W<A>) add_panel<K, 2>(s + f, F, rows + f, row_stride, c);
-  for (; f < F; f += W<A>) add_panel<K, 1>(s + f, F, rows + f, row_stride, c);
+  for (; f + 2 * W<A> <= F; f += 2 * W<A>) add_panel<K, 2>(s + f, F, rows + f, row_stride, count, c);
+  for (; f < F; f += W<A>) add_panel<K, 1>(s + f, F, rows + f, row_stride, count, c);
 }
 
 // A coefficient for each of W input capsules l and each j, of one sample.

@@ -9,7 +9,7 @@ namespace capsroute::CAPSROUTE_ISA {
 // h_ij . q_j for the block's lanes; q is [J, F], and [J, F][W] where lanes are samples.
 template <class A, class Size>
 CAPSROUTE_INLINE Vec<A> dot(const Block<A> block, const A* q, int64_t j, Size F) {
-  return dot_rows(block.rows + j * block.column, block.row, q + j * F, F);
+  return dot_rows(block.rows + j * block.column, block.row, block.count, q + j * F, F);
 }
 
 template <class A, class Size>
@@ -203,12 +203,20 @@ void couple_backward(const Lanes block, const A* c, const A* e, int64_t J, Size 
 }
 
 // s_j += sum over the block's i of c_ij h_ij
-template <class A, class Size>
-void add_block(const Block<A> block, const A* c, int64_t J, Size F, A* s) {
+template <class A, class Count, class Size>
+CAPSROUTE_INLINE void add_block(const Block<A> block, Count count, const A* c, int64_t J, Size F, A* s) {
   int64_t j = 0;
   if (block.column == 0)  // the same rows for all j
-    for (; j + 4 <= J; j += 4) add_rows<4>(s + j * F, block.rows, block.row, c + j * W<A>, F);
-  for (; j < J; ++j) add_rows<1>(s + j * F, block.rows + j * block.column, block.row, c + j * W<A>, F);
+    for (; j + 4 <= J; j += 4) add_rows<4>(s + j * F, block.rows, block.row, count, c + j * W<A>, F);
+  for (; j < J; ++j) add_rows<1>(s + j * F, block.rows + j * block.column, block.row, count, c + j * W<A>, F);
+}
+
+template <class A, class Size>
+void add_block(const Block<A> block, const A* c, int64_t J, Size F, A* s) {
+  if (block.count == W<A>)
+    add_block(block, Known<W<A>>(), c, J, F, s);
+  else
+    add_block(block, block.count, c, J, F, s);
 }
 
 // v = squash(s) = n2 / (1 + n2) * s / sqrt(n2 + eps), n2 = |s|^2

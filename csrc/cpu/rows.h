@@ -6,11 +6,13 @@
 
 namespace capsroute::CAPSROUTE_ISA {
 
-// W input capsules of one sample. Lanes past I and masked ones are not live: their rows are zeros.
+// Up to W input capsules of one sample. Lanes past them and masked ones are not live: these have rows of zeros, those
+// none.
 template <class A>
 struct Block {
   const A* rows;  // h_ij[f] at rows[l * row + j * column + f]
   int64_t row, column;
+  int64_t count;   // lanes with rows
   Vec<A> live;     // 1, or 0
   const A* prior;  // [J, W] prior logits, 0 where not live, or null
   bool forbids;    // some prior logit of a live lane is -inf: that pair's row is zero
@@ -86,7 +88,8 @@ class Rows {
   using A = Acc<X>;
   Rows(const Layout<X>& layout, const Weights<X>& weights) : layout_(layout), p_(layout.p), weights_(weights) {}
 
-  // Scratch of one thread: a block's input capsules for kSamples samples, its votes, and its prior logits.
+  // Scratch of one thread: a block's input capsules for kSamples samples, its votes, and its prior logits, or a group's if the
+  // weight is shared.
   struct Scratch {
     A* inputs;
     A* staged;
@@ -96,7 +99,7 @@ class Rows {
       s.inputs = carver.take<A>(kSamples * W<A> * maximum(layout.p.D, 1));
       const bool may_spread = layout.shared && layout.p.logits.data;
       s.staged = carver.take<A>(kSamples * layout.block_size() + (may_spread ? W<A> * layout.sums() : 0));
-      s.prior = carver.take<A>(layout.lanes());
+      s.prior = carver.take<A>((layout.shared ? kGroup / W<A> : 1) * layout.lanes());
       return s;
     }
   };
@@ -168,7 +171,6 @@ class Rows {
       else
         apply(weight, votes, x, D, to, votes, samples);
     }
-    for (int64_t n = 0; n < samples; ++n) clear_past(staged + n * layout_.block_size(), count);
   }
 
   // Weight::pair: y_n = sum over the block's i of h_ij, [J, F], for which no single vote is needed.
@@ -242,8 +244,8 @@ class Rows {
 
   // The block at i0 of sample b without its rows: which lanes are live, and their prior logits.
   Block<A> lanes(int64_t b, int64_t i0, A* prior) const {
-    Block<A> block{nullptr, 0, 0, all<A>(1), nullptr, false};
     const int64_t count = minimum(W<A>, p_.I - i0);
+    Block<A> block{nullptr, 0, 0, count, all<A>(1), nullptr, false};
     if (count < W<A> || p_.mask.data)
       for (int64_t l = 0; l < W<A>; ++l) block.live[l] = l < count && !masked(b, i0 + l);
     if (p_.logits.data) {
@@ -313,12 +315,12 @@ class Rows {
     block.prior = prior, block.forbids = any(never);
   }
 
-  // Rows given in the accumulation type, in whole vectors and with all lanes live need no copy.
+  // Rows given in the accumulation type, in whole vectors and none masked, need no copy.
   bool read_in_place(Block<A>& block, int64_t b, int64_t i0) const {
     const int64_t* stride = p_.u.stride;
     if constexpr (sizeof(X) == sizeof(A)) {
       const bool dense = stride[layout_.shared ? 2 : 3] == 1 && layout_.F == layout_.features;
-      if (!dense || block.forbids || sum_lanes(block.live) < W<A>) return false;
+      if (!dense || block.forbids || sum_lanes(block.live) < block.count) return false;
       block.rows = static_cast<const A*>(p_.u.data) + b * stride[0] + i0 * stride[1];
       block.row = stride[1], block.column = layout_.shared ? 0 : stride[2];
       return true;
@@ -329,7 +331,7 @@ class Rows {
   void stage(const Block<A>& block, int64_t b, int64_t i0, A* staged) const {
     const int64_t* stride = p_.u.stride;
     const int64_t outputs = layout_.shared ? 1 : p_.J, F = layout_.F;
-    for (int64_t l = 0; l < W<A>; ++l) {
+    for (int64_t l = 0; l < block.count; ++l) {
       A* row = staged + l * layout_.row;
       const X* from = static_cast<const X*>(p_.u.data) + b * stride[0] + (i0 + l) * stride[1];
       if (block.live[l] == 0)
@@ -344,11 +346,11 @@ class Rows {
   // Forbidden pairs couple with 0, but 0 * NaN is NaN: their rows must be zeros.
   void clear_forbidden(Block<A>& block, A* staged) const {
     if (layout_.shared) {
-      if (finite(staged, W<A> * layout_.row)) return;
+      if (finite(staged, block.count * layout_.row)) return;
       spread(block, staged);
     }
     for (int64_t j = 0; j < p_.J; ++j)
-      for (int64_t l = 0; l < W<A>; ++l)
+      for (int64_t l = 0; l < block.count; ++l)
         if (forbidden(block.prior[j * W<A> + l])) clear(staged + l * block.row + j * block.column, layout_.F);
   }
 
@@ -364,7 +366,7 @@ class Rows {
   // One row for every j, in place of one for all.
   void spread(Block<A>& block, A* staged) const {
     block.row = p_.J * layout_.F, block.column = layout_.F;
-    for (int64_t l = W<A> - 1; l >= 0; --l)
+    for (int64_t l = block.count - 1; l >= 0; --l)
       for (int64_t j = p_.J - 1; j >= 0; --j)
         for (int64_t f = 0; f < layout_.F; ++f)
           staged[l * block.row + j * block.column + f] = staged[l * layout_.row + f];
@@ -374,10 +376,6 @@ class Rows {
     A zero = 0;
     for (int64_t k = 0; k < count; ++k) zero += x[k] * 0;
     return zero == 0;
-  }
-
-  void clear_past(A* staged, int64_t count) const {
-    for (int64_t l = count; l < W<A>; ++l) clear(staged + l * layout_.row, layout_.sums());
   }
 
   static void clear(A* to, int64_t count) {

@@ -70,6 +70,7 @@ class Stream {
   template <class Visit>
   void for_blocks(const Tile& tile, int64_t first_sample, int64_t group, bool first, const Scratch& scratch,
                   const Visit& visit) const {
+    if (layout.shared) return for_rows(tile, first_sample, group, scratch, visit);
     const int64_t size = layout.block_size();
     const bool makes = p.form == Weight::pair && (first || !keep);
     Block<A> lanes{};
@@ -218,6 +219,21 @@ class Stream {
         const int64_t next = last ? 0 : m + kSamples, b = first_sample + tile.first + next;
         if (asks) rows.ask_for_inputs(b, minimum(kSamples, tile.count - next), last ? i0 + W<A> : i0, W<A>);
         visit(m, minimum(kSamples, tile.count - m), i0);
+      }
+  }
+
+  // The same where no weight is read: sample by sample, so that what one is compared with, and its sums, stay near.
+  template <class Visit>
+  void for_rows(const Tile& tile, int64_t first_sample, int64_t group, const Scratch& scratch,
+                const Visit& visit) const {
+    const int64_t start = group * kGroup, end = minimum(p.I, start + kGroup);
+    Block<A> lanes[kGroup / W<A>];
+    for (int64_t n = 0; n < tile.count; ++n)
+      for (int64_t i0 = start; i0 < end; i0 += W<A>) {
+        const int64_t b = first_sample + tile.first + n, place = (i0 - start) / W<A>;
+        if (n == 0 || rows.lanes_differ())
+          lanes[place] = rows.lanes(b, i0, scratch.rows.prior + place * layout.lanes());
+        visit(n, i0, rows.block(lanes[place], b, i0, scratch.rows.staged));
       }
   }
 

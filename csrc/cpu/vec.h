@@ -214,16 +214,18 @@ CAPSROUTE_INLINE Vec<A> add_pairs(Vec<A> a, Vec<A> b) {
   }(std::make_integer_sequence<int64_t, W<A>>());
 }
 
-// W vectors to one whose lane l is the sum over the lanes of x[l]: a transpose and W sums, in
-// W - 1 additions.
-template <class A, int64_t m = 1>
+// N vectors to one whose lane l < N is the sum over the lanes of x[l]: a transpose and sums, in N - 1 additions and one
+// for each time that N doubles to W. The order of a sum does not depend on N.
+template <class A, int64_t N = W<A>, int64_t m = 1>
 CAPSROUTE_INLINE Vec<A> sum_each(Vec<A>* x) {
   if constexpr (m == W<A>) {
     return x[0];
   } else {
+    constexpr int64_t pairs = N / (2 * m);
 #pragma GCC unroll 8
-    for (int64_t k = 0; k < W<A> / (2 * m); ++k) x[k] = add_pairs<A, m>(x[2 * k], x[2 * k + 1]);
-    return sum_each<A, 2 * m>(x);
+    for (int64_t k = 0; k < pairs; ++k) x[k] = add_pairs<A, m>(x[2 * k], x[2 * k + 1]);
+    if constexpr (pairs == 0) x[0] = add_pairs<A, m>(x[0], x[0]);
+    return sum_each<A, N, 2 * m>(x);
   }
 }
 
@@ -255,6 +257,13 @@ CAPSROUTE_INLINE Vec<A> rounded(Vec<A> x) {
   asm("" : "+m"(x));
 #endif
   return x;
+}
+
+// A pointer of which the compiler knows nothing.
+template <class T>
+CAPSROUTE_INLINE T* opaque(T* p) {
+  asm("" : "+r"(p));
+  return p;
 }
 
 template <class M>
