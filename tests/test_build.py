@@ -14,7 +14,7 @@ from capsroute import _ops
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 needs_kernels = pytest.mark.skipif(
     os.environ.get("CAPSROUTE_NO_EXT") == "1", reason="CAPSROUTE_NO_EXT=1: there are no kernels to look at"

@@ -51,8 +51,9 @@ def test_unknown_instruction_set_is_refused():
     [
         ("address,undefined", 16, ""),
         ("thread", 32, AVX2),
-        # AVX-512's vectors, in two halves where the processor lacks it: the same lanes, tiles and tails
-        ("address,undefined", 64, AVX2),
+        # AVX-512's vectors, in two halves where the processor lacks it: the same lanes, tiles and tails; and its pairs
+        # of bfloat16, one after the other
+        ("address,undefined", 64, f"{AVX2};-DCAPSROUTE_PAIRS"),
     ],
     ids=["address-16", "thread-32", "address-64"],
 )

@@ -59,13 +59,14 @@ def test_same_bits_on_any_number_of_threads_at_large_sizes(fused, threads, sizes
         assert_same_bits(results(problem, fused), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{"bias": True}, {"query": "BJO", "coupling": "in"}], ids=["route", "pass, in"])
 @pytest.mark.parametrize(
     ("form", "sizes"), [*((form, SIZES) for form in FORMS), *(("ijod", sizes) for sizes in LARGE.values())]
 )
-def test_each_sample_has_the_same_bits_alone(fused, form, sizes, options):
+def test_each_sample_has_the_same_bits_alone(fused, form, sizes, options, dtype):
     sizes = fit(fused, sizes)
-    problem = random_problem(sizes, form=form, dtype=torch.float32, logits="BIJ", mask="BI", **options)
+    problem = random_problem(sizes, form=form, dtype=dtype, logits="BIJ", mask="BI", **options)
     per_sample = ("u", "votes", "query", "logits", "v")
     v, coupling = problem.run(fused, return_coupling=True)
     grad_v = cotangent(v)

@@ -16,12 +16,16 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
 #endif
 
 namespace {
 
 bool runs_here(const Kernels& table) {
 #ifdef __x86_64__
+  if (&table == &avx512_bf16::kernels) return __builtin_cpu_supports("avx512bf16") && runs_here(avx512::kernels);
   if (&table == &avx512::kernels)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -34,7 +38,7 @@ bool runs_here(const Kernels& table) {
 // Best first.
 const Kernels* const tables[] = {
 #ifdef __x86_64__
-    &avx512::kernels, &avx2::kernels,
+    &avx512_bf16::kernels, &avx512::kernels, &avx2::kernels,
 #endif
     &baseline::kernels};
 

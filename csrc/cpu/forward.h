@@ -138,6 +138,7 @@ class ForwardStream {
     const int64_t sums = layout_.sums(), lanes = layout_.lanes(), J = p_.J;
     const bool alike = step == 0 && is_uniform(), makes = step == is_uniform();
     A* c = scratch.coupling;
+    if (!stream_.keep || makes || alike) stream_.rows.make_weight(group, scratch.samples);
     if (makes && stream_.keep) stream_.make_kept(tile, 0, group, scratch);
     for (int64_t m = 0; m < tile.count; m += W<A>) {
       const int64_t count = minimum(W<A>, tile.count - m);

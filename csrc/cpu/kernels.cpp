@@ -1,5 +1,12 @@
-// Compiled once for each instruction set: CAPSROUTE_ISA names it, CAPSROUTE_VECTOR_BYTES is its width.
+// Compiled once for each instruction set: CAPSROUTE_ISA names it, CAPSROUTE_VECTOR_BYTES is its width. One that only
+// adds instructions for bfloat16 leaves all else to the set CAPSROUTE_ELSE.
 #include "backward.h"
+
+#ifdef CAPSROUTE_ELSE
+namespace capsroute::CAPSROUTE_ELSE {
+extern const Kernels kernels;
+}
+#endif
 
 namespace capsroute::CAPSROUTE_ISA {
 namespace {
@@ -7,12 +14,21 @@ namespace {
 // Calls visit(x) with a value of the storage type that a dtype stands for.
 template <class Visit>
 auto with_dtype(DType dtype, const Visit& visit) {
-  switch (dtype) {
-    case DType::float64: return visit(double());
-    case DType::bfloat16: return visit(BFloat16());
-    case DType::float16: return visit(Half());
-    default: return visit(float());
-  }
+  if (dtype == DType::bfloat16) return visit(BFloat16());
+#ifndef CAPSROUTE_ELSE
+  if (dtype == DType::float64) return visit(double());
+  if (dtype == DType::float16) return visit(Half());
+  if (dtype == DType::float32) return visit(float());
+#endif
+  __builtin_unreachable();
+}
+
+// The kernels for a problem, if they are not these.
+const Kernels* other_kernels([[maybe_unused]] const Problem& p) {
+#ifdef CAPSROUTE_ELSE
+  if (p.u.dtype != DType::bfloat16) return &CAPSROUTE_ELSE::kernels;
+#endif
+  return nullptr;
 }
 
 // Over a null base a stream is only planned.
@@ -30,16 +46,23 @@ Plan run(const Problem& p, const Out& out, void* scratch, const Parallel& parall
   });
 }
 
-template <template <class> class StreamOf, class Out>
-Plan plan(const Problem& p, const Out& out, int64_t threads) {
-  return run<StreamOf>(p, out, nullptr, Parallel{threads, nullptr});
+Plan plan_forward(const Problem& p, const Forward& out, int64_t threads) {
+  if (const Kernels* other = other_kernels(p)) return other->plan_forward(p, out, threads);
+  return run<ForwardStream>(p, out, nullptr, Parallel{threads, nullptr});
 }
 
 void forward(const Problem& p, const Forward& out, void* scratch, const Parallel& parallel) {
+  if (const Kernels* other = other_kernels(p)) return other->forward(p, out, scratch, parallel);
   run<ForwardStream>(p, out, scratch, parallel);
 }
 
+Plan plan_backward(const Problem& p, const Backward& out, int64_t threads) {
+  if (const Kernels* other = other_kernels(p)) return other->plan_backward(p, out, threads);
+  return run<BackwardStream>(p, out, nullptr, Parallel{threads, nullptr});
+}
+
 void backward(const Problem& p, const Backward& out, void* scratch, const Parallel& parallel) {
+  if (const Kernels* other = other_kernels(p)) return other->backward(p, out, scratch, parallel);
   run<BackwardStream>(p, out, scratch, parallel);
 }
 
@@ -54,6 +77,6 @@ constexpr const char* kName = CAPSROUTE_TEXT(CAPSROUTE_ISA);
 #endif
 
 extern const Kernels kernels;
-const Kernels kernels{kName, plan<ForwardStream, Forward>, forward, plan<BackwardStream, Backward>, backward};
+const Kernels kernels{kName, plan_forward, forward, plan_backward, backward};
 
 }  // namespace capsroute::CAPSROUTE_ISA

@@ -138,6 +138,7 @@ class LogitStream {
   void group_of_samples(const Tile& tile, int64_t step, int64_t group, A* to,
                         const typename Stream<X>::Scratch& scratch) const {
     const int64_t k = p_.R - step, rows = layout_.sums(), stride = plan_.terms * rows;
+    if (!stream_.keep || step == 0) stream_.rows.make_weight(group, scratch.samples);
     if (step == 0 && stream_.keep) stream_.make_kept(tile, first_, group, scratch);
     for (int64_t m = 0; m < tile.count; m += W<A>) {
       const int64_t n = tile.first + m, count = minimum(W<A>, tile.count - m);

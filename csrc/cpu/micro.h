@@ -232,27 +232,32 @@ CAPSROUTE_INLINE Vec<A> dot_some_rows(const A* const* row, const A* q, Size F) {
   return sum_each<A, N>(sum);
 }
 
+// The same for `count` <= N rows. Those past the end repeat the last one; if the compiler knew, it would share their
+// products, and then make no fma of them.
+template <int N, class A, class Size>
+CAPSROUTE_INLINE Vec<A> dot_last_rows(const A* rows, int64_t row_stride, int64_t count, const A* q, Size F) {
+  const A* row[N];
+#pragma GCC unroll 16
+  for (int64_t l = 0; l < N; ++l) row[l] = opaque(rows + (l < count ? l : count - 1) * row_stride);
+  return dot_some_rows<N>(row, q, F);
+}
+
 // The same for `count` <= W rows.
 template <class A, class Size>
 CAPSROUTE_INLINE Vec<A> dot_rows(const A* rows, int64_t row_stride, int64_t count, const A* q, Size F) {
-  const A* row[W<A>];
-  constexpr int few = W<A> >= 8 ? W<A> / 4 : 1;
-  if (few > 1 && count <= few) {
-    // Those past the end repeat the last one. If the compiler knew, it would share their products: then no fma is made.
+  constexpr int all_rows = W<A>, few = all_rows >= 8 ? all_rows / 4 : 1;
+  if (count <= few) return dot_last_rows<few>(rows, row_stride, count, q, F);
+  if (count < all_rows) return dot_last_rows<all_rows>(rows, row_stride, count, q, F);
+  const A* row[all_rows];
 #pragma GCC unroll 16
-    for (int64_t l = 0; l < few; ++l) row[l] = opaque(rows + (l < count ? l : count - 1) * row_stride);
-    return dot_some_rows<few>(row, q, F);
-  }
-#pragma GCC unroll 16
-  for (int64_t l = 0; l < W<A>; ++l) row[l] = rows + l * row_stride;
-  return dot_some_rows<W<A>>(row, q, F);
+  for (int64_t l = 0; l < all_rows; ++l) row[l] = rows + l * row_stride;
+  return dot_some_rows<all_rows>(row, q, F);
 }
 
 // s_k[f] += sum over l < count of c_k[l] rows[l, f] for K output capsules and C vectors of features.
 template <int K, int C, class A, class Count>
 CAPSROUTE_INLINE void add_panel(A* s, int64_t s_stride, const A* rows, int64_t row_stride, Count count, const A* c) {
   Vec<A> sum[K][C] = {};
-#pragma GCC unroll 16
   for (int64_t l = 0; l < count; ++l) {
     Vec<A> row[C];
 #pragma GCC unroll 2

@@ -6,6 +6,10 @@
 
 namespace capsroute::CAPSROUTE_ISA {
 
+// Where a lane is a sample and the weight must be widened, this is done for a whole group at once, if the result is no
+// larger than that.
+constexpr int64_t kGroupWeight = int64_t(512) << 10;
+
 // Up to W input capsules of one sample. Lanes past them and masked ones are not live: these have rows of zeros, those
 // none.
 template <class A>
@@ -106,17 +110,22 @@ class Rows {
 
   // The same where a lane is a sample.
   struct SampleScratch {
-    A* inputs;   // [W samples][W, D]
-    A* by_lane;  // [2][W, D][W samples]
-    A* weight;   // [W, D, J, F], of one input capsule or a block, where it must be widened
-    A* votes;    // [run][J, F][W samples]
-    A* prior;    // [J][W samples]
-    A* dots[2];  // [J][W samples]
+    A* inputs;         // [W samples][W, D]
+    A* numbers;        // [W, D][W samples]
+    Term<X>* by_lane;  // [2][W, terms][W samples]
+    Term<X>* weight;   // [W or kGroup, terms, J, F], where it is no such terms in place
+    bool whole;        // that of a whole group is made at once
+    A* votes;          // [run][J, F][W samples]
+    A* prior;          // [J][W samples]
+    A* dots[2];        // [J][W samples]
     static SampleScratch carve(const Layout<X>& layout, int64_t run, Carver& carver) {
       SampleScratch s;
       s.inputs = carver.take<A>(W<A> * W<A> * layout.p.D);
-      s.by_lane = carver.take<A>(2 * W<A> * W<A> * layout.p.D);
-      s.weight = std::is_same_v<X, A> ? nullptr : carver.take<A>(W<A> * layout.p.D * layout.sums());
+      s.numbers = kTerm<X> > 1 ? carver.take<A>(W<A> * W<A> * layout.p.D) : nullptr;
+      const int64_t terms = divide_up(layout.p.D, kTerm<X>), weight = terms * layout.sums();
+      s.by_lane = carver.take<Term<X>>(2 * W<A> * W<A> * terms);
+      s.whole = kGroup * weight * int64_t(sizeof(Term<X>)) <= kGroupWeight;
+      s.weight = std::is_same_v<X, A> ? nullptr : carver.take<Term<X>>((s.whole ? kGroup : W<A>)*weight);
       s.votes = carver.take<A>(run * layout.sums() * W<A>);
       s.prior = carver.take<A>(layout.lanes());
       for (A*& dots : s.dots) dots = carver.take<A>(layout.lanes());
@@ -183,48 +192,46 @@ class Rows {
     apply(weights_.pair + i0 * p_.D * votes, votes, x, terms, to, votes, samples);
   }
 
-  // The input capsules of the block at i0 for `samples` <= W samples, a lane for each, to by_lane[W, D][W].
-  void inputs_by_lane(int64_t b, int64_t samples, int64_t i0, A* by_lane, const SampleScratch& scratch) const {
+  // What a lane of samples takes for the features of an input capsule: so many terms.
+  int64_t terms() const { return divide_up(p_.D, kTerm<X>); }
+
+  // The input capsules of the block at i0 for `samples` <= W samples, a lane for each, to by_lane[W, terms][W].
+  void inputs_by_lane(int64_t b, int64_t samples, int64_t i0, Term<X>* by_lane, const SampleScratch& scratch) const {
     const int64_t count = minimum(W<A>, p_.I - i0), numbers = count * p_.D;
     if constexpr (std::is_same_v<X, A>)
       if (inputs_follow() && !p_.mask.data)
         return to_lanes(first_input(b, i0), p_.u.stride[0], samples, numbers, by_lane);
     inputs(b, samples, i0, count, scratch.inputs);
-    to_lanes(scratch.inputs, numbers, samples, numbers, by_lane);
+    if constexpr (kTerm<X> == 1) {
+      to_lanes(scratch.inputs, numbers, samples, numbers, by_lane);
+    } else {
+      to_lanes(scratch.inputs, numbers, samples, numbers, scratch.numbers);
+      make_terms<X>(scratch.numbers, count, p_.D, W<A>, by_lane);
+    }
+  }
+
+  // The weight of a whole group, for all samples that follow, if it is to be made at once.
+  void make_weight(int64_t group, const SampleScratch& scratch) const {
+    if (!std::is_same_v<X, A> && scratch.whole)
+      make_weight(group * kGroup, minimum(kGroup, p_.I - group * kGroup), scratch);
   }
 
   // Weight::pair: the votes h_ij = W_ij u_i of input capsule i, given by lane, to votes[J, F][W], for G groups of
   // samples; or the sum of those of `inputs` capsules from i on.
   template <int G>
-  void make_sample_votes(int64_t i, int64_t inputs, const A* const* u, A* const* votes,
+  void make_sample_votes(int64_t i, int64_t inputs, const Term<X>* const* u, A* const* votes,
                          const SampleScratch& scratch) const {
-    const int64_t count = layout_.sums(), D = inputs * p_.D;
-    const X* weight = weights_.pair + i * p_.D * count;
-    if constexpr (std::is_same_v<X, A>) {
-      votes_of_samples<G>(weight, u, D, count, votes);
-    } else {
-      widen(scratch.weight, weight, 1, D * count, D * count);
-      votes_of_samples<G>(scratch.weight, u, D, count, votes);
-    }
+    votes_of_samples<G>(sample_weight(i, inputs, scratch), u, inputs * terms(), layout_.sums(), votes);
   }
 
   // The same for one group, where F = W, with their dot products with up to two queries, to dots[J][W].
-  void make_votes_and_dots(int64_t i, const A* u, A* votes, const A* const* query, A* const* dots,
+  void make_votes_and_dots(int64_t i, const Term<X>* u, A* votes, const A* const* query, A* const* dots,
                            const SampleScratch& scratch) const {
-    const int64_t count = layout_.sums(), D = p_.D;
-    const X* weight = weights_.pair + i * D * count;
-    auto make = [&](const A* w) {
-      if (D == 8)
-        votes_and_dots(w, u, Known<8>(), p_.J, votes, query, dots);
-      else
-        votes_and_dots(w, u, D, p_.J, votes, query, dots);
-    };
-    if constexpr (std::is_same_v<X, A>) {
-      make(weight);
-    } else {
-      widen(scratch.weight, weight, 1, D * count, D * count);
-      make(scratch.weight);
-    }
+    const Term<X>* weight = sample_weight(i, 1, scratch);
+    if (p_.D == 8)
+      votes_and_dots(weight, u, Known<8 / kTerm<X>>(), p_.J, votes, query, dots);
+    else
+      votes_and_dots(weight, u, terms(), p_.J, votes, query, dots);
   }
 
   // Input capsule i of W samples from b on, as lanes with their votes: which are live, and their prior logits.
@@ -276,6 +283,20 @@ class Rows {
   bool inputs_follow() const { return p_.u.stride[1] == p_.D && p_.u.stride[2] == 1; }
   const X* first_input(int64_t b, int64_t i0) const {
     return static_cast<const X*>(p_.u.data) + b * p_.u.stride[0] + i0 * p_.D;
+  }
+
+  void make_weight(int64_t i, int64_t inputs, const SampleScratch& scratch) const {
+    const int64_t count = layout_.sums();
+    make_terms<X>(weights_.pair + i * p_.D * count, inputs, p_.D, count, scratch.weight);
+  }
+
+  // [inputs][terms, J, F]
+  const Term<X>* sample_weight(int64_t i, int64_t inputs, const SampleScratch& scratch) const {
+    const int64_t size = terms() * layout_.sums();
+    if constexpr (std::is_same_v<X, A>) return weights_.pair + i * size;
+    if (scratch.whole) return scratch.weight + i % kGroup * size;
+    make_weight(i, inputs, scratch);
+    return scratch.weight;
   }
 
   bool masked(int64_t b, int64_t i) const {

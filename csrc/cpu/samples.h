@@ -41,10 +41,10 @@ void from_lanes(const A* y, int64_t count, A* x, int64_t stride, int64_t samples
   }
 }
 
-// h_g[k] = sum over d of w[d, k] u_g[d], lane by lane, for C numbers k and G groups of W samples. What follows w is
-// asked for: rows this short are not what a processor fetches by itself.
-template <int G, int C, class A, class Size>
-CAPSROUTE_INLINE void votes_panel(const A* w, int64_t w_stride, const A* const* u, Size D, A* const* h, int64_t k,
+// h_g[k] = sum over d of w[d, k] u_g[d], lane by lane, for C numbers k and G groups of W samples, over D terms. What
+// follows w is asked for: rows this short are not what a processor fetches by itself.
+template <int G, int C, class T, class A, class Size>
+CAPSROUTE_INLINE void votes_panel(const T* w, int64_t w_stride, const T* const* u, Size D, A* const* h, int64_t k,
                                   Vec<A> (&sum)[G][C]) {
   const int64_t ahead = D * w_stride;
 #pragma GCC unroll 2
@@ -53,16 +53,14 @@ CAPSROUTE_INLINE void votes_panel(const A* w, int64_t w_stride, const A* const* 
     for (int c = 0; c < C; ++c) sum[g][c] = all<A>(0);
   w += k;
   for (int64_t d = 0; d < D; ++d, w += w_stride) {
-    Vec<A> x[G];
+    decltype(load(w)) x[G];
 #pragma GCC unroll 2
     for (int g = 0; g < G; ++g) x[g] = load(u[g] + d * W<A>);
     __builtin_prefetch(w + ahead);
 #pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) {
-      const Vec<A> weight = all<A>(w[c]);
+    for (int c = 0; c < C; ++c)
 #pragma GCC unroll 2
-      for (int g = 0; g < G; ++g) sum[g][c] += weight * x[g];
-    }
+      for (int g = 0; g < G; ++g) sum[g][c] = multiply_add(sum[g][c], w[c], x[g]);
   }
 #pragma GCC unroll 2
   for (int g = 0; g < G; ++g)
@@ -71,17 +69,17 @@ CAPSROUTE_INLINE void votes_panel(const A* w, int64_t w_stride, const A* const* 
 }
 
 // The votes h_g [count][W] of an input capsule u_g [D][W], by its weight w [D, count], for G groups of samples.
-template <int G, class A>
-void votes_of_samples(const A* w, const A* const* u, int64_t D, int64_t count, A* const* h) {
+template <int G, class T, class A>
+void votes_of_samples(const T* w, const T* const* u, int64_t D, int64_t count, A* const* h) {
   constexpr int C = kSums / G;
   int64_t k = 0;
   for (; k + C <= count; k += C) {
     Vec<A> sum[G][C];
-    votes_panel<G, C>(w, count, u, D, h, k, sum);
+    votes_panel(w, count, u, D, h, k, sum);
   }
   for (; k < count; k += W<A>) {
     Vec<A> sum[G][W<A>];
-    votes_panel<G, W<A>>(w, count, u, D, h, k, sum);
+    votes_panel(w, count, u, D, h, k, sum);
   }
 }
 
@@ -110,11 +108,11 @@ CAPSROUTE_INLINE Vec<A> dot_samples(const A* h, const A* q, Size F) {
 
 // The votes h [J, F][W] of one group and one input capsule, where F = W, and while they are at hand their dot products
 // with up to two queries [J, F][W], to dots[J][W].
-template <class A, class Size>
-void votes_and_dots(const A* w, const A* u, Size D, int64_t J, A* h, const A* const* query, A* const* dots) {
+template <class T, class A, class Size>
+void votes_and_dots(const T* w, const T* u, Size D, int64_t J, A* h, const A* const* query, A* const* dots) {
   for (int64_t j = 0; j < J; ++j) {
     Vec<A> sum[1][W<A>];
-    votes_panel<1, W<A>>(w, J * W<A>, &u, D, &h, j * W<A>, sum);
+    votes_panel(w, J * W<A>, &u, D, &h, j * W<A>, sum);
     for (int t = 0; t < 2; ++t) {
       if (!query[t]) continue;
       const A* q = query[t] + j * W<A> * W<A>;

@@ -102,7 +102,7 @@ class Stream {
   void add_sample_votes(const Tile& tile, int64_t m, int64_t count, int64_t group, A share,
                         const Scratch& scratch) const {
     const int64_t end = minimum(p.I, (group + 1) * kGroup);
-    const A* u = scratch.samples.by_lane;
+    const Term<X>* u = scratch.samples.by_lane;
     for (int64_t i0 = group * kGroup; i0 < end; i0 += W<A>) {
       rows.inputs_by_lane(tile.first + m, count, i0, scratch.samples.by_lane, scratch.samples);
       for (int64_t n = 0; n < W<A>; ++n) ask_for_next(tile, 0, m, group, i0, n);
@@ -113,7 +113,8 @@ class Stream {
 
   // The votes of a group, to be kept, where a lane is a sample: of twice W samples at a time.
   void make_kept(const Tile& tile, int64_t first_sample, int64_t group, const Scratch& scratch) const {
-    const int64_t end = minimum(p.I, (group + 1) * kGroup), lanes = W<A> * p.D * W<A>;
+    const int64_t end = minimum(p.I, (group + 1) * kGroup);
+    const int64_t terms = rows.terms() * W<A>, lanes = W<A> * terms;
     for (int64_t i0 = group * kGroup; i0 < end; i0 += W<A>)
       for (int64_t m = 0; m < tile.count; m += 2 * W<A>) {
         const bool both = m + W<A> < tile.count;
@@ -121,8 +122,8 @@ class Stream {
           rows.inputs_by_lane(first_sample + tile.first + n, minimum(W<A>, tile.count - n), i0,
                               scratch.samples.by_lane + (n - m) / W<A> * lanes, scratch.samples);
         for (int64_t l = 0; l < minimum(W<A>, p.I - i0); ++l) {
-          const A* u = scratch.samples.by_lane + l * p.D * W<A>;
-          const A* from[] = {u, u + lanes};
+          const Term<X>* u = scratch.samples.by_lane + l * terms;
+          const Term<X>* from[] = {u, u + lanes};
           A* to[] = {kept(tile, m, i0 + l), kept(tile, m + W<A>, i0 + l)};
           if (both)
             rows.template make_sample_votes<2>(i0 + l, 1, from, to, scratch.samples);
@@ -150,7 +151,7 @@ class Stream {
         const int64_t inputs = minimum(run, block_end - first);
         A* votes = keep ? kept(tile, m, first) : scratch.samples.votes;
         for (int64_t l = 0; l < inputs; ++l) {
-          const A* u = scratch.samples.by_lane + (first + l - i0) * p.D * W<A>;
+          const Term<X>* u = scratch.samples.by_lane + (first + l - i0) * rows.terms() * W<A>;
           A* own = votes + l * next;
           if (!keep) ask_for_next(tile, first_sample, m, group, i0, first + l - i0);
           if (dotted) {

@@ -15,7 +15,7 @@ using namespace capsroute;
 
 namespace {
 
-constexpr const char* kNames[] = {"avx512", "avx2", "neon", "baseline"};
+constexpr const char* kNames[] = {"avx512_bf16", "avx512", "avx2", "neon", "baseline"};
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
