@@ -30,10 +30,10 @@ def planned(*sizes, backward=False, threads=1, **options):
 
 def test_votes_are_kept_up_to_8_mib():
     """4 samples of J x O = 20 x 16 numbers of 4 bytes: 5120 for each input capsule, 8 MiB at 1638 of them."""
-    assert planned(9, 1632, 2, 20, 16).keeps_votes  # a multiple of every lane count
-    assert not planned(9, 1648, 2, 20, 16).keeps_votes
-    assert not planned(9, 16, 2, 20, 16, iterations=1).keeps_votes  # there is no second pass to keep them for
-    assert not planned(9, 16, 2, 20, 16, weight="JOD").keeps_votes
+    assert planned(9, 1632, 2, 20, 16).kept_inputs == 1632  # a multiple of every lane count
+    assert planned(9, 1648, 2, 20, 16).kept_inputs == 0
+    assert planned(9, 16, 2, 20, 16, iterations=1).kept_inputs == 0  # there is no second pass to keep them for
+    assert planned(9, 16, 2, 20, 16, weight="JOD").kept_inputs == 0
 
 
 def test_a_tile_is_larger_where_votes_are_made_anew():
@@ -61,7 +61,16 @@ def test_threads_share_out_groups_where_tiles_are_few(batch, by_group):
     assert not one.by_group
     assert two.groups == one.groups == 3
     # nothing that decides on bits depends on the threads
-    assert (two.keeps_votes, two.tile, two.tiles, two.chunk) == (one.keeps_votes, one.tile, one.tiles, one.chunk)
+    assert (two.kept_inputs, two.tile, two.tiles, two.chunk) == (one.kept_inputs, one.tile, one.tiles, one.chunk)
+
+
+def test_of_a_few_samples_as_many_votes_are_kept_as_12_mib_hold():
+    # 20 x 16 numbers of 4 bytes for each of B samples and input capsules; in groups of 64
+    assert planned(4, 2432, 2, 20, 16).kept_inputs == 2432
+    assert planned(4, 2464, 2, 20, 16).kept_inputs == 2432
+    assert planned(1, 9792, 2, 20, 16).kept_inputs == 9792
+    assert planned(1, 9856, 2, 20, 16).kept_inputs == 9792
+    assert planned(5, 2432, 2, 20, 16).kept_inputs == 0  # two tiles, and the weight is read for both
 
 
 def test_pairs_are_kept_while_16_samples_of_them_fit_in_32_mib():
@@ -124,9 +133,9 @@ def test_votes_by_samples_are_kept_up_to_128_kib_for_each_term():
     if not torch.ops.capsroute.cpu_capability().startswith("avx512"):
         pytest.skip("only with AVX-512 a lane is a sample")
     # 16 samples of 4 x 16 numbers of 4 bytes: 4 KiB for each input capsule
-    assert planned(16, 64, 2, 4, 16).keeps_votes
-    assert not planned(16, 80, 2, 4, 16).keeps_votes
-    assert planned(16, 80, 4, 4, 16).keeps_votes
+    assert planned(16, 64, 2, 4, 16).kept_inputs == 64
+    assert planned(16, 80, 2, 4, 16).kept_inputs == 0
+    assert planned(16, 80, 4, 4, 16).kept_inputs == 80
     assert planned(64, 64, 2, 4, 16)[2:4] == (32, 2)  # two vectors' samples read a weight together
     assert planned(100, 80, 2, 4, 16)[2:4] == (128, 1)
 

@@ -16,7 +16,7 @@ class Path(NamedTuple):
     """The choices of csrc/cpu/routing.h, Plan; `chunk`, `keeps_pairs` and `one_by_one` are of a backward alone."""
 
     scratch: int
-    keeps_votes: bool
+    kept_inputs: int
     tile: int
     tiles: int
     groups: int
@@ -58,11 +58,13 @@ def explain(case: Case, path: Path, backward: bool) -> str:
     if path.by_samples:
         words.append("a lane is a sample, as there are enough of them and their votes stay near")
     if case.weight == "IJOD" and passes > 1:
-        samples = "a vector's samples" if path.by_samples else "4 samples"
-        if path.keeps_votes:
+        together = f"{min(case.batch, 4)} samples" if case.batch > 1 else "one sample"
+        samples = "a vector's samples" if path.by_samples else together
+        if path.kept_inputs == case.inputs:
             words.append(f"kept between passes, as those of {samples} are few enough")
         else:
-            words.append(f"made anew in each pass, as those of {samples} are too many to keep")
+            first = f", but for the first {path.kept_inputs} input capsules" if path.kept_inputs else ""
+            words.append(f"made anew in each pass, as those of {samples} are too many to keep{first}")
     shared_out = "their groups are shared out" if path.by_group else "a thread takes whole tiles"
     samples, inputs = min(path.tile, path.chunk), -(-case.inputs // path.groups)
     tiles = f"{path.tiles} x {samples} samples, {path.groups} x {inputs} input capsules"
@@ -92,15 +94,16 @@ def operations(case: Case, path: Path, backward: bool) -> int:
     row = 2 * B * I * J * (D if shared else O)  # of agreement, or a sum, in one pass
     votes = 2 * B * I * J * O * D if case.weight == "IJOD" else 0
     products = 2 * B * J * O * D if shared else 0  # of W with V or a sum
+    kept = path.kept_inputs / max(I, 1)
     if not backward:
         # the first pass couples all alike: a product of its own, where it has few terms, gives the sums
         alike = case.weight == "IJOD" and D < FEW_TERMS and case.coupling == "out"
-        made = 1 + alike if path.keeps_votes else R
-        return made * votes + (R - alike) * (row + products) + (R - 1) * (row + products)
+        made = kept * (1 + alike) + (1 - kept) * R
+        return round(made * votes) + (R - alike) * (row + products) + (R - 1) * (row + products)
     if case.detach_coupling:
         R = 1
     passes = streamed(case, backward)
-    stream = (min(1, passes) if path.keeps_votes else passes) * votes + (R - 1) * 3 * row
+    stream = round((kept * min(1, passes) + (1 - kept) * passes) * votes) + (R - 1) * 3 * row
     stream += (R * row + (2 * R - 1) * 3 * products) if shared else 0
     made_again = 0 if path.keeps_pairs else (R - 1) * 2 * row + votes
     return stream + made_again + (2 * R - 1) * row + 2 * votes  # dh, then du and dW

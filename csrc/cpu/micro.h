@@ -26,7 +26,7 @@ CAPSROUTE_INLINE void with_features(int64_t F, const Visit& visit) {
 }
 
 constexpr int64_t kRows = 8;          // of a weight, that are read together
-constexpr int64_t kNear = 16 * 1024;  // bytes that may be asked for ahead; beyond it, what follows in the same row
+constexpr int64_t kNear = 16 * 1024;  // bytes that may be asked for ahead
 
 // Where the products of one sample go: y[f], and, if they are also summed up with those of other calls, total[f].
 template <class A>
@@ -35,8 +35,8 @@ struct Sums {
 };
 
 // y_n[f] += sum over d of x_n[d] w[d, f], for N samples and C vectors of features; from 0 if this is `first`. The same
-// to total_n, if it is `twice`, from 0 if that is `fresh`. What lies `ahead` of w is asked for on the way: rows this
-// short and far apart are not what a processor prefetches by itself.
+// to total_n, if it is `twice`, from 0 if that is `fresh`. What lies `ahead` of w is asked for on the way, if that is not
+// 0: rows this short and far apart are not what a processor prefetches by itself.
 template <int N, int C, bool twice, class X, class A, class Size>
 CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const A* const* x, Size D, const Sums<A>* to, int64_t f,
                                   bool first, bool fresh, int64_t ahead) {
@@ -121,29 +121,30 @@ void apply(const X* w, int64_t w_stride, const A* const* x, int64_t D, const Sum
   }
 }
 
-// x_n[d] = sum over f of w[d, f] y_n[f] for `samples` <= N, and W / N features d at a time: W dot products, one
-// sum_each.
-template <int N, class X, class A>
+// x_n[d] = sum over f of w[d, f] y_n[f] for `samples` <= N, and K features d at a time: N K dot products, one sum_each.
+// For one sample the weight is no sooner there than used: that after it, which follows it in memory, is asked for.
+template <int N, int K, class X, class A>
 CAPSROUTE_INLINE void apply_transposed_panel(const X* w, int64_t w_stride, const A* const* y, int64_t F, A* const* x,
                                              int64_t D, int64_t samples) {
-  constexpr int64_t K = W<A> / N;
   const A* from[N];
 #pragma GCC unroll 4
   for (int64_t n = 0; n < N; ++n) from[n] = y[n < samples ? n : samples - 1];  // those past the end are not stored
+  const int64_t ahead = D * w_stride;
   for (int64_t d0 = 0; d0 < D; d0 += K) {
     const X* row[K];  // rows past the end repeat the last one and are not stored
 #pragma GCC unroll 16
     for (int64_t k = 0; k < K; ++k) row[k] = w + (d0 + k < D ? d0 + k : D - 1) * w_stride;
-    Vec<A> sum[W<A>] = {};
+    Vec<A> sum[N * K] = {};
     for (int64_t f = 0; f < F; f += W<A>) {
 #pragma GCC unroll 16
       for (int64_t k = 0; k < K; ++k) {
         const Vec<A> weight = load(row[k] + f);
+        if (N == 1) __builtin_prefetch(row[k] + f + ahead);
 #pragma GCC unroll 4
         for (int64_t n = 0; n < N; ++n) sum[n * K + k] += weight * load(from[n] + f);
       }
     }
-    const Vec<A> sums = sum_each<A>(sum);
+    const Vec<A> sums = sum_each<A, N * K>(sum);
     for (int64_t n = 0; n < N && n < samples; ++n)
       for (int64_t k = 0; k < K && d0 + k < D; ++k) x[n][d0 + k] = sums[n * K + k];
   }
@@ -153,12 +154,14 @@ CAPSROUTE_INLINE void apply_transposed_panel(const X* w, int64_t w_stride, const
 template <class X, class A>
 void apply_transposed(const X* w, int64_t w_stride, const A* const* y, int64_t F, A* const* x, int64_t D,
                       int64_t samples) {
-  constexpr int N = W<A> >= 8 ? 4 : 2;
+  constexpr int N = W<A> >= 8 ? 4 : 2, K = W<A> / N;
   for (int64_t n = 0; n < samples; n += N)
-    if (samples - n == 1)
-      apply_transposed_panel<1>(w, w_stride, y + n, F, x + n, D, 1);
+    if (samples - n > 1)
+      apply_transposed_panel<N, K>(w, w_stride, y + n, F, x + n, D, samples - n);
+    else if (D <= W<A> / 2)
+      apply_transposed_panel<1, W<A> / 2>(w, w_stride, y + n, F, x + n, D, 1);
     else
-      apply_transposed_panel<N>(w, w_stride, y + n, F, x + n, D, samples - n);
+      apply_transposed_panel<1, W<A>>(w, w_stride, y + n, F, x + n, D, 1);
 }
 
 // What becomes of a sum: added to what is there, or put there, or put there past the caches.

@@ -90,7 +90,7 @@ struct Parallel {
 struct Plan {
   int64_t scratch;        // bytes
   bool by_samples;        // a lane is a sample, not a feature
-  bool keeps_votes;       // of a tile, between its passes; else each pass makes them anew
+  int64_t kept_inputs;    // the first ones, whose votes are kept between a tile's passes; others are made anew in each
   int64_t tile;           // samples that read the weight together
   int64_t tiles, groups;  // of samples, and of input capsules, whose sums are added in order
   bool by_group;          // threads share out the groups of a tile, not whole tiles

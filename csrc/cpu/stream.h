@@ -6,10 +6,13 @@
 
 namespace capsroute::CAPSROUTE_ISA {
 
-// Votes are kept between passes while those of kSamples samples fit into this; else they are made anew. Where a lane is
+// Votes are kept between passes while those of the samples that are routed together fit into this; else they are made anew. Where a lane is
 // a sample there are more of them, and making one of few terms is cheaper than reading it from beyond a cache: then
 // they may take kKeptForTerm for each of the D terms.
 constexpr int64_t kKeptVotes = int64_t(8) << 20, kKeptForTerm = int64_t(128) << 10;
+// Of a batch that is routed together, as many are kept as fit into this: all the weight would be read again for a few
+// samples.
+constexpr int64_t kKeptOfFew = int64_t(12) << 20;
 // A lane is a sample where votes, sums and V of W samples and one input capsule stay in the first-level cache: the
 // votes may take this. It pays where shuffles of vectors are dear and registers many, which is AVX-512.
 constexpr int64_t kNearVotes = int64_t(16) << 10;
@@ -25,7 +28,7 @@ class Stream {
 
   Plan plan() const {
     Plan plan{};
-    plan.keeps_votes = keep, plan.tile = schedule.tile, plan.tiles = schedule.tiles, plan.groups = schedule.groups;
+    plan.kept_inputs = kept_inputs, plan.tile = schedule.tile, plan.tiles = schedule.tiles, plan.groups = schedule.groups;
     plan.by_group = schedule.by_group, plan.by_samples = by_samples, plan.chunk = schedule.batch;
     return plan;
   }
@@ -50,8 +53,9 @@ class Stream {
         rows(layout, weights),
         by_samples(kWide && may && p.form == Weight::pair && batch >= W<A> &&
                    layout.sums() * W<A> * int64_t(sizeof(A)) <= kNearVotes),
-        keep(keeps(passes)),
         together(by_samples ? W<A> : minimum(kSamples, batch)),
+        kept_inputs(inputs_to_keep(batch, passes)),
+        keep(kept_inputs > 0),
         run(!by_samples ? 1 : keep || p.over_inputs ? W<A> : 4),
         schedule(batch, tile_size(batch, parallel.threads), layout.groups, parallel.threads),
         sums_(sums),
@@ -72,11 +76,11 @@ class Stream {
                   const Visit& visit) const {
     if (layout.shared) return for_rows(tile, first_sample, group, scratch, visit);
     const int64_t size = layout.block_size();
-    const bool makes = p.form == Weight::pair && (first || !keep);
+    const bool keeps = group * kGroup < kept_inputs, makes = p.form == Weight::pair && (first || !keeps);
     Block<A> lanes{};
     for_samples(tile, first_sample, group, makes, [&](int64_t m, int64_t samples, int64_t i0) {
       const int64_t b = first_sample + tile.first + m;
-      A* staged = keep ? kept_block(tile, i0) : scratch.rows.staged;
+      A* staged = keeps ? kept_block(tile, i0) : scratch.rows.staged;
       if (makes) rows.make_votes(b, samples, i0, staged, scratch.rows.inputs);
       for (int64_t n = 0; n < samples; ++n) {
         if (m + n == 0 || rows.lanes_differ()) lanes = rows.lanes(b + n, i0, scratch.rows.prior);
@@ -90,7 +94,7 @@ class Stream {
   void add_votes(const Tile& tile, int64_t group, A share, const Scratch& scratch, A* sums) const {
     for_samples(tile, 0, group, true, [&](int64_t m, int64_t samples, int64_t i0) {
       A *to = sums + m * layout.sums(), *total = scratch.rows.staged;
-      if (keep)
+      if (i0 < kept_inputs)
         rows.make_votes(tile.first + m, samples, i0, kept_block(tile, i0), scratch.rows.inputs, total);
       else
         rows.sum_votes(tile.first + m, samples, i0, total, scratch.rows.inputs);
@@ -185,16 +189,18 @@ class Stream {
   const Weights<X> weights;
   const Rows<X> rows;
   const bool by_samples;  // a lane is a sample, not a feature or an input capsule
-  const bool keep;
   const int64_t together;  // samples whose votes are made together
+  const int64_t kept_inputs;  // whose votes are kept between the passes, in whole groups: the first ones
+  const bool keep;            // where a lane is a sample these are all or none
   const int64_t run;       // where a lane is a sample, input capsules whose votes are summed together
   const Schedule schedule;
 
  private:
-  bool keeps(int64_t passes) const {
-    if (p.form != Weight::pair || passes < 2) return false;
-    const int64_t votes = layout.blocks * layout.block_size() * int64_t(sizeof(A));  // of one sample
-    return by_samples ? W<A> * votes <= minimum(kKeptVotes, p.D * kKeptForTerm) : kSamples * votes <= kKeptVotes;
+  int64_t inputs_to_keep(int64_t batch, int64_t passes) const {
+    if (p.form != Weight::pair || passes < 2) return 0;
+    const int64_t block = together * layout.block_size() * int64_t(sizeof(A)), votes = layout.blocks * block;
+    if (batch <= kSamples) return minimum(p.I, kKeptOfFew / block * W<A> / kGroup * kGroup);
+    return votes <= (by_samples ? minimum(kKeptVotes, p.D * kKeptForTerm) : kKeptVotes) ? p.I : 0;
   }
 
   // Samples that read the weight together: few where their votes are kept in the cache, else as many as keep V and sums
@@ -254,7 +260,8 @@ class Stream {
   }
 
   int64_t kept_size() const {
-    return by_samples ? schedule.tile * p.I * layout.sums() : layout.blocks * together * layout.block_size();
+    return by_samples ? schedule.tile * p.I * layout.sums()
+                      : divide_up(kept_inputs, W<A>) * together * layout.block_size();
   }
 
   Scratch carve_scratch(Carver& carver) const {
