@@ -73,11 +73,13 @@ struct Weights {
       packed.pair = copy;
       if (!carver.base) return packed;
       parallel_for(parallel, p.I, [&](int64_t i, int64_t) {
+        const X* from = weight + i * stride[0];
         X* to = copy + i * D * J * O;
+        if (O == p.O && stride[3] == 1 && stride[1] == O * stride[2])  // as torch allocates [I, J, O, D]
+          return transpose_rows(from, stride[2], J * O, D, to, J * O);
         for (int64_t d = 0; d < D; ++d)
           for (int64_t j = 0; j < J; ++j, to += O) {
-            const X* from = weight + i * stride[0] + j * stride[1] + d * stride[3];
-            for (int64_t o = 0; o < p.O; ++o) to[o] = from[o * stride[2]];
+            for (int64_t o = 0; o < p.O; ++o) to[o] = from[j * stride[1] + o * stride[2] + d * stride[3]];
             for (int64_t o = p.O; o < O; ++o) to[o] = X{};
           }
       });
