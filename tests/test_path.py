@@ -142,8 +142,18 @@ def test_votes_by_samples_are_kept_up_to_128_kib_for_each_term():
 
 def test_operations_where_votes_are_made_anew():
     """Three makings of the votes, the first of which is already a sum; two sums and two agreements: 2 (24 + 4)."""
-    case = CASES["cifar10"]._replace(batch=4)
+    case = CASES["cifar10"]._replace(batch=8)
     assert operations(case, planned(*case[1:6]), False) == 2 * 28 * case.votes
+
+
+def test_operations_where_some_votes_are_kept():
+    """Half of the votes are made twice, the first time as a sum, and half three times: 2 (2.5 x 8 + 4)."""
+    case = CASES["cifar10"]._replace(batch=1, inputs=2 * 19648)
+    path = planned(*case[1:6])
+    assert path.kept_inputs == 19648  # 12 MiB, in groups of 64
+    assert operations(case, path, False) == 2 * 24 * case.votes
+    words = explain(case, path, False)
+    assert "made anew in each pass, as those of one sample are too many to keep, but for the first 19648" in words
 
 
 def test_explain_tells_people_and_programs(capsys):

@@ -7,7 +7,7 @@
 
 namespace capsroute::CAPSROUTE_ISA {
 
-constexpr int64_t kSamples = 4;  // samples that share one load of the weight
+constexpr int64_t kSamples = 4;                                     // samples that share one load of the weight
 constexpr int kRegisters = CAPSROUTE_VECTOR_BYTES == 64 ? 32 : 16;  // of vectors
 
 // A size that is known when this is compiled: loops over it are unrolled, and their counters gone.
@@ -35,8 +35,8 @@ struct Sums {
 };
 
 // y_n[f] += sum over d of x_n[d] w[d, f], for N samples and C vectors of features; from 0 if this is `first`. The same
-// to total_n, if it is `twice`, from 0 if that is `fresh`. What lies `ahead` of w is asked for on the way, if that is not
-// 0: rows this short and far apart are not what a processor prefetches by itself.
+// to total_n, if it is `twice`, from 0 if that is `fresh`. What lies `ahead` of w is asked for on the way, if that is
+// not 0: rows this short and far apart are not what a processor prefetches by itself.
 template <int N, int C, bool twice, class X, class A, class Size>
 CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const A* const* x, Size D, const Sums<A>* to, int64_t f,
                                   bool first, bool fresh, int64_t ahead) {
@@ -88,10 +88,8 @@ void apply_rows(const X* w, int64_t w_stride, const A* const* x, Size D, const S
   const bool follow = N == 1 && F == C * W<A>;  // a processor sees that by itself
   const int64_t ahead = follow || next * int64_t(sizeof(X)) > kNear ? 0 : next;
   int64_t f = 0;
-  for (; f + C * W<A> <= F; f += C * W<A>)
-    apply_panel<N, C, twice>(w, w_stride, x, D, to, f, first, fresh, ahead);
-  for (; f + 2 * W<A> <= F; f += 2 * W<A>)
-    apply_panel<N, 2, twice>(w, w_stride, x, D, to, f, first, fresh, ahead);
+  for (; f + C * W<A> <= F; f += C * W<A>) apply_panel<N, C, twice>(w, w_stride, x, D, to, f, first, fresh, ahead);
+  for (; f + 2 * W<A> <= F; f += 2 * W<A>) apply_panel<N, 2, twice>(w, w_stride, x, D, to, f, first, fresh, ahead);
   if (f < F) apply_panel<N, 1, twice>(w, w_stride, x, D, to, f, first, fresh, ahead);
 }
 

@@ -31,7 +31,7 @@ struct SampleBlock {
   bool forbids;
 };
 
-// The same, of which only the dot products are asked for, and they are known: they take the place of a query.
+// The same where the dot products with a query are known already: they are given in its place.
 template <class A>
 struct DottedBlock : SampleBlock<A> {};
 
@@ -94,8 +94,8 @@ class Rows {
   using A = Acc<X>;
   Rows(const Layout<X>& layout, const Weights<X>& weights) : layout_(layout), p_(layout.p), weights_(weights) {}
 
-  // Scratch of one thread: a block's input capsules for kSamples samples, its votes, and its prior logits, or a group's if the
-  // weight is shared.
+  // Scratch of one thread: a block's input capsules for kSamples samples, its votes, and its prior logits, or a group's
+  // if the weight is shared.
   struct Scratch {
     A* inputs;
     A* staged;

@@ -6,12 +6,11 @@
 
 namespace capsroute::CAPSROUTE_ISA {
 
-// Votes are kept between passes while those of the samples that are routed together fit into this; else they are made anew. Where a lane is
-// a sample there are more of them, and making one of few terms is cheaper than reading it from beyond a cache: then
-// they may take kKeptForTerm for each of the D terms.
+// Votes are kept between passes while those of the samples that are routed together fit into this; else they are made
+// anew. Where a lane is a sample there are more of them, and making one of few terms is cheaper than reading it from
+// beyond a cache: then they may take kKeptForTerm for each of the D terms.
 constexpr int64_t kKeptVotes = int64_t(8) << 20, kKeptForTerm = int64_t(128) << 10;
-// Of a batch that is routed together, as many are kept as fit into this: all the weight would be read again for a few
-// samples.
+// Of a batch of few samples as many are kept as fit into this: all the weight would be read again for these alone.
 constexpr int64_t kKeptOfFew = int64_t(12) << 20;
 // A lane is a sample where votes, sums and V of W samples and one input capsule stay in the first-level cache: the
 // votes may take this. It pays where shuffles of vectors are dear and registers many, which is AVX-512.
@@ -28,7 +27,8 @@ class Stream {
 
   Plan plan() const {
     Plan plan{};
-    plan.kept_inputs = kept_inputs, plan.tile = schedule.tile, plan.tiles = schedule.tiles, plan.groups = schedule.groups;
+    plan.kept_inputs = kept_inputs, plan.tile = schedule.tile, plan.tiles = schedule.tiles,
+    plan.groups = schedule.groups;
     plan.by_group = schedule.by_group, plan.by_samples = by_samples, plan.chunk = schedule.batch;
     return plan;
   }
@@ -56,7 +56,9 @@ class Stream {
         together(by_samples ? W<A> : minimum(kSamples, batch)),
         kept_inputs(inputs_to_keep(batch, passes)),
         keep(kept_inputs > 0),
-        run(!by_samples ? 1 : keep || p.over_inputs ? W<A> : 4),
+        run(!by_samples             ? 1
+            : keep || p.over_inputs ? W<A>
+                                    : 4),
         schedule(batch, tile_size(batch, parallel.threads), layout.groups, parallel.threads),
         sums_(sums),
         joined_(joined) {
@@ -137,9 +139,10 @@ class Stream {
       }
   }
 
-  // For `count` <= W samples of a tile from m on, where a lane is a sample: visit(i, l, block) for every input capsule
-  // i of a group, the l-th of a run of them, with its votes; then add(run, i, first) for the run that begins with i,
-  // the `first` of a block or not, to scratch.sums.block, which joins scratch.sums.total after the block.
+  // For `count` <= W samples of a tile from m on, where a lane is a sample: visit(i, l, block, q, e) for every input
+  // capsule i of a group, the l-th of a run of them, with its votes and the queries that it is given, [J, F][W] or null,
+  // or their dot products, as the block says; then add(run, i, first) for the run that begins with i, the `first` of a
+  // block or not, to scratch.sums.block, which joins scratch.sums.total after the block.
   template <class Visit, class Add>
   void for_inputs(const Tile& tile, int64_t first_sample, int64_t m, int64_t count, int64_t group, const A* q,
                   const A* e, const Scratch& scratch, const Visit& visit, const Add& add) const {
@@ -188,18 +191,18 @@ class Stream {
   const Problem& p;
   const Weights<X> weights;
   const Rows<X> rows;
-  const bool by_samples;  // a lane is a sample, not a feature or an input capsule
-  const int64_t together;  // samples whose votes are made together
+  const bool by_samples;      // a lane is a sample, not a feature or an input capsule
+  const int64_t together;     // samples whose votes are made together
   const int64_t kept_inputs;  // whose votes are kept between the passes, in whole groups: the first ones
   const bool keep;            // where a lane is a sample these are all or none
-  const int64_t run;       // where a lane is a sample, input capsules whose votes are summed together
+  const int64_t run;          // where a lane is a sample, input capsules whose votes are summed together
   const Schedule schedule;
 
  private:
   int64_t inputs_to_keep(int64_t batch, int64_t passes) const {
     if (p.form != Weight::pair || passes < 2) return 0;
     const int64_t block = together * layout.block_size() * int64_t(sizeof(A)), votes = layout.blocks * block;
-    if (batch <= kSamples) return minimum(p.I, kKeptOfFew / block * W<A> / kGroup * kGroup);
+    if (batch <= kSamples) return minimum(p.I, kKeptOfFew / maximum(1, block) * W<A> / kGroup * kGroup);
     return votes <= (by_samples ? minimum(kKeptVotes, p.D * kKeptForTerm) : kKeptVotes) ? p.I : 0;
   }
 
@@ -247,7 +250,7 @@ class Stream {
   // Asks for the inputs of the block after that at i0, for the n-th of W samples from m on, or from those after them.
   void ask_for_next(const Tile& tile, int64_t first_sample, int64_t m, int64_t group, int64_t i0, int64_t n) const {
     const bool last = i0 + W<A> >= minimum(p.I, (group + 1) * kGroup), lasts = m + W<A> >= tile.count;
-    const int64_t next = (!last ? m : lasts ? 0 : m + W<A>) + n, i = last && !lasts ? group * kGroup : i0 + W<A>;
+    const int64_t next = (!last ? m : lasts ? 0 : m + W<A>)+n, i = last && !lasts ? group * kGroup : i0 + W<A>;
     if (i < p.I && next < tile.count)
       rows.ask_for_inputs(first_sample + tile.first + next, 1, i, minimum(W<A>, p.I - i));
   }

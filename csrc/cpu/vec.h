@@ -316,7 +316,8 @@ CAPSROUTE_INLINE void transpose(Vec<A>* x) {
   }
 }
 
-// to[d][k] = from[k][d], of `rows` rows of D numbers each, in squares of four. What is stored for them is not looked at.
+// to[d][k] = from[k][d], of `rows` rows of D numbers each, in squares of four. What is stored for them is not looked
+// at.
 template <class X>
 void transpose_rows(const X* from, int64_t from_stride, int64_t rows, int64_t D, X* to, int64_t to_stride) {
   using Bits = std::conditional_t<sizeof(X) == 8, uint64_t, std::conditional_t<sizeof(X) == 4, uint32_t, uint16_t>>;
@@ -327,8 +328,10 @@ void transpose_rows(const X* from, int64_t from_stride, int64_t rows, int64_t D,
     for (; k + 4 <= rows; k += 4) {
       Four x[4];
       for (int l = 0; l < 4; ++l) __builtin_memcpy(&x[l], from + (k + l) * from_stride + d, sizeof(Four));
-      const Four a = __builtin_shuffle(x[0], x[1], Four{0, 4, 1, 5}), b = __builtin_shuffle(x[0], x[1], Four{2, 6, 3, 7});
-      const Four c = __builtin_shuffle(x[2], x[3], Four{0, 4, 1, 5}), e = __builtin_shuffle(x[2], x[3], Four{2, 6, 3, 7});
+      const Four a = __builtin_shuffle(x[0], x[1], Four{0, 4, 1, 5}),
+                 b = __builtin_shuffle(x[0], x[1], Four{2, 6, 3, 7});
+      const Four c = __builtin_shuffle(x[2], x[3], Four{0, 4, 1, 5}),
+                 e = __builtin_shuffle(x[2], x[3], Four{2, 6, 3, 7});
       const Four y[] = {__builtin_shuffle(a, c, Four{0, 1, 4, 5}), __builtin_shuffle(a, c, Four{2, 3, 6, 7}),
                         __builtin_shuffle(b, e, Four{0, 1, 4, 5}), __builtin_shuffle(b, e, Four{2, 3, 6, 7})};
       for (int l = 0; l < 4; ++l) __builtin_memcpy(to + (d + l) * to_stride + k, &y[l], sizeof(Four));
