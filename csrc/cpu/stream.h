@@ -140,9 +140,9 @@ class Stream {
   }
 
   // For `count` <= W samples of a tile from m on, where a lane is a sample: visit(i, l, block, q, e) for every input
-  // capsule i of a group, the l-th of a run of them, with its votes and the queries that it is given, [J, F][W] or null,
-  // or their dot products, as the block says; then add(run, i, first) for the run that begins with i, the `first` of a
-  // block or not, to scratch.sums.block, which joins scratch.sums.total after the block.
+  // capsule i of a group, the l-th of a run of them, with its votes and the queries that it is given, [J, F][W] or
+  // null, or their dot products, as the block says; then add(run, i, first) for the run that begins with i, the `first`
+  // of a block or not, to scratch.sums.block, which joins scratch.sums.total after the block.
   template <class Visit, class Add>
   void for_inputs(const Tile& tile, int64_t first_sample, int64_t m, int64_t count, int64_t group, const A* q,
                   const A* e, const Scratch& scratch, const Visit& visit, const Add& add) const {
