@@ -44,7 +44,7 @@ CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const A* const* 
   Sums<A> at[N];
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) {
-    at[n] = {to[n].y + f, to[n].total + f};
+    at[n] = {to[n].y + f, twice ? to[n].total + f : nullptr};
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) {
       sum[n][c] = first ? all<A>(0) : load(at[n].y + c * W<A>);

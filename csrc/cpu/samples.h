@@ -5,6 +5,7 @@
 
 #include "micro.h"
 #include "plan.h"
+#include "terms.h"
 
 namespace capsroute::CAPSROUTE_ISA {
 
