@@ -88,6 +88,7 @@ std::string plan(const Tensor& u, const Optional& weight, const Optional& bias, 
                                                      {"chunk", found.chunk},
                                                      {"keeps_pairs", found.keeps_pairs},
                                                      {"one_by_one", found.one_by_one},
+                                                     {"product_first", found.product_first},
                                                      {"by_samples", found.by_samples},
                                                      {"threads", threads}};
   std::string text;

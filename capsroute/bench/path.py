@@ -9,8 +9,6 @@ import torch
 from .. import _ops
 from .registry import Case, Problem
 
-FEW_TERMS = 32  # csrc/cpu/forward.h, kFewTerms
-
 
 class Path(NamedTuple):
     """The choices of csrc/cpu/routing.h, Plan; `chunk`, `keeps_pairs` and `one_by_one` are of a backward alone."""
@@ -24,6 +22,7 @@ class Path(NamedTuple):
     chunk: int
     keeps_pairs: bool
     one_by_one: bool
+    product_first: bool
     by_samples: bool
     threads: int
 
@@ -96,8 +95,8 @@ def operations(case: Case, path: Path, backward: bool) -> int:
     products = 2 * B * J * O * D if shared else 0  # of W with V or a sum
     kept = path.kept_inputs / max(I, 1)
     if not backward:
-        # the first pass couples all alike: a product of its own, where it has few terms, gives the sums
-        alike = case.weight == "IJOD" and D < FEW_TERMS and case.coupling == "out"
+        # the first pass couples all alike: its sums may be a product of their own
+        alike = path.product_first and case.coupling == "out"
         made = kept * (1 + alike) + (1 - kept) * R
         return round(made * votes) + (R - alike) * (row + products) + (R - 1) * (row + products)
     if case.detach_coupling:

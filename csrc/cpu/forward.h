@@ -36,9 +36,6 @@ void read_query(const Problem& p, int64_t b, Acc<X>* V, const Layout<X>& layout)
   widen_outputs(V, static_cast<const Acc<X>*>(p.query.data) + b * stride[0], stride[1], stride[2], layout);
 }
 
-// A vote of fewer terms is cheaper to make once more, in a product with all others, than to read and add.
-constexpr int64_t kFewTerms = 32;
-
 template <class X>
 class ForwardStream {
  public:
@@ -80,9 +77,11 @@ class ForwardStream {
     A *sum = partial_ + partial * stream_.schedule.tile * state_, *c = scratch.coupling;
     A* logits = out_.logits && step == p_.R - 1 ? scratch.logits : nullptr;
     if (step < p_.R) clear(sum, tile.count);
-    if (stream_.by_samples) return group_of_samples(tile, step, group, queries, logits, sum, scratch);
-    if (step == 0 && is_uniform()) return stream_.add_votes(tile, group, share(), scratch, sum);
+    if (stream_.way.by_samples) return group_of_samples(tile, step, group, queries, logits, sum, scratch);
+    const bool alike = step == 0 && is_uniform();
+    if (alike && stream_.way.product_first) return stream_.add_votes(tile, group, share(), scratch, sum);
     stream_.for_blocks(tile, 0, group, step == 0, scratch, [&](int64_t n, int64_t i0, const Block<A>& block) {
+      if (alike) return add_block_alike(block, share(), sums, sum + n * state_);
       const A* query = queries ? queries + n * sums : nullptr;
       if (step == p_.R) {
         const Online<A> whole = online(of_tile(total_, tile, state_), n);
@@ -136,10 +135,10 @@ class ForwardStream {
   void group_of_samples(const Tile& tile, int64_t step, int64_t group, const A* queries, A* logits, A* sum,
                         const typename Stream<X>::Scratch& scratch) const {
     const int64_t sums = layout_.sums(), lanes = layout_.lanes(), J = p_.J;
-    const bool alike = step == 0 && is_uniform(), makes = step == is_uniform();
+    const bool sums_alone = step == 0 && is_uniform() && stream_.way.product_first;
     A* c = scratch.coupling;
-    if (!stream_.keep || makes || alike) stream_.rows.make_weight(group, scratch.samples);
-    if (makes && stream_.keep) stream_.make_kept(tile, 0, group, scratch);
+    if (!stream_.way.keep || step == 0) stream_.rows.make_weight(group, scratch.samples);
+    if (step == 0 && stream_.way.keep) stream_.make_kept(tile, 0, group, scratch);
     for (int64_t m = 0; m < tile.count; m += W<A>) {
       const int64_t count = minimum(W<A>, tile.count - m);
       if (queries) to_lanes(queries + m * sums, sums, count, sums, scratch.q);
@@ -161,7 +160,7 @@ class ForwardStream {
         run.c = c, run.c_next = lanes;
         add_run(scratch.sums.block, run, J, layout_.F, first);
       };
-      if (alike)
+      if (sums_alone)
         stream_.add_sample_votes(tile, m, count, group, share(), scratch);
       else
         stream_.for_inputs(tile, 0, m, count, group, q, nullptr, scratch, visit, add);
@@ -188,10 +187,10 @@ class ForwardStream {
   // The place of a step among the saved ones, negative if it is none.
   int64_t saved(int64_t step) const { return step - (p_.R - out_.saved); }
 
-  // Whether the first pass couples all alike, by a share, and what is wanted of it are the sums alone, by a product.
+  // Whether the first pass couples all votes alike, by a share, and what is wanted of it are the sums alone.
   bool is_uniform() const {
-    const bool sums_alone = p_.R > 1 || !(out_.coupling || out_.logits), few = p_.D < kFewTerms;
-    return p_.form == Weight::pair && few && !p_.over_inputs && !queried(0) && !p_.logits.data && sums_alone;
+    const bool sums_alone = p_.R > 1 || !(out_.coupling || out_.logits);
+    return p_.form == Weight::pair && !p_.over_inputs && !queried(0) && !p_.logits.data && sums_alone;
   }
   A share() const { return A(1) / A(p_.leaky ? p_.J + 1 : p_.J); }
 

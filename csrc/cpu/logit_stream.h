@@ -58,7 +58,7 @@ class LogitStream {
     const int64_t k = p_.R - step;
     const typename Stream<X>::Scratch scratch = stream_.scratch(part);
     A* sums = partial_ + partial * stream_.schedule.tile * sums_;
-    if (stream_.by_samples) return group_of_samples(tile, step, group, sums, scratch);
+    if (stream_.way.by_samples) return group_of_samples(tile, step, group, sums, scratch);
     set_zero(sums, tile.count * sums_);
     stream_.for_blocks(tile, first_, group, step == 0, scratch, [&](int64_t n, int64_t i0, const Block<A>& block) {
       A* pairs = plan_.keep_pairs ? kept_.pair(tile.first + n, i0) : nullptr;
@@ -138,8 +138,8 @@ class LogitStream {
   void group_of_samples(const Tile& tile, int64_t step, int64_t group, A* to,
                         const typename Stream<X>::Scratch& scratch) const {
     const int64_t k = p_.R - step, rows = layout_.sums(), stride = plan_.terms * rows;
-    if (!stream_.keep || step == 0) stream_.rows.make_weight(group, scratch.samples);
-    if (step == 0 && stream_.keep) stream_.make_kept(tile, first_, group, scratch);
+    if (!stream_.way.keep || step == 0) stream_.rows.make_weight(group, scratch.samples);
+    if (step == 0 && stream_.way.keep) stream_.make_kept(tile, first_, group, scratch);
     for (int64_t m = 0; m < tile.count; m += W<A>) {
       const int64_t n = tile.first + m, count = minimum(W<A>, tile.count - m);
       if (plan_.queried(k)) to_lanes(kept_.row(n, plan_.q(k - 1)), stride, count, rows, scratch.q);

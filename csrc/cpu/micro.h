@@ -7,8 +7,7 @@
 
 namespace capsroute::CAPSROUTE_ISA {
 
-constexpr int64_t kSamples = 4;                                     // samples that share one load of the weight
-constexpr int kRegisters = CAPSROUTE_VECTOR_BYTES == 64 ? 32 : 16;  // of vectors
+constexpr int64_t kSamples = 4;  // samples that share one load of the weight
 
 // A size that is known when this is compiled: loops over it are unrolled, and their counters gone.
 template <int64_t n>
@@ -28,28 +27,19 @@ CAPSROUTE_INLINE void with_features(int64_t F, const Visit& visit) {
 constexpr int64_t kRows = 8;          // of a weight, that are read together
 constexpr int64_t kNear = 16 * 1024;  // bytes that may be asked for ahead
 
-// Where the products of one sample go: y[f], and, if they are also summed up with those of other calls, total[f].
-template <class A>
-struct Sums {
-  A *y, *total;
-};
-
-// y_n[f] += sum over d of x_n[d] w[d, f], for N samples and C vectors of features; from 0 if this is `first`. The same
-// to total_n, if it is `twice`, from 0 if that is `fresh`. What lies `ahead` of w is asked for on the way, if that is
-// not 0: rows this short and far apart are not what a processor prefetches by itself.
-template <int N, int C, bool twice, class X, class A, class Size>
-CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const A* const* x, Size D, const Sums<A>* to, int64_t f,
-                                  bool first, bool fresh, int64_t ahead) {
-  Vec<A> sum[N][C], total[N][C];
-  Sums<A> at[N];
+// y_n[f] += sum over d of x_n[d] w[d, f], for N samples and C vectors of features; from 0 if this is `first`. What lies
+// `ahead` of w is asked for on the way, if that is not 0: rows this short and far apart are not what a processor
+// prefetches by itself.
+template <int N, int C, class X, class A, class Size>
+CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const A* const* x, Size D, A* const* y, int64_t f,
+                                  bool first, int64_t ahead) {
+  Vec<A> sum[N][C];
+  A* to[N];
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) {
-    at[n] = {to[n].y + f, twice ? to[n].total + f : nullptr};
+    to[n] = y[n] + f;
 #pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) {
-      sum[n][c] = first ? all<A>(0) : load(at[n].y + c * W<A>);
-      if (twice) total[n][c] = fresh ? all<A>(0) : load(at[n].total + c * W<A>);
-    }
+    for (int c = 0; c < C; ++c) sum[n][c] = first ? all<A>(0) : load(to[n] + c * W<A>);
   }
   w += f;
   for (int64_t d = 0; d < D; ++d, w += w_stride) {
@@ -57,65 +47,55 @@ CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const A* const* 
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) {
       row[c] = load(w + c * W<A>);
-      if (twice) row[c] = rounded<A>(row[c]);  // else each fma would load it for itself
       if (ahead && c * sizeof(row[c]) % 64 == 0) __builtin_prefetch(w + ahead + c * W<A>);
     }
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       const Vec<A> scale = all<A>(x[n][d]);
 #pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) {
-        sum[n][c] += row[c] * scale;
-        if (twice) total[n][c] += row[c] * scale;
-      }
+      for (int c = 0; c < C; ++c) sum[n][c] += row[c] * scale;
     }
   }
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n)
 #pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) {
-      store(at[n].y + c * W<A>, sum[n][c]);
-      if (twice) store(at[n].total + c * W<A>, total[n][c]);
-    }
+    for (int c = 0; c < C; ++c) store(to[n] + c * W<A>, sum[n][c]);
 }
 
-template <int N, bool twice, class X, class A, class Size>
-void apply_rows(const X* w, int64_t w_stride, const A* const* x, Size D, const Sums<A>* to, int64_t F, bool first,
-                bool fresh) {
-  // N C sums, C rows and a scale in 16 registers; twice as many sums in all that there are.
-  constexpr int C = twice ? kRegisters / (2 * N + 1) : N > 2 ? 3 : N > 1 ? 4 : 10;
+template <int N, class X, class A, class Size>
+void apply_rows(const X* w, int64_t w_stride, const A* const* x, Size D, A* const* y, int64_t F, bool first) {
+  constexpr int C = N > 2 ? 3 : N > 1 ? 4 : 10;  // N C sums, C rows and a scale in 16 registers
   const int64_t next = kRows * w_stride;
   const bool follow = N == 1 && F == C * W<A>;  // a processor sees that by itself
   const int64_t ahead = follow || next * int64_t(sizeof(X)) > kNear ? 0 : next;
   int64_t f = 0;
-  for (; f + C * W<A> <= F; f += C * W<A>) apply_panel<N, C, twice>(w, w_stride, x, D, to, f, first, fresh, ahead);
-  for (; f + 2 * W<A> <= F; f += 2 * W<A>) apply_panel<N, 2, twice>(w, w_stride, x, D, to, f, first, fresh, ahead);
-  if (f < F) apply_panel<N, 1, twice>(w, w_stride, x, D, to, f, first, fresh, ahead);
+  for (; f + C * W<A> <= F; f += C * W<A>) apply_panel<N, C>(w, w_stride, x, D, y, f, first, ahead);
+  for (; f + 2 * W<A> <= F; f += 2 * W<A>) apply_panel<N, 2>(w, w_stride, x, D, y, f, first, ahead);
+  if (f < F) apply_panel<N, 1>(w, w_stride, x, D, y, f, first, ahead);
 }
 
-template <int N, bool twice, class X, class A>
-void apply_samples(const X* w, int64_t w_stride, const A* const* x, int64_t D, const Sums<A>* to, int64_t F,
-                   bool fresh) {
+template <int N, class X, class A>
+void apply_samples(const X* w, int64_t w_stride, const A* const* x, int64_t D, A* const* y, int64_t F, bool first) {
   for (int64_t d = 0; d < D; d += kRows) {
     const A* part[N];
     for (int n = 0; n < N; ++n) part[n] = x[n] + d;
     if (d + kRows <= D)
-      apply_rows<N, twice>(w + d * w_stride, w_stride, part, Known<kRows>(), to, F, d == 0, fresh && d == 0);
+      apply_rows<N>(w + d * w_stride, w_stride, part, Known<kRows>(), y, F, first && d == 0);
     else
-      apply_rows<N, twice>(w + d * w_stride, w_stride, part, D - d, to, F, d == 0, fresh && d == 0);
+      apply_rows<N>(w + d * w_stride, w_stride, part, D - d, y, F, first && d == 0);
   }
 }
 
-// y_n[f] = sum over d of x_n[d] w[d, f] for `samples` <= kSamples samples and F features; and, if `twice`, the same
-// added term by term to total_n, from 0 if that is `fresh`.
-template <bool twice = false, class X, class A>
-void apply(const X* w, int64_t w_stride, const A* const* x, int64_t D, const Sums<A>* to, int64_t F, int64_t samples,
-           bool fresh = false) {
+// y_n[f] = sum over d of x_n[d] w[d, f] for `samples` <= kSamples samples and F features; unless it is the `first` sum,
+// that is added term by term.
+template <class X, class A>
+void apply(const X* w, int64_t w_stride, const A* const* x, int64_t D, A* const* y, int64_t F, int64_t samples,
+           bool first = true) {
   switch (samples) {
-    case 1: return apply_samples<1, twice>(w, w_stride, x, D, to, F, fresh);
-    case 2: return apply_samples<2, twice>(w, w_stride, x, D, to, F, fresh);
-    case 3: return apply_samples<3, twice>(w, w_stride, x, D, to, F, fresh);
-    default: return apply_samples<4, twice>(w, w_stride, x, D, to, F, fresh);
+    case 1: return apply_samples<1>(w, w_stride, x, D, y, F, first);
+    case 2: return apply_samples<2>(w, w_stride, x, D, y, F, first);
+    case 3: return apply_samples<3>(w, w_stride, x, D, y, F, first);
+    default: return apply_samples<4>(w, w_stride, x, D, y, F, first);
   }
 }
 
@@ -255,9 +235,19 @@ CAPSROUTE_INLINE Vec<A> dot_rows(const A* rows, int64_t row_stride, int64_t coun
   return dot_some_rows<all_rows>(row, q, F);
 }
 
+// c_k[l], or what all k and l share.
+template <class A>
+CAPSROUTE_INLINE Vec<A> factor(const A* c, int64_t k, int64_t l) {
+  return all<A>(c[k * W<A> + l]);
+}
+template <class A>
+CAPSROUTE_INLINE Vec<A> factor(Vec<A> share, int64_t, int64_t) {
+  return share;
+}
+
 // s_k[f] += sum over l < count of c_k[l] rows[l, f] for K output capsules and C vectors of features.
-template <int K, int C, class A, class Count>
-CAPSROUTE_INLINE void add_panel(A* s, int64_t s_stride, const A* rows, int64_t row_stride, Count count, const A* c) {
+template <int K, int C, class A, class Count, class Factors>
+CAPSROUTE_INLINE void add_panel(A* s, int64_t s_stride, const A* rows, int64_t row_stride, Count count, Factors c) {
   Vec<A> sum[K][C] = {};
   for (int64_t l = 0; l < count; ++l) {
     Vec<A> row[C];
@@ -265,7 +255,7 @@ CAPSROUTE_INLINE void add_panel(A* s, int64_t s_stride, const A* rows, int64_t r
     for (int v = 0; v < C; ++v) row[v] = load(rows + l * row_stride + v * W<A>);
 #pragma GCC unroll 4
     for (int k = 0; k < K; ++k) {
-      const Vec<A> scale = all<A>(c[k * W<A> + l]);
+      const Vec<A> scale = factor<A>(c, k, l);
 #pragma GCC unroll 2
       for (int v = 0; v < C; ++v) sum[k][v] += scale * row[v];
     }
@@ -280,8 +270,8 @@ CAPSROUTE_INLINE void add_panel(A* s, int64_t s_stride, const A* rows, int64_t r
 }
 
 // s_k[f] += sum over l < count of c_k[l] rows[l, f] for K output capsules: the bits are those of one at a time.
-template <int K, class A, class Count, class Size>
-CAPSROUTE_INLINE void add_rows(A* s, const A* rows, int64_t row_stride, Count count, const A* c, Size F) {
+template <int K, class A, class Count, class Size, class Factors>
+CAPSROUTE_INLINE void add_rows(A* s, const A* rows, int64_t row_stride, Count count, Factors c, Size F) {
   int64_t f = 0;
   for (; f + 2 * W<A> <= F; f += 2 * W<A>) add_panel<K, 2>(s + f, F, rows + f, row_stride, count, c);
   for (; f < F; f += W<A>) add_panel<K, 1>(s + f, F, rows + f, row_stride, count, c);

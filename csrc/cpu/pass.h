@@ -22,6 +22,19 @@ CAPSROUTE_INLINE Vec<A> dot(const DottedBlock<A>, const A* dots, int64_t j, Size
   return load(dots + j * W<A>);
 }
 
+// Asks for the rows of the block that follows, if they lie far.
+template <class A, class Size>
+CAPSROUTE_INLINE void ask_for_next(const Block<A> block, int64_t j, Size F) {
+  if (block.ahead == 0) return;
+  const A* next = block.rows + block.ahead + j * block.column;
+  for (int64_t f = 0; f < F; f += 64 / int64_t(sizeof(A)))
+#pragma GCC unroll 16
+    for (int64_t l = 0; l < W<A>; ++l) __builtin_prefetch(next + l * block.row + f, 0, 2);
+}
+
+template <class A, class Size>
+CAPSROUTE_INLINE void ask_for_next(const SampleBlock<A>, int64_t, Size) {}
+
 // logits_ij + h_ij . q_j
 template <class Lanes, class A, class Size>
 CAPSROUTE_INLINE Vec<A> logit_of(const Lanes block, const A* q, int64_t j, Size F) {
@@ -42,6 +55,7 @@ void couple(const Lanes block, const A* q, int64_t J, Size F, bool leaky, A* c, 
   }
   Vec<A> highest = all<A>(leaky ? A(0) : -A(__builtin_inf()));
   for (int64_t j = 0; j < J; ++j) {
+    ask_for_next(block, j, F);
     Vec<A> logit = logit_of(block, q, j, F);
     highest = highest > logit ? highest : logit;  // a NaN passes on its way, and makes the sum NaN
     store(c + j * W<A>, logit);
@@ -217,6 +231,15 @@ void add_block(const Block<A> block, const A* c, int64_t J, Size F, A* s) {
     add_block(block, Known<W<A>>(), c, J, F, s);
   else
     add_block(block, block.count, c, J, F, s);
+}
+
+// The same where c_ij is a `share` for all, and rows hold [J, F] numbers that follow each other.
+template <class A>
+void add_block_alike(const Block<A> block, A share, int64_t numbers, A* s) {
+  if (block.count == W<A>)
+    add_rows<1>(s, block.rows, block.row, Known<W<A>>(), all<A>(share), numbers);
+  else
+    add_rows<1>(s, block.rows, block.row, block.count, all<A>(share), numbers);
 }
 
 // v = squash(s) = n2 / (1 + n2) * s / sqrt(n2 + eps), n2 = |s|^2

@@ -199,7 +199,7 @@ class RowGradients {
                      const Scratch& scratch) const {
     const int64_t sums = layout_.sums();
     Coefficient<A>* coefficient = scratch.coefficient;
-    const bool by_samples = plan_.keep_pairs && logits_.stream().by_samples;
+    const bool by_samples = plan_.keep_pairs && logits_.stream().way.by_samples;
     const int64_t next = by_samples ? kept_.block_pairs() : 1;
     for (int64_t l = 0; l < lanes.count; l += kSubLanes<A>) {
       for (int64_t n = 0; n < samples; ++n) {

@@ -17,6 +17,7 @@ struct Block {
   const A* rows;  // h_ij[f] at rows[l * row + j * column + f]
   int64_t row, column;
   int64_t count;   // lanes with rows
+  int64_t ahead;   // from these to the rows of the block that follows, if those lie far, else 0
   Vec<A> live;     // 1, or 0
   const A* prior;  // [J, W] prior logits, 0 where not live, or null
   bool forbids;    // some prior logit of a live lane is -inf: that pair's row is zero
@@ -165,22 +166,20 @@ class Rows {
   }
 
   // Weight::pair: the votes h_ij = W_ij u_i of the block at i0 for `samples` <= kSamples samples, to
-  // staged[n][l][J, F]; and what sum_votes gives, if wanted.
+  // staged[n][l][J, F]; and what sum_votes gives, if wanted, while a weight is near.
   void make_votes(int64_t b, int64_t samples, int64_t i0, A* staged, A* u, A* total = nullptr) const {
     const int64_t count = minimum(W<A>, p_.I - i0), D = p_.D, votes = layout_.sums();
     inputs(b, samples, i0, count, u);
     for (int64_t l = 0; l < count; ++l) {
       const A* x[kSamples];
-      Sums<A> to[kSamples];
-      for (int64_t n = 0; n < samples; ++n) {
-        x[n] = u + (n * count + l) * D;
-        to[n] = {staged + n * layout_.block_size() + l * layout_.row, total ? total + n * votes : nullptr};
-      }
+      A* to[kSamples];
+      for (int64_t n = 0; n < samples; ++n)
+        x[n] = u + (n * count + l) * D, to[n] = staged + n * layout_.block_size() + l * layout_.row;
       const X* weight = weights_.pair + (i0 + l) * D * votes;
-      if (total)
-        apply<true>(weight, votes, x, D, to, votes, samples, l == 0);
-      else
-        apply(weight, votes, x, D, to, votes, samples);
+      apply(weight, votes, x, D, to, votes, samples);
+      if (!total) continue;
+      for (int64_t n = 0; n < samples; ++n) to[n] = total + n * votes;
+      apply(weight, votes, x, D, to, votes, samples, l == 0);
     }
   }
 
@@ -189,8 +188,8 @@ class Rows {
     const int64_t terms = minimum(W<A>, p_.I - i0) * p_.D, votes = layout_.sums();
     inputs(b, samples, i0, minimum(W<A>, p_.I - i0), u);
     const A* x[kSamples];
-    Sums<A> to[kSamples];
-    for (int64_t n = 0; n < samples; ++n) x[n] = u + n * terms, to[n] = {y + n * votes, nullptr};
+    A* to[kSamples];
+    for (int64_t n = 0; n < samples; ++n) x[n] = u + n * terms, to[n] = y + n * votes;
     apply(weights_.pair + i0 * p_.D * votes, votes, x, terms, to, votes, samples);
   }
 
@@ -254,7 +253,7 @@ class Rows {
   // The block at i0 of sample b without its rows: which lanes are live, and their prior logits.
   Block<A> lanes(int64_t b, int64_t i0, A* prior) const {
     const int64_t count = minimum(W<A>, p_.I - i0);
-    Block<A> block{nullptr, 0, 0, count, all<A>(1), nullptr, false};
+    Block<A> block{nullptr, 0, 0, count, 0, all<A>(1), nullptr, false};
     if (count < W<A> || p_.mask.data)
       for (int64_t l = 0; l < W<A>; ++l) block.live[l] = l < count && !masked(b, i0 + l);
     if (p_.logits.data) {

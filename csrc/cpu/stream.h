@@ -3,22 +3,9 @@
 #pragma once
 
 #include "pass.h"
+#include "way.h"
 
 namespace capsroute::CAPSROUTE_ISA {
-
-// Votes are kept between passes while those of the samples that are routed together fit into this; else they are made
-// anew. Where a lane is a sample there are more of them, and making one of few terms is cheaper than reading it from
-// beyond a cache: then they may take kKeptForTerm for each of the D terms.
-constexpr int64_t kKeptVotes = int64_t(8) << 20, kKeptForTerm = int64_t(128) << 10;
-// Of a batch of few samples as many are kept as fit into this: all the weight would be read again for these alone.
-constexpr int64_t kKeptOfFew = int64_t(12) << 20;
-// A lane is a sample where votes, sums and V of W samples and one input capsule stay in the first-level cache: the
-// votes may take this. It pays where shuffles of vectors are dear and registers many, which is AVX-512.
-constexpr int64_t kNearVotes = int64_t(16) << 10;
-constexpr bool kWide = CAPSROUTE_VECTOR_BYTES == 64;
-// Where they are made anew, a tile has as many samples, between these two numbers, as have V and sums that fit into
-// that.
-constexpr int64_t kShortTile = 4 * kSamples, kLongTile = 32 * kSamples, kTileStates = int64_t(4) << 20;
 
 template <class X>
 class Stream {
@@ -27,9 +14,10 @@ class Stream {
 
   Plan plan() const {
     Plan plan{};
-    plan.kept_inputs = kept_inputs, plan.tile = schedule.tile, plan.tiles = schedule.tiles,
+    plan.kept_inputs = way.kept_inputs, plan.tile = schedule.tile, plan.tiles = schedule.tiles,
     plan.groups = schedule.groups;
-    plan.by_group = schedule.by_group, plan.by_samples = by_samples, plan.chunk = schedule.batch;
+    plan.by_group = schedule.by_group, plan.by_samples = way.by_samples, plan.product_first = way.product_first,
+    plan.chunk = schedule.batch;
     return plan;
   }
 
@@ -51,18 +39,11 @@ class Stream {
         p(layout.p),
         weights(Weights<X>::pack(layout, carver, parallel)),
         rows(layout, weights),
-        by_samples(kWide && may && p.form == Weight::pair && batch >= W<A> &&
-                   layout.sums() * W<A> * int64_t(sizeof(A)) <= kNearVotes),
-        together(by_samples ? W<A> : minimum(kSamples, batch)),
-        kept_inputs(inputs_to_keep(batch, passes)),
-        keep(kept_inputs > 0),
-        run(!by_samples             ? 1
-            : keep || p.over_inputs ? W<A>
-                                    : 4),
-        schedule(batch, tile_size(batch, parallel.threads), layout.groups, parallel.threads),
+        way(layout, batch, passes, may, parallel.threads),
+        schedule(batch, way.tile, layout.groups, parallel.threads),
         sums_(sums),
         joined_(joined) {
-    kept_ = keep ? carver.take<A>(schedule.slots * kept_size()) : nullptr;
+    kept_ = way.keep ? carver.take<A>(schedule.slots * kept_size()) : nullptr;
     scratch_ = take_shares(carver, schedule.parts, [this](Carver& own) { carve_scratch(own); });
   }
 
@@ -78,7 +59,7 @@ class Stream {
                   const Visit& visit) const {
     if (layout.shared) return for_rows(tile, first_sample, group, scratch, visit);
     const int64_t size = layout.block_size();
-    const bool keeps = group * kGroup < kept_inputs, makes = p.form == Weight::pair && (first || !keeps);
+    const bool keeps = group * kGroup < way.kept_inputs, makes = p.form == Weight::pair && (first || !keeps);
     Block<A> lanes{};
     for_samples(tile, first_sample, group, makes, [&](int64_t m, int64_t samples, int64_t i0) {
       const int64_t b = first_sample + tile.first + m;
@@ -86,17 +67,18 @@ class Stream {
       if (makes) rows.make_votes(b, samples, i0, staged, scratch.rows.inputs);
       for (int64_t n = 0; n < samples; ++n) {
         if (m + n == 0 || rows.lanes_differ()) lanes = rows.lanes(b + n, i0, scratch.rows.prior);
+        lanes.ahead = makes || !way.far ? 0 : size;
         visit(m + n, i0, rows.block(lanes, b + n, i0, staged + n * size));
       }
     });
   }
 
   // sums[n] += share * sum over a group's i of h_ij for every sample n of a tile: a pass whose coupling is constant.
-  // Votes that are kept are made on the way.
+  // Votes that are kept are made too.
   void add_votes(const Tile& tile, int64_t group, A share, const Scratch& scratch, A* sums) const {
     for_samples(tile, 0, group, true, [&](int64_t m, int64_t samples, int64_t i0) {
       A *to = sums + m * layout.sums(), *total = scratch.rows.staged;
-      if (i0 < kept_inputs)
+      if (i0 < way.kept_inputs)
         rows.make_votes(tile.first + m, samples, i0, kept_block(tile, i0), scratch.rows.inputs, total);
       else
         rows.sum_votes(tile.first + m, samples, i0, total, scratch.rows.inputs);
@@ -148,25 +130,25 @@ class Stream {
                   const A* e, const Scratch& scratch, const Visit& visit, const Add& add) const {
     const A* const query[] = {q, e};
     A* const* dots = scratch.samples.dots;
-    const bool dotted = !keep && layout.F == W<A>;
+    const bool dotted = !way.keep && layout.F == W<A>;
     const int64_t b = first_sample + tile.first + m, end = minimum(p.I, (group + 1) * kGroup);
     const int64_t next = layout.sums() * W<A>;
     for (int64_t i0 = group * kGroup; i0 < end; i0 += W<A>) {
       const int64_t block_end = minimum(i0 + W<A>, p.I);
-      if (!keep) rows.inputs_by_lane(b, count, i0, scratch.samples.by_lane, scratch.samples);
-      for (int64_t first = i0; first < block_end; first += run) {
-        const int64_t inputs = minimum(run, block_end - first);
-        A* votes = keep ? kept(tile, m, first) : scratch.samples.votes;
+      if (!way.keep) rows.inputs_by_lane(b, count, i0, scratch.samples.by_lane, scratch.samples);
+      for (int64_t first = i0; first < block_end; first += way.run) {
+        const int64_t inputs = minimum(way.run, block_end - first);
+        A* votes = way.keep ? kept(tile, m, first) : scratch.samples.votes;
         for (int64_t l = 0; l < inputs; ++l) {
           const Term<X>* u = scratch.samples.by_lane + (first + l - i0) * rows.terms() * W<A>;
           A* own = votes + l * next;
-          if (!keep) ask_for_next(tile, first_sample, m, group, i0, first + l - i0);
+          if (!way.keep) ask_for_next(tile, first_sample, m, group, i0, first + l - i0);
           if (dotted) {
             rows.make_votes_and_dots(first + l, u, own, query, dots, scratch.samples);
             const auto block = rows.samples(b, count, first + l, own, scratch.samples.prior, dots);
             visit(first + l, l, DottedBlock<A>{block}, q ? dots[0] : nullptr, e ? dots[1] : nullptr);
           } else {
-            if (!keep) rows.template make_sample_votes<1>(first + l, 1, &u, &own, scratch.samples);
+            if (!way.keep) rows.template make_sample_votes<1>(first + l, 1, &u, &own, scratch.samples);
             visit(first + l, l, rows.samples(b, count, first + l, own, scratch.samples.prior), q, e);
           }
         }
@@ -191,33 +173,10 @@ class Stream {
   const Problem& p;
   const Weights<X> weights;
   const Rows<X> rows;
-  const bool by_samples;      // a lane is a sample, not a feature or an input capsule
-  const int64_t together;     // samples whose votes are made together
-  const int64_t kept_inputs;  // whose votes are kept between the passes, in whole groups: the first ones
-  const bool keep;            // where a lane is a sample these are all or none
-  const int64_t run;          // where a lane is a sample, input capsules whose votes are summed together
+  const Way<X> way;
   const Schedule schedule;
 
  private:
-  int64_t inputs_to_keep(int64_t batch, int64_t passes) const {
-    if (p.form != Weight::pair || passes < 2) return 0;
-    const int64_t block = together * layout.block_size() * int64_t(sizeof(A)), votes = layout.blocks * block;
-    if (batch <= kSamples) return minimum(p.I, kKeptOfFew / maximum(1, block) * W<A> / kGroup * kGroup);
-    return votes <= (by_samples ? minimum(kKeptVotes, p.D * kKeptForTerm) : kKeptVotes) ? p.I : 0;
-  }
-
-  // Samples that read the weight together: few where their votes are kept in the cache, else as many as keep V and sums
-  // there, so that the weight comes from memory as seldom as can be. Each thread has a share of the tiles.
-  int64_t tile_size(int64_t batch, int64_t threads) const {
-    const int64_t some = by_samples ? 2 * W<A> : kSamples;
-    if (keep || p.form != Weight::pair) return some;
-    const int64_t most = kTileStates / (2 * layout.outputs() * int64_t(sizeof(A)));
-    const int64_t tile = minimum(kLongTile, maximum(kShortTile, most / some * some));
-    const int64_t tiles = divide_up(maximum(1, divide_up(batch, tile)), threads) * threads;
-    const int64_t even = divide_up(divide_up(batch, tiles), some) * some;
-    return even < kShortTile ? tile : even;
-  }
-
   // Calls visit(m, samples, i0) for every block of a group and up to kSamples samples m, .. of a tile at a time.
   // `asks` for the inputs of the next ones.
   template <class Visit>
@@ -256,24 +215,24 @@ class Stream {
   }
 
   A* kept_block(const Tile& tile, int64_t i0) const {
-    return kept_ + tile.slot * kept_size() + i0 / W<A> * together * layout.block_size();
+    return kept_ + tile.slot * kept_size() + i0 / W<A> * way.together * layout.block_size();
   }
   A* kept(const Tile& tile, int64_t m, int64_t i) const {
     return kept_ + tile.slot * kept_size() + (m / W<A> * p.I + i) * layout.sums() * W<A>;
   }
 
   int64_t kept_size() const {
-    return by_samples ? schedule.tile * p.I * layout.sums()
-                      : divide_up(kept_inputs, W<A>) * together * layout.block_size();
+    return way.by_samples ? schedule.tile * p.I * layout.sums()
+                          : divide_up(way.kept_inputs, W<A>) * way.together * layout.block_size();
   }
 
   Scratch carve_scratch(Carver& carver) const {
     Scratch s;
     s.rows = Rows<X>::Scratch::carve(layout, carver);
-    s.coupling = carver.take<A>(run * layout.lanes());
-    s.logits = carver.take<A>(run * layout.lanes());
-    if (!by_samples) return s;
-    s.samples = Rows<X>::SampleScratch::carve(layout, keep ? 0 : run, carver);
+    s.coupling = carver.take<A>(way.run * layout.lanes());
+    s.logits = carver.take<A>(way.run * layout.lanes());
+    if (!way.by_samples) return s;
+    s.samples = Rows<X>::SampleScratch::carve(layout, way.keep ? 0 : way.run, carver);
     s.q = carver.take<A>(layout.sums() * W<A>);
     s.e = carver.take<A>(layout.sums() * W<A>);
     s.sums = SampleSums<A>::carve(sums_, carver);
@@ -289,9 +248,9 @@ class Stream {
       for (int64_t first = 0, n = 0, j = matrix; first < items; first += kSamples) {
         const int64_t count = minimum(kSamples, items - first);
         const A* x[kSamples];
-        Sums<A> y[kSamples];
+        A* y[kSamples];
         for (int64_t k = 0; k < count; ++k) {
-          x[k] = from + n * from_n + j * from_j, y[k] = {to + n * to_n + j * size, nullptr};
+          x[k] = from + n * from_n + j * from_j, y[k] = to + n * to_n + j * size;
           if (one && j + 1 < J)
             ++j;
           else

@@ -1,0 +1,82 @@
+// The way of a stream, by rule: what a lane is, whose votes are kept between the passes, and how long a tile is. It
+// follows from sizes and the instruction set; the number of threads makes long tiles even, which changes no bits.
+#pragma once
+
+#include "micro.h"
+#include "plan.h"
+
+namespace capsroute::CAPSROUTE_ISA {
+
+// The votes of kSamples samples are kept between passes while they take no more than this; else they are made anew.
+constexpr int64_t kKeptVotes = int64_t(8) << 20;
+// A lane may be a sample where votes, sums and V of W samples and one input capsule stay in the first-level cache: the
+// votes may take this. It pays where shuffles of vectors are dear and registers many, which is AVX-512.
+constexpr int64_t kNearVotes = int64_t(16) << 10;
+constexpr bool kWide = CAPSROUTE_VECTOR_BYTES == 64;
+// There votes of W samples are kept while they take no more than kKeptForTerm for each of the D terms that one is made
+// of. Failing that, a lane is a feature all the same, and the votes of kSamples are kept, where they and the weight,
+// which is read for so few, stay in a third-level cache, and each weight W_i has numbers enough to be worth shuffles.
+// Else votes are made anew: without shuffles that is cheaper than to read them from farther away.
+constexpr int64_t kKeptForTerm = int64_t(96) << 10, kKeptOfTile = int64_t(7) << 19, kNearWeight = int64_t(12) << 20;
+constexpr int64_t kLargeWeight = 512;
+// Of a batch of up to kSamples as many are kept as fit into this: all the weight would be read again for these alone.
+constexpr int64_t kKeptOfFew = int64_t(12) << 20;
+// Kept votes of more than this lie beyond a second-level cache.
+constexpr int64_t kFarVotes = int64_t(1) << 20;
+// Where they are made anew, a tile has as many samples, between these two numbers, as have V and sums that fit into
+// kTileStates.
+constexpr int64_t kShortTile = 4 * kSamples, kLongTile = 32 * kSamples, kTileStates = int64_t(4) << 20;
+
+template <class X>
+struct Way {
+  using A = Acc<X>;
+
+  // A lane is a sample only if it `may` be.
+  Way(const Layout<X>& layout, int64_t batch, int64_t passes, bool may, int64_t threads) {
+    const Problem& p = layout.p;
+    const bool pair = p.form == Weight::pair;
+    const bool lanes = kWide && layout.sums() * W<A> * int64_t(sizeof(A)) <= kNearVotes;
+    const int64_t block = layout.block_size() * int64_t(sizeof(A)), votes = layout.blocks * block;
+    const int64_t weight = p.I * p.D * layout.sums() * int64_t(sizeof(X));
+    const bool many = pair && passes > 1;
+    const bool in_lanes = many && lanes && W<A> * votes <= minimum(kKeptVotes, p.D * kKeptForTerm);
+    const bool large = p.D * layout.sums() >= kLargeWeight;
+    const bool in_tile = many && (lanes ? large && kSamples * votes <= kKeptOfTile && weight <= kNearWeight
+                                        : kSamples * votes <= kKeptVotes);
+    by_samples = pair && lanes && may && batch >= W<A> && (in_lanes || !in_tile);
+    product_first = pair && !in_lanes && !in_tile;
+    together = by_samples ? W<A> : minimum(kSamples, batch);
+    kept_inputs = in_lanes || in_tile ? p.I : 0;
+    if (many && batch <= kSamples)
+      kept_inputs = minimum(p.I, kKeptOfFew / maximum(1, together * block) * W<A> / kGroup * kGroup);
+    keep = kept_inputs > 0;
+    far = divide_up(kept_inputs, W<A>) * together * block > kFarVotes;
+    run = !by_samples ? 1 : keep || p.over_inputs ? W<A> : 4;
+    tile = tile_size(layout, batch, threads);
+  }
+
+  bool by_samples;      // a lane is a sample, not a feature or an input capsule
+  bool product_first;   // a first pass that couples all alike sums u with W, in one product, and not the votes: where
+                        // none are kept. That does not depend on the batch, for its sums have bits of their own
+  int64_t together;     // samples whose votes are made together
+  int64_t kept_inputs;  // whose votes are kept between the passes, in whole groups: the first ones
+  bool keep;            // where a lane is a sample these are all or none
+  bool far;             // where a lane is a feature, kept votes lie beyond a second-level cache
+  int64_t run;          // where a lane is a sample, input capsules whose votes are summed together
+  int64_t tile;         // samples that read the weight together
+
+ private:
+  // Few where their votes are kept in the cache, else as many as keep V and sums there, so that the weight comes from
+  // memory as seldom as can be. Each thread has a share of the tiles.
+  int64_t tile_size(const Layout<X>& layout, int64_t batch, int64_t threads) const {
+    const int64_t some = !by_samples ? kSamples : keep ? 2 * W<A> : W<A>;
+    if (keep || layout.p.form != Weight::pair) return some;
+    const int64_t most = kTileStates / (2 * layout.outputs() * int64_t(sizeof(A)));
+    const int64_t tile = minimum(kLongTile, maximum(kShortTile, most / some * some));
+    const int64_t tiles = divide_up(maximum(1, divide_up(batch, tile)), threads) * threads;
+    const int64_t even = divide_up(divide_up(batch, tiles), some) * some;
+    return even < kShortTile ? tile : even;
+  }
+};
+
+}  // namespace capsroute::CAPSROUTE_ISA
