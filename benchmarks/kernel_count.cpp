@@ -77,7 +77,7 @@ int main(int argc, char** argv) {
   p.logits = {logits.data(), f32, {0, J, 1, 0}};
 
   Numbers v(outputs), s(p.R * outputs), du(u.size()), dweight(weight.size());
-  const Forward out{v.data(), s.data(), nullptr, nullptr, nullptr, p.R};
+  const Forward out{v.data(), s.data(), nullptr, nullptr, nullptr, p.R, nullptr, 0};
   const auto first = scratch(kernels->plan_forward, p, out);
   count(!backward, [&] { kernels->forward(p, out, first.get(), alone); });
   if (!backward) return 0;

@@ -16,12 +16,13 @@ def route(namespace, u, weight, bias, logits, mask, options, return_coupling) ->
     """v [B, J, O] and, if asked for, the coupling [B, I, J]."""
     if _is_transformed():
         tensors = _as_seen_by_dynamo(u, weight, bias, logits)
-        v, *_, c = _Route.apply(*tensors, mask, namespace, options, return_coupling)
+        v, *_, c = _Route.apply(*tensors, mask, namespace, options, 0, return_coupling)
     elif _wants_gradient(u, weight, bias, logits):
-        v, c = _QuickRoute.apply(u, weight, bias, logits, mask, namespace, options, return_coupling)
+        room = _room(namespace, u, weight, options)
+        v, c = _QuickRoute.apply(u, weight, bias, logits, mask, namespace, options, room, return_coupling)
     else:
         op = getattr(torch.ops, namespace).route.default
-        v, _, _, _, c = op(u, weight, bias, logits, mask, *_scalars(options), 0, return_coupling)
+        v, *_, c = op(u, weight, bias, logits, mask, *_scalars(options), 0, 0, return_coupling)
     return v, c
 
 
@@ -61,6 +62,25 @@ def _scalars(options: reference.Options) -> tuple[int, bool, bool, float]:
     return options.iterations, options.coupling == "in", options.leaky, options.eps
 
 
+def _room(namespace: str, u: Tensor, weight: Tensor | None, options: reference.Options) -> int:
+    """Numbers for votes that the CPU kernels keep for the backward, of up to 4 samples and as many as 12 MiB hold.
+
+    All the weight would be read again to make them anew for so few. Compiled code does without, as it would be compiled
+    again for them.
+    """
+    few = namespace == "capsroute" and u.device.type == "cpu" and u.shape[0] <= 4
+    if not few or weight is None or weight.dim() != 4 or options.iterations == 1 or options.detach_coupling:
+        return 0
+    inputs, outputs, features, _ = weight.shape
+    row = outputs * _whole(features, 16) + 16  # padded to the longest vectors, and to an odd number of them
+    size = reference.accumulation_dtype(u.dtype).itemsize
+    return min(u.shape[0] * _whole(inputs, 64) * row, (12 << 20) // size)
+
+
+def _whole(count: int, group: int) -> int:
+    return -(-count // group) * group
+
+
 class _Arguments(inspect.Signature):
     """The signature of a `forward` that is called with every argument in its place.
 
@@ -88,14 +108,14 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     @_positional
-    def forward(u, weight, bias, logits, mask, namespace, options, return_coupling):
+    def forward(u, weight, bias, logits, mask, namespace, options, room, return_coupling):
         route = getattr(torch.ops, namespace).route.default
         save = 1 if options.detach_coupling else options.iterations
-        return route(u, weight, bias, logits, mask, *_scalars(options), save, return_coupling)
+        return route(u, weight, bias, logits, mask, *_scalars(options), save, room, return_coupling)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, namespace, options, _ = inputs
+        *tensors, namespace, options, _, _ = inputs
         _, *saved, c = output
         ctx.mark_non_differentiable(*saved, c)
         ctx.save_for_backward(*tensors, *saved)
@@ -103,12 +123,12 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_v, *_):
-        *tensors, s, norm, last_logits = ctx.saved_tensors
+        *tensors, s, norm, last_logits, votes = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:4])
         needs[3] = needs[3] and not ctx.options.detach_coupling
         options = ctx.namespace, ctx.options, tuple(needs)
-        grads = _run(_RouteBackward, grad_v, *tensors, *options, s, norm, last_logits)
-        return *_where(needs, grads), None, None, None, None
+        grads = _run(_RouteBackward, grad_v, *tensors, *options, s, norm, last_logits, votes)
+        return *_where(needs, grads), None, None, None, None, None
 
 
 class _RoutingPass(torch.autograd.Function):
@@ -174,13 +194,13 @@ class _Backward(torch.autograd.Function):
 class _RouteBackward(_Backward):
     @staticmethod
     @_positional
-    def forward(grad_v, u, weight, bias, logits, mask, namespace, options, needs, s, norm, last_logits):
+    def forward(grad_v, u, weight, bias, logits, mask, namespace, options, needs, s, norm, last_logits, votes):
         route_backward = getattr(torch.ops, namespace).route_backward
         if options.detach_coupling:  # the coupling of the last pass is a constant: so that of one pass with its logits
             logits = logits if options.iterations == 1 else last_logits
             options = options._replace(iterations=1)
         return _in_logical_order(
-            *route_backward(grad_v, s, norm, u, weight, bias, logits, mask, *_scalars(options), *needs)
+            *route_backward(grad_v, s, norm, votes, u, weight, bias, logits, mask, *_scalars(options), *needs)
         )
 
     @staticmethod

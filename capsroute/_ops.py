@@ -23,13 +23,15 @@ _PASS = "Tensor u, Tensor? weight, Tensor? query, Tensor? logits, Tensor? mask, 
 _SCHEMAS = {
     # v [B, J, O]; of the last `save` passes s [save, B, J, O] before squash, in the accumulation dtype, and, over
     # inputs, norm [2, save, B, J], the largest logit over i and the sum of exp(logit - largest); last_logits
-    # [B, I, J] of the last pass, where some but not all passes are saved; its coupling [B, I, J], if asked for.
-    # What is not there is empty.
-    "route": f"({_ROUTE}, int save, bool return_coupling) "
-    "-> (Tensor v, Tensor s, Tensor norm, Tensor last_logits, Tensor coupling)",
-    # s and norm of all passes. Gradients in the tensors' own shapes, but [I, D, J, O] for a weight [I, J, O, D];
-    # empty where not needed. With a constant coupling it is that of one pass from last_logits.
-    "route_backward": f"(Tensor grad_v, Tensor s, Tensor norm, {_ROUTE}, bool need_u, bool need_weight, "
+    # [B, I, J] of the last pass, where some but not all passes are saved; votes [room], where the CPU kernels leave
+    # those of up to 4 samples to the backward, in their own order; the coupling [B, I, J] of the last pass, if asked
+    # for. What is not there is empty.
+    "route": f"({_ROUTE}, int save, int room, bool return_coupling) "
+    "-> (Tensor v, Tensor s, Tensor norm, Tensor last_logits, Tensor votes, Tensor coupling)",
+    # s and norm of all passes; votes of the same tensors, or empty. Gradients in the tensors' own shapes, but
+    # [I, D, J, O] for a weight [I, J, O, D]; empty where not needed. With a constant coupling it is that of one pass
+    # from last_logits.
+    "route_backward": f"(Tensor grad_v, Tensor s, Tensor norm, Tensor votes, {_ROUTE}, bool need_u, bool need_weight, "
     "bool need_bias, bool need_logits) -> (Tensor u, Tensor weight, Tensor bias, Tensor logits)",
     # s [B, J, O] in the accumulation dtype; norm [2, 1, B, J], coupling as above
     "routing_pass": f"({_PASS}, bool save, bool return_coupling) -> (Tensor s, Tensor norm, Tensor coupling)",
@@ -46,12 +48,12 @@ def define(namespace: str) -> None:
         torch.library.register_vmap(f"{namespace}::{name}", _one_by_one(getattr(getattr(torch.ops, namespace), name)))
 
 
-def _fake_route(u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps, save, return_coupling):
+def _fake_route(u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps, save, room, return_coupling):
     v = (u.shape[0], out_capsules(u, weight, bias, logits), u.shape[3] if weight is None else weight.shape[-2])
     norm, coupling = _fake_extras(u, save, v[1], save and over_inputs, return_coupling)
     s = u.new_empty((save, *v) if save else (0,), dtype=accumulation_dtype(u.dtype))
     last_logits = s.new_empty((*u.shape[:2], v[1]) if 0 < save < iterations else (0,))
-    return u.new_empty(v), s, norm, last_logits, coupling
+    return u.new_empty(v), s, norm, last_logits, s.new_empty(room), coupling
 
 
 def _fake_routing_pass(u, weight, query, logits, mask, over_inputs, leaky, save, return_coupling):
@@ -63,6 +65,10 @@ def _fake_routing_pass(u, weight, query, logits, mask, over_inputs, leaky, save,
 def _fake_extras(u, saved, outputs, has_norm, has_coupling):
     norm = u.new_empty((2, saved, u.shape[0], outputs) if has_norm else (0,), dtype=accumulation_dtype(u.dtype))
     return norm, u.new_empty((*u.shape[:2], outputs) if has_coupling else (0,))
+
+
+def _fake_route_backward(grad_v, s, norm, votes, *arguments):
+    return _fake_backward(grad_v, s, norm, *arguments)
 
 
 def _fake_backward(grad, s, norm, u, weight, third, logits, mask, *options):
@@ -78,7 +84,7 @@ def _fake_backward(grad, s, norm, u, weight, third, logits, mask, *options):
 
 _FAKES = {
     "route": _fake_route,
-    "route_backward": _fake_backward,
+    "route_backward": _fake_route_backward,
     "routing_pass": _fake_routing_pass,
     "routing_pass_backward": _fake_backward,
 }

@@ -74,7 +74,8 @@ std::string plan(const Tensor& u, const Optional& weight, const Optional& bias, 
                  const Optional& mask, int64_t iterations, bool over_inputs, bool leaky, double eps, bool backward) {
   Problem p = route_of(u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps);
   const int64_t threads = torch_threads().threads;
-  const Forward forward{&p, nullptr, nullptr, nullptr, nullptr, 0};
+  Forward forward{};
+  forward.v = &p;
   Backward gradients{};
   gradients.u = &p, gradients.weight = weight ? &p : nullptr;
   const Plan found =

@@ -130,6 +130,8 @@ inline Problem pass_of(const Tensor& u, const Optional& weight, const Optional& 
 
 inline void* pointer(const Tensor& x) { return x.numel() ? x.mutable_data_ptr() : nullptr; }
 
+inline int64_t bytes(const Tensor& x) { return x.numel() * int64_t(x.scalar_type() == ScalarType::Double ? 8 : 4); }
+
 inline std::vector<int64_t> shape_of(const Optional& x) {
   if (!x) return {};
   return {x->sizes().begin(), x->sizes().end()};
@@ -148,22 +150,26 @@ struct Extras {
 };
 
 template <class Tier>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& u, const Optional& weight, const Optional& bias,
-                                                         const Optional& logits, const Optional& mask,
-                                                         int64_t iterations, bool over_inputs, bool leaky, double eps,
-                                                         int64_t save, bool return_coupling) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& u, const Optional& weight,
+                                                                 const Optional& bias, const Optional& logits,
+                                                                 const Optional& mask, int64_t iterations,
+                                                                 bool over_inputs, bool leaky, double eps, int64_t save,
+                                                                 int64_t room, bool return_coupling) {
   const Problem p = route_of(u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps);
   STD_TORCH_CHECK(save >= 0 && save <= iterations, "capsroute: save must be from 0 to iterations");
+  STD_TORCH_CHECK(room >= 0, "capsroute: room must be at least 0");
   auto accumulated = [&](bool wanted, const std::vector<int64_t>& shape) {
     return Tier::empty(u, wanted ? shape : std::vector<int64_t>{0}, accumulation_type(u));
   };
   Tensor v = Tier::empty(u, {p.B, p.J, p.O}, u.scalar_type());
   Tensor s = accumulated(save > 0, {save, p.B, p.J, p.O});
   Tensor last_logits = accumulated(save > 0 && save < iterations, {p.B, p.I, p.J});
+  Tensor votes = accumulated(room > 0, {room});
   const Extras<Tier> extras(p, u, save, return_coupling);
-  const Forward out{pointer(v), pointer(s), pointer(extras.norm), pointer(extras.coupling), pointer(last_logits), save};
+  const Forward out{pointer(v),           pointer(s), pointer(extras.norm), pointer(extras.coupling),
+                    pointer(last_logits), save,       pointer(votes),       bytes(votes)};
   if (p.B > 0) Tier::forward(p, out, u);
-  return {v, s, extras.norm, last_logits, extras.coupling};
+  return {v, s, extras.norm, last_logits, votes, extras.coupling};
 }
 
 template <class Tier>
@@ -173,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> routing_pass(const Tensor& u, const Optional&
   const Problem p = pass_of(u, weight, query, logits, mask, over_inputs, leaky);
   Tensor s = Tier::empty(u, {p.B, p.J, p.O}, accumulation_type(u));
   const Extras<Tier> extras(p, u, save, return_coupling);
-  const Forward out{nullptr, pointer(s), pointer(extras.norm), pointer(extras.coupling), nullptr, 1};
+  const Forward out{nullptr, pointer(s), pointer(extras.norm), pointer(extras.coupling), nullptr, 1, nullptr, 0};
   if (p.B > 0) Tier::forward(p, out, u);
   return {s, extras.norm, extras.coupling};
 }
@@ -221,16 +227,19 @@ struct Gradients {
 
 template <class Tier>
 std::tuple<Tensor, Tensor, Tensor, Tensor> route_backward(const Tensor& grad_v, const Tensor& s, const Tensor& norm,
-                                                          const Tensor& u, const Optional& weight, const Optional& bias,
-                                                          const Optional& logits, const Optional& mask,
-                                                          int64_t iterations, bool over_inputs, bool leaky, double eps,
-                                                          bool need_u, bool need_weight, bool need_bias,
-                                                          bool need_logits) {
+                                                          const Tensor& votes, const Tensor& u, const Optional& weight,
+                                                          const Optional& bias, const Optional& logits,
+                                                          const Optional& mask, int64_t iterations, bool over_inputs,
+                                                          bool leaky, double eps, bool need_u, bool need_weight,
+                                                          bool need_bias, bool need_logits) {
   const Problem p = route_of(u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps);
   STD_TORCH_CHECK(is_outputs(grad_v, p, u.scalar_type()), "capsroute: grad_v must be like v");
   Gradients<Tier> gradients(p, u, weight, bias, logits, need_u, need_weight, need_bias, need_logits);
   Backward out{};
   out.grad_v = float_array(grad_v);
+  STD_TORCH_CHECK(votes.scalar_type() == accumulation_type(u) && votes.is_contiguous(),
+                  "capsroute: votes must be what the forward saved");
+  out.votes = pointer(votes), out.room = bytes(votes);
   gradients.compute(p, out, s, norm, u, logits);
   return gradients.all();
 }

@@ -57,7 +57,7 @@ def test_rows_too_long_for_the_kernels_are_refused(sizes, form):
 def test_more_than_32_bits_can_count_is_refused():
     u, weight = torch.empty(1, 1, 1).expand(1, 2**31, 1), torch.empty(1, 1, 1)
     with pytest.raises(RuntimeError, match="B, I, D and J up to 1073741824, got B=1 I=2147483648"):
-        torch.ops.capsroute_emulated.route(u, weight, None, None, None, 1, False, False, 1e-9, 0, False)
+        torch.ops.capsroute_emulated.route(u, weight, None, None, None, 1, False, False, 1e-9, 0, 0, False)
 
 
 def test_only_one_header_knows_the_compilers():
@@ -86,7 +86,7 @@ def test_bytes_of_a_forward_follow_the_formula(batch):
     weight = torch.randn(inputs, in_features, outputs, out_features)
     emulated.take_launches()
     torch.ops.capsroute_emulated.route(
-        u, weight.permute(0, 2, 3, 1), None, None, None, passes, False, False, 1e-9, 0, False
+        u, weight.permute(0, 2, 3, 1), None, None, None, passes, False, False, 1e-9, 0, 0, False
     )
     launches = emulated.take_launches()
     assert [x.kernel for x in launches] == ["pass", "finish"] * passes

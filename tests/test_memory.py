@@ -1,12 +1,13 @@
-"""What is computed, saved and allocated: only what is asked for, and never the votes."""
+"""What is computed, saved and allocated: only what is asked for, and never the votes of more than a few samples."""
 
 import itertools
+import os
 from collections import defaultdict
 
 import peak
 import pytest
 import torch
-from problems import FORMS, Problem, random_problem
+from problems import FORMS, Problem, cotangent, random_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -32,18 +33,62 @@ def test_nothing_is_saved_when_no_gradient_is_wanted(fused, without):
         v = problem.run(fused)
     assert not v.requires_grad
     ((_, *others),) = calls.results["route"]
-    assert [x.numel() for x in others] == [0, 0, 0, 0]
+    assert [x.numel() for x in others] == [0, 0, 0, 0, 0]
 
 
 # [R, B, J, O]; of a constant coupling [1, B, J, O] and the last logits [B, I, J]
-@pytest.mark.parametrize(("detach", "expected"), [(False, [(3, 2, 3, 4)]), (True, [(1, 2, 3, 4), (2, 5, 3)])])
+@pytest.mark.parametrize(("detach", "expected"), [(False, [(3, 6, 3, 4)]), (True, [(1, 6, 3, 4), (6, 5, 3)])])
 def test_what_is_saved_is_the_inputs_and_s(fused, detach, expected):
-    problem = random_problem((2, 5, 3, 3, 4), bias=True, logits="BIJ", iterations=3, detach_coupling=detach)
+    problem = random_problem((6, 5, 3, 3, 4), bias=True, logits="BIJ", iterations=3, detach_coupling=detach)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         problem.map(lambda x: x.requires_grad_()).run(fused)
     inputs = {x.data_ptr() for x in problem.tensors.values()}
     assert [x.shape for x in saved if x.numel() and x.data_ptr() not in inputs] == expected
+
+
+@pytest.mark.skipif(os.environ.get("CAPSROUTE_NO_EXT") == "1", reason="CAPSROUTE_NO_EXT=1: there are no kernels")
+class TestVotesOfAFew:
+    """All the weight would be read again for them alone: the CPU kernels leave them to the backward, up to 12 MiB."""
+
+    @pytest.mark.parametrize(
+        ("sizes", "options", "numbers"),
+        [
+            ((1, 70, 3, 5, 7), {}, 128 * (5 * 16 + 16)),
+            ((4, 70, 3, 5, 17), {}, 4 * 128 * (5 * 32 + 16)),
+            ((4, 6000, 1, 9, 16), {}, 3 << 20),
+            ((5, 70, 3, 5, 7), {}, 0),
+            ((4, 70, 3, 5, 7), {"iterations": 1}, 0),
+            ((4, 70, 3, 5, 7), {"detach_coupling": True}, 0),
+        ],
+    )
+    def test_room_for_them(self, sizes, options, numbers):
+        problem = random_problem(sizes, form="ijod", dtype=torch.float32, **options)
+        with Calls() as calls:
+            problem.map(lambda x: x.requires_grad_()).run("cpu")
+        ((*_, votes, _),) = calls.results["route"]
+        assert votes.numel() == numbers
+
+    @pytest.mark.parametrize("groups", [1, 2, 3])
+    @pytest.mark.parametrize("coupling", ["out", "in"])
+    def test_gradients_have_the_bits_of_votes_made_anew(self, coupling, groups):
+        """Of 130 input capsules, which are three groups."""
+        problem = random_problem(
+            (3, 130, 3, 5, 7), form="ijod", logits="BIJ", forbid=True, mask="BI", coupling=coupling
+        )
+        tensors = [*(problem.tensors.get(name) for name in NAMES), problem.mask]
+        given = (*tensors, 3, coupling == "in", False, 1e-9)
+        ops = torch.ops.capsroute
+        v, s, norm, _, votes, _ = ops.route(*given, 3, 3 * 64 * groups * (5 * 8 + 16), False)
+        needs = (True, True, False, True)
+
+        def gradients(votes):
+            return ops.route_backward(cotangent(v), s, norm, votes, *given, *needs)
+
+        anew = gradients(votes[:0])
+        for found, expected in zip(gradients(votes), anew, strict=True):
+            assert torch.equal(found, expected)
+        assert gradients(torch.full_like(votes, torch.nan))[0].isnan().any()  # so they are not made anew
 
 
 NAMES = ("u", "weight", "bias", "logits")

@@ -89,7 +89,7 @@ def test_each_sample_has_the_same_sums_alone(sizes, dtype):
     u, weight = problem.tensors["u"].detach(), problem.tensors["weight"].detach()
 
     def sums(u: torch.Tensor) -> torch.Tensor:
-        return torch.ops.capsroute.route(u, weight, None, None, None, 3, False, False, 1e-9, 3, False)[1]
+        return torch.ops.capsroute.route(u, weight, None, None, None, 3, False, False, 1e-9, 3, 0, False)[1]
 
     together = sums(u)
     assert together.dtype == torch.float32

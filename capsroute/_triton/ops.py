@@ -9,12 +9,15 @@ from . import NAMESPACE, backward, forward
 from .problem import Problem, run
 
 
-def _route(u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps, save, return_coupling):
+def _route(u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps, save, room, return_coupling):
     problem = Problem.of(u, weight, bias, logits, mask, over_inputs, leaky)
-    return _run(u, forward.route(problem, iterations, eps, save, return_coupling))
+    v, *saved, coupling = _run(u, forward.route(problem, iterations, eps, save, return_coupling))
+    return v, *saved, problem.empty(room), coupling
 
 
-def _route_backward(grad_v, s, norm, u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps, *needs):
+def _route_backward(
+    grad_v, s, norm, _votes, u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps, *needs
+):
     problem = Problem.of(u, weight, bias, logits, mask, over_inputs, leaky)
     wanted = _wanted(needs, u, weight, bias, logits)
     return _run(u, backward.route_backward(problem, grad_v, s, norm, iterations, eps, wanted))

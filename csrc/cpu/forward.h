@@ -49,7 +49,10 @@ class ForwardStream {
         // With a softmax over i the coupling is known only after the last pass, and takes a step of its own.
         steps_(layout.p.R + (layout.p.over_inputs && out.coupling)),
         state_(layout.sums() + (layout.p.over_inputs ? 2 * pad<A>(layout.p.J) : 0)),
-        stream_(layout, layout.p.B, steps_, state_, layout.sums(), steps_ == layout.p.R, carver, parallel) {
+        stream_(layout,
+                {layout.p.B, steps_, state_, layout.sums(), steps_ == layout.p.R, static_cast<A*>(out.votes), out.room,
+                 false},
+                carver, parallel) {
     const Schedule& schedule = stream_.schedule;
     total_ = carver.take<A>(schedule.slots * schedule.tile * state_);
     s_ = layout.shared ? carver.take<A>(schedule.slots * schedule.tile * layout.outputs()) : nullptr;

@@ -64,6 +64,8 @@ struct Forward {
   void* coupling;  // [B, I, J] of the last pass, or null
   void* logits;    // [B, I, J] of the last pass in the accumulation type, logits_ij + h_ij . V_j; or null
   int64_t saved;   // passes, the last ones, whose s and norm are wanted
+  void* votes;     // where those of a few samples are kept for Backward::votes, as many as there is room for; or null
+  int64_t room;    // bytes
 };
 
 struct Backward {
@@ -71,6 +73,8 @@ struct Backward {
   Array grad_s;   // [b, j, o] of s^R in the accumulation type
   const void* s;  // what Forward saved, of all R passes
   const void* norm;
+  const void* votes;           // what Forward left, or null
+  int64_t room;                // as Forward's
   int64_t logits_B, logits_I;  // 1 or B, 1 or I: the dimensions that the logits themselves have
   void* u;                     // as Problem::u, or null where not wanted; so the others
   void* weight;                // [I, D, J, O], [J, O, D] or [O, D]

@@ -7,6 +7,18 @@
 
 namespace capsroute::CAPSROUTE_ISA {
 
+// What a stream is for.
+template <class A>
+struct Use {
+  int64_t batch, passes;
+  int64_t sums;     // numbers of a sample that change with i,
+  int64_t joined;   // the first of which are sums over i
+  bool by_samples;  // a lane may be a sample
+  A* votes;         // where those of a few samples are kept, if there is room
+  int64_t room;     // bytes
+  bool has_votes;   // they are there already, from the forward
+};
+
 template <class X>
 class Stream {
  public:
@@ -31,19 +43,15 @@ class Stream {
     SampleSums<A> sums;
   };
 
-  // `sums` is how many numbers a sample has that change with i, the first `joined` of which are sums over i. A lane is
-  // a sample only if it `may` be.
-  Stream(const Layout<X>& layout, int64_t batch, int64_t passes, int64_t sums, int64_t joined, bool may, Carver& carver,
-         const Parallel& parallel)
+  Stream(const Layout<X>& layout, const Use<A>& use, Carver& carver, const Parallel& parallel)
       : layout(layout),
         p(layout.p),
         weights(Weights<X>::pack(layout, carver, parallel)),
         rows(layout, weights),
-        way(layout, batch, passes, may, parallel.threads),
-        schedule(batch, way.tile, layout.groups, parallel.threads),
-        sums_(sums),
-        joined_(joined) {
-    kept_ = way.keep ? carver.take<A>(schedule.slots * kept_size()) : nullptr;
+        way(layout, use.batch, use.passes, use.by_samples, use.room, parallel.threads),
+        schedule(use.batch, way.tile, layout.groups, parallel.threads),
+        use_(use) {
+    if (way.keep) kept_ = way.handed ? use.votes : carver.take<A>(schedule.slots * kept_size());
     scratch_ = take_shares(carver, schedule.parts, [this](Carver& own) { carve_scratch(own); });
   }
 
@@ -59,7 +67,8 @@ class Stream {
                   const Visit& visit) const {
     if (layout.shared) return for_rows(tile, first_sample, group, scratch, visit);
     const int64_t size = layout.block_size();
-    const bool keeps = group * kGroup < way.kept_inputs, makes = p.form == Weight::pair && (first || !keeps);
+    const bool keeps = group * kGroup < way.kept_inputs, there = !first || (way.handed && use_.has_votes);
+    const bool makes = p.form == Weight::pair && !(keeps && there);
     Block<A> lanes{};
     for_samples(tile, first_sample, group, makes, [&](int64_t m, int64_t samples, int64_t i0) {
       const int64_t b = first_sample + tile.first + m;
@@ -154,7 +163,7 @@ class Stream {
         }
         add(Run<A>{votes, next, nullptr, 0, inputs}, first, first == i0);
       }
-      scratch.sums.join(A(1), joined_);
+      scratch.sums.join(A(1), use_.joined);
     }
   }
 
@@ -235,7 +244,7 @@ class Stream {
     s.samples = Rows<X>::SampleScratch::carve(layout, way.keep ? 0 : way.run, carver);
     s.q = carver.take<A>(layout.sums() * W<A>);
     s.e = carver.take<A>(layout.sums() * W<A>);
-    s.sums = SampleSums<A>::carve(sums_, carver);
+    s.sums = SampleSums<A>::carve(use_.sums, carver);
     return s;
   }
 
@@ -260,8 +269,8 @@ class Stream {
       }
   }
 
-  const int64_t sums_, joined_;
-  A* kept_;  // [slots][blocks][together][W, row], or by samples [slots][tile / W][I][J, F][W]
+  const Use<A> use_;
+  A* kept_ = nullptr;  // [slots][blocks][together][W, row], or by samples [slots][tile / W][I][J, F][W]
   Shares scratch_;
 };
 

@@ -31,14 +31,17 @@ template <class X>
 struct Way {
   using A = Acc<X>;
 
-  // A lane is a sample only if it `may` be.
-  Way(const Layout<X>& layout, int64_t batch, int64_t passes, bool may, int64_t threads) {
+  // A lane is a sample only if it `may` be. Where there is `room` for votes of a few samples, in bytes, they stay there
+  // for the backward.
+  Way(const Layout<X>& layout, int64_t batch, int64_t passes, bool may, int64_t room, int64_t threads) {
     const Problem& p = layout.p;
     const bool pair = p.form == Weight::pair;
     const bool lanes = kWide && layout.sums() * W<A> * int64_t(sizeof(A)) <= kNearVotes;
     const int64_t block = layout.block_size() * int64_t(sizeof(A)), votes = layout.blocks * block;
     const int64_t weight = p.I * p.D * layout.sums() * int64_t(sizeof(X));
-    const bool many = pair && passes > 1;
+    const bool few = batch <= kSamples;
+    handed = few && room > 0;
+    const bool many = pair && (passes > 1 || handed);
     const bool in_lanes = many && lanes && W<A> * votes <= minimum(kKeptVotes, p.D * kKeptForTerm);
     const bool large = p.D * layout.sums() >= kLargeWeight;
     const bool in_tile = many && (lanes ? large && kSamples * votes <= kKeptOfTile && weight <= kNearWeight
@@ -47,8 +50,8 @@ struct Way {
     product_first = pair && !in_lanes && !in_tile;
     together = by_samples ? W<A> : minimum(kSamples, batch);
     kept_inputs = in_lanes || in_tile ? p.I : 0;
-    if (many && batch <= kSamples)
-      kept_inputs = minimum(p.I, kKeptOfFew / maximum(1, together * block) * W<A> / kGroup * kGroup);
+    if (many && few)
+      kept_inputs = minimum(p.I, (handed ? room : kKeptOfFew) / maximum(1, together * block) * W<A> / kGroup * kGroup);
     keep = kept_inputs > 0;
     far = divide_up(kept_inputs, W<A>) * together * block > kFarVotes;
     run = !by_samples ? 1 : keep || p.over_inputs ? W<A> : 4;
@@ -61,6 +64,7 @@ struct Way {
   int64_t together;     // samples whose votes are made together
   int64_t kept_inputs;  // whose votes are kept between the passes, in whole groups: the first ones
   bool keep;            // where a lane is a sample these are all or none
+  bool handed;          // they are kept in memory that the forward leaves to the backward
   bool far;             // where a lane is a feature, kept votes lie beyond a second-level cache
   int64_t run;          // where a lane is a sample, input capsules whose votes are summed together
   int64_t tile;         // samples that read the weight together

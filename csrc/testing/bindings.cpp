@@ -53,7 +53,7 @@ py::tuple route(const std::string& name, Buffer<A> u, Buffer<A> weight, Buffer<A
   p.u = {u.data(), sizeof(A) == 8 ? DType::float64 : DType::float32, {p.I * p.D, p.D, 1, 0}};
   p.weight = {weight.data(), p.u.dtype, {p.D * p.J * p.O, p.O, 1, p.J * p.O}};
   Buffer<A> v({p.B, p.J, p.O}), s({p.R, p.B, p.J, p.O}), du({p.B, p.I, p.D}), dweight({p.I, p.D, p.J, p.O});
-  const Forward out{v.mutable_data(), s.mutable_data(), nullptr, nullptr, nullptr, p.R};
+  const Forward out{v.mutable_data(), s.mutable_data(), nullptr, nullptr, nullptr, p.R, nullptr, 0};
   std::vector<char> scratch = scratch_for(kernels->plan_forward, p, out);
   kernels->forward(p, out, aligned(scratch), kThreads);
   Backward back{};

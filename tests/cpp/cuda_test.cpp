@@ -121,7 +121,9 @@ struct Outputs {
     du = Store(dtype, x.u.count), dweight = Store(dtype, x.weight.count), dbias = Store(x.bias.dtype, x.bias.count);
     dlogits = Store(x.logits.dtype, c.detach ? 0 : x.logits.count), dquery = Store(x.query.dtype, x.query.count);
   }
-  Forward forward() { return {v.data(), s.data(), norm.data(), coupling.data(), last_logits.data(), saved}; }
+  Forward forward() {
+    return {v.data(), s.data(), norm.data(), coupling.data(), last_logits.data(), saved, nullptr, 0};
+  }
   // The problem of the backward: with a constant coupling one pass from the last logits.
   Problem backward_problem(const Case& c, Problem p) {
     if (c.detach) p.R = 1, p.logits = {last_logits.data(), last_logits.dtype, {c.I * c.J, c.J, 1, 0}};

@@ -192,7 +192,10 @@ Result run(const Case& c, const Values& x, const Vector& grad, DType dtype, int6
   Store v(dtype, c.pass ? 0 : outputs), s(wide, saved * outputs), coupling(dtype, c.B * c.I * c.J);
   Store norm(wide, c.over_inputs ? 2 * saved * c.B * c.J : 0);
   Store last_logits(wide, c.detach ? c.B * c.I * c.J : 0);
-  const Forward out{v.data(), s.data(), norm.data(), coupling.data(), last_logits.data(), saved};
+  // for votes of few samples and one group of input capsules, in vectors of up to 16 numbers
+  Store votes(wide, c.R > 1 && !c.detach ? c.B * 64 * (c.J * ((c.O + 15) / 16 * 16) + 16) : 0);
+  const int64_t room = votes.count * votes.size();
+  const Forward out{v.data(), s.data(), norm.data(), coupling.data(), last_logits.data(), saved, votes.data(), room};
   const Parallel parallel = threads(thread_count);
   Scratch forward(tested::kernels.plan_forward(p, out, thread_count).scratch);
   tested::kernels.forward(p, out, forward.start, parallel);
@@ -201,7 +204,7 @@ Result run(const Case& c, const Values& x, const Vector& grad, DType dtype, int6
       dlogits(wide, c.detach ? 0 : x.logits.size()), dquery(wide, x.query.size());
   Backward back{};
   (c.pass ? back.grad_s : back.grad_v) = {g.data(), g.dtype, {c.J * c.O, c.O, 1, 0}};
-  back.s = s.data(), back.norm = norm.data();
+  back.s = s.data(), back.norm = norm.data(), back.votes = votes.data(), back.room = room;
   if (c.detach) p.R = 1, p.logits = {last_logits.data(), wide, {c.I * c.J, c.J, 1, 0}};
   back.logits_B = c.logits_B(), back.logits_I = c.logits_I();
   back.u = du.data(), back.weight = dweight.data(), back.bias = dbias.data();
