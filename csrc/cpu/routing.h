@@ -83,6 +83,9 @@ struct Backward {
   void* query;                 // [B, J, O] in the accumulation type
 };
 
+// More bytes than that the C library takes from the system anew in every call (glibc keeps none so large).
+constexpr int64_t kNewMemory = int64_t(32) << 20;
+
 // Runs body(context, part) for part = 0 .. parts-1, at most `threads` of them at a time.
 struct Parallel {
   int64_t threads;

@@ -13,9 +13,6 @@ inline constexpr int64_t kSubLanes = W<A> < 4 ? W<A> : 4;
 // W_i and dW_i of a whole block stay in the second-level cache from one sub-batch to the next, if they fit into this.
 // Else those of one i do: then a capsule is taken alone, and the dh of twice the samples is as small as before.
 constexpr int64_t kOwnedWeights = int64_t(256) << 10, kLongSubBatch = 2 * kSubBatch;
-// A dW of that size is new memory in every call (glibc keeps none so large), whose pages the system zeroes as they are
-// first written: then they are in a cache, and stores past it only lose.
-constexpr int64_t kNewMemory = int64_t(32) << 20;
 
 template <class A>
 CAPSROUTE_INLINE void write_as(void* to, DType dtype, int64_t at, A value) {
@@ -44,6 +41,8 @@ class RowGradients {
     const bool once = p_.B <= sub_batch_, aligned = uintptr_t(out_.weight) % CAPSROUTE_VECTOR_BYTES == 0;
     in_place_ = layout_.O == p_.O && (sizeof(X) == sizeof(A) || once);
     if (wants_weight_ && !in_place_) dW_ = carver.take<A>(p_.I * p_.D * layout_.sums());
+    // The system zeroes the pages of new memory as they are first written: then they are in a cache, and stores past it
+    // only lose.
     const bool is_new = p_.I * p_.D * layout_.sums() * int64_t(sizeof(X)) > kNewMemory;
     if (in_place_ && aligned && once && !is_new) first_write_ = Write::set_past;
     if (plan.logits_by_row && out_.logits_B < p_.B) dlogits_ = carver.take<A>(layout_.blocks * layout_.lanes());
