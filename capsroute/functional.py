@@ -28,7 +28,7 @@ def capsule_linear(
     r"""A layer of capsules with routing by agreement, from input capsules and a weight.
 
     The votes :math:`h_{ij} = W_{ij} u_i` are routed as in Procedure 1 of Sabour, Frosst and Hinton,
-    "Dynamic Routing Between Capsules", 2017. The fused backends never store them::
+    "Dynamic Routing Between Capsules", 2017. The fused backends hold a few MiB of them at most::
 
         b_ij = logits_ij
         repeat `iterations` times
@@ -86,7 +86,7 @@ def dynamic_routing(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Routing by agreement of votes that are given (Sabour, Frosst and Hinton 2017, Procedure 1).
 
-    As :func:`capsule_linear`, which should be preferred where votes are W u, since it never stores them.
+    As :func:`capsule_linear`, which should be preferred where votes are W u, since it does not store them.
 
     Args:
         votes: ``[*, I, J, O]``; any number of leading dimensions, any strides.
@@ -118,7 +118,7 @@ def routing_pass(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""One pass of routing, the unit that most published routings are made of.
 
-    With the votes :math:`h_{ij} = W_{ij} u_i`, which the fused backends never store::
+    With the votes :math:`h_{ij} = W_{ij} u_i`, of which the fused backends hold a few MiB at most::
 
         c_ij = softmax over j (or i) of (scale h_ij . query_j + logits_ij)
         s_j  = sum over i of c_ij h_ij

@@ -8,7 +8,7 @@
 namespace capsroute::CAPSROUTE_ISA {
 
 // The votes of kSamples samples are kept between passes while they take no more than this; else they are made anew.
-constexpr int64_t kKeptVotes = int64_t(8) << 20;
+constexpr int64_t kKeptVotes = int64_t(6) << 20;
 // A lane may be a sample where votes, sums and V of W samples and one input capsule stay in the first-level cache: the
 // votes may take this. It pays where shuffles of vectors are dear and registers many, which is AVX-512.
 constexpr int64_t kNearVotes = int64_t(16) << 10;
