@@ -82,7 +82,8 @@ def test_each_sample_has_the_same_bits_alone(fused, form, sizes, options):
 
 @pytest.mark.skipif(os.environ.get("CAPSROUTE_NO_EXT") == "1", reason="CAPSROUTE_NO_EXT=1: there are no kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("sizes", [(33, 70, 7, 5, 16), (17, 20, 6, 3, 33)])
+# With AVX-512: kept by lanes of samples, by feature, by feature four at a time, not kept by lanes of samples.
+@pytest.mark.parametrize("sizes", [(33, 70, 7, 5, 16), (17, 20, 6, 3, 33), (17, 130, 4, 10, 16), (17, 130, 3, 10, 16)])
 def test_each_sample_has_the_same_sums_alone(sizes, dtype):
     """The sums before squash, in float32: a result of low precision would hide another order of adding."""
     problem = random_problem(sizes, form="ijod", dtype=dtype)
