@@ -18,7 +18,7 @@ def route(namespace, u, weight, bias, logits, mask, options, return_coupling) ->
         tensors = _as_seen_by_dynamo(u, weight, bias, logits)
         v, *_, c = _Route.apply(*tensors, mask, namespace, options, 0, return_coupling)
     elif _wants_gradient(u, weight, bias, logits):
-        room = _room(namespace, u, weight, options)
+        room = room_for_votes(namespace, u, weight, options)
         v, c = _QuickRoute.apply(u, weight, bias, logits, mask, namespace, options, room, return_coupling)
     else:
         op = getattr(torch.ops, namespace).route.default
@@ -62,7 +62,7 @@ def _scalars(options: reference.Options) -> tuple[int, bool, bool, float]:
     return options.iterations, options.coupling == "in", options.leaky, options.eps
 
 
-def _room(namespace: str, u: Tensor, weight: Tensor | None, options: reference.Options) -> int:
+def room_for_votes(namespace: str, u: Tensor, weight: Tensor | None, options: reference.Options) -> int:
     """Numbers for votes that the CPU kernels keep for the backward, of up to 4 samples and as many as 12 MiB hold.
 
     All the weight would be read again to make them anew for so few. Compiled code does without, as it would be compiled

@@ -90,13 +90,14 @@ class Cpu {
 
 // How a call would be computed, as "name=number" with spaces between; a backward that wants du and dW.
 std::string plan(const Tensor& u, const Optional& weight, const Optional& bias, const Optional& logits,
-                 const Optional& mask, int64_t iterations, bool over_inputs, bool leaky, double eps, bool backward) {
+                 const Optional& mask, int64_t iterations, bool over_inputs, bool leaky, double eps, int64_t room,
+                 bool backward) {
   Problem p = route_of(u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps);
   const int64_t threads = torch_threads().threads;
   Forward forward{};
-  forward.v = &p;
+  forward.v = &p, forward.room = room * (p.u.dtype == DType::float64 ? 8 : 4);
   Backward gradients{};
-  gradients.u = &p, gradients.weight = weight ? &p : nullptr;
+  gradients.u = &p, gradients.weight = weight ? &p : nullptr, gradients.room = forward.room;
   const Plan found =
       backward ? kernels().plan_backward(p, gradients, threads) : kernels().plan_forward(p, forward, threads);
   const std::pair<const char*, int64_t> numbers[] = {{"scratch", found.scratch},
@@ -109,6 +110,7 @@ std::string plan(const Tensor& u, const Optional& weight, const Optional& bias, 
                                                      {"keeps_pairs", found.keeps_pairs},
                                                      {"one_by_one", found.one_by_one},
                                                      {"product_first", found.product_first},
+                                                     {"handed", found.handed},
                                                      {"by_samples", found.by_samples},
                                                      {"threads", threads}};
   std::string text;

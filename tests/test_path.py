@@ -176,6 +176,19 @@ def test_operations_where_votes_are_made_anew():
     assert operations(case, planned(*case[1:6]), False) == 2 * 28 * case.votes
 
 
+def test_the_backward_of_a_few_samples_makes_no_votes():
+    """Two agreements with V, two with ds, two sums, dh of five terms, du and dW: 2 (6 + 5 + 2 8) for each vote."""
+    case = CASES["mnist-1"]
+    path = planned(*case[1:6], backward=True)
+    assert path.handed
+    assert operations(case, path, True) == 2 * 27 * case.votes
+    assert "those of 1152 input capsules are there from the forward, which kept them" in explain(case, path, True)
+    five = case._replace(batch=5)
+    path = planned(*five[1:6], backward=True)
+    assert not path.handed
+    assert operations(five, path, True) == 2 * 35 * five.votes
+
+
 def test_operations_where_some_votes_are_kept():
     """Half of the votes are made twice, the first time as a sum, and half three times: 2 (2.5 x 8 + 4)."""
     case = CASES["cifar10"]._replace(batch=1, inputs=2 * 19648)

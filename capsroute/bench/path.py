@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import _ops
+from .. import _autograd, _ops, reference
 from .registry import Case, Problem
 
 
@@ -23,6 +23,7 @@ class Path(NamedTuple):
     keeps_pairs: bool
     one_by_one: bool
     product_first: bool
+    handed: bool
     by_samples: bool
     threads: int
 
@@ -40,7 +41,9 @@ def path_of(problem: Problem, backward: bool) -> Path:
     logits = None if logits is None else logits[None]
     if backward and problem.detach_coupling and iterations > 1:  # one pass, from the logits of the last
         iterations, logits = 1, u.new_zeros(1, 1, problem.grad_v.shape[1])
-    options = (iterations, problem.coupling == "in", False, 1e-9, backward)
+    named = reference.Options(iterations, problem.coupling, False, problem.detach_coupling, 1e-9)
+    room = _autograd.room_for_votes("capsroute", u, weight, named) if backward else 0
+    options = (iterations, problem.coupling == "in", False, 1e-9, room, backward)
     numbers = torch.ops.capsroute.plan(u.detach(), weight, None, logits, None, *options)
     found = dict(pair.split("=") for pair in numbers.split())
     return Path(*(int(found[name]) for name in Path._fields))
@@ -56,10 +59,12 @@ def explain(case: Case, path: Path, backward: bool) -> str:
     passes = streamed(case, backward)
     if path.by_samples:
         words.append("a lane is a sample, as there are enough of them and their votes stay near")
-    if case.weight == "IJOD" and passes > 1:
+    if case.weight == "IJOD" and (passes > 1 or path.handed):
         together = f"{min(case.batch, 4)} samples" if case.batch > 1 else "one sample"
         samples = "a vector's samples" if path.by_samples else together
-        if path.kept_inputs == case.inputs:
+        if path.handed:
+            words.append(f"those of {path.kept_inputs} input capsules are there from the forward, which kept them")
+        elif path.kept_inputs == case.inputs:
             words.append(f"kept between passes, as those of {samples} are few enough")
         else:
             first = f", but for the first {path.kept_inputs} input capsules" if path.kept_inputs else ""
@@ -102,7 +107,8 @@ def operations(case: Case, path: Path, backward: bool) -> int:
     if case.detach_coupling:
         R = 1
     passes = streamed(case, backward)
-    stream = round((kept * min(1, passes) + (1 - kept) * passes) * votes) + (R - 1) * 3 * row
+    made = 0 if path.handed else min(1, passes)
+    stream = round((kept * made + (1 - kept) * passes) * votes) + (R - 1) * 3 * row
     stream += (R * row + (2 * R - 1) * 3 * products) if shared else 0
     made_again = 0 if path.keeps_pairs else (R - 1) * 2 * row + votes
     return stream + made_again + (2 * R - 1) * row + 2 * votes  # dh, then du and dW

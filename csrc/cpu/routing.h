@@ -97,6 +97,7 @@ struct Parallel {
 struct Plan {
   int64_t scratch;        // bytes
   bool product_first;     // the first pass, if it couples all alike, sums u with W at once, and not the votes
+  bool handed;            // the forward leaves the votes that are kept to the backward
   bool by_samples;        // a lane is a sample, not a feature
   int64_t kept_inputs;    // the first ones, whose votes are kept between a tile's passes; others are made anew in each
   int64_t tile;           // samples that read the weight together

@@ -28,8 +28,8 @@ class Stream {
     Plan plan{};
     plan.kept_inputs = way.kept_inputs, plan.tile = schedule.tile, plan.tiles = schedule.tiles,
     plan.groups = schedule.groups;
-    plan.by_group = schedule.by_group, plan.by_samples = way.by_samples, plan.product_first = way.product_first,
-    plan.chunk = schedule.batch;
+    plan.by_group = schedule.by_group, plan.chunk = schedule.batch;
+    plan.by_samples = way.by_samples, plan.product_first = way.product_first, plan.handed = way.handed;
     return plan;
   }
 
