@@ -65,8 +65,9 @@ def _scalars(options: reference.Options) -> tuple[int, bool, bool, float]:
 def room_for_votes(namespace: str, u: Tensor, weight: Tensor | None, options: reference.Options) -> int:
     """Numbers for votes that the CPU kernels keep for the backward, of up to 4 samples and as many as 12 MiB hold.
 
-    All the weight would be read again to make them anew for so few. Compiled code does without, as it would be compiled
-    again for them.
+    All the weight would be read again to make them anew for so few: csrc/cpu/way.h keeps as many where no gradient is
+    wanted, and whatever the room is, what does not fit is made anew. Compiled code does without, as it would be
+    compiled again for them.
     """
     few = namespace == "capsroute" and u.device.type == "cpu" and u.shape[0] <= 4
     if not few or weight is None or weight.dim() != 4 or options.iterations == 1 or options.detach_coupling:

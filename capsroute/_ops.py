@@ -106,9 +106,8 @@ def _one_by_one(op):
 
 define("capsroute")
 torch.library.define("capsroute::cpu_capability", "() -> str")
-torch.library.define(
-    "capsroute::plan", f"({_ROUTE}, int room, bool backward) -> str"
-)  # of the CPU kernels, for people to read
+# of the CPU kernels, for people to read
+torch.library.define("capsroute::plan", f"({_ROUTE}, int room, bool backward) -> str")
 
 LIBRARY = Path(__file__).with_name("libcapsroute.so")
 CUDA_LIBRARY = Path(__file__).with_name("libcapsroute_cuda.so")

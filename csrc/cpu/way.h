@@ -1,5 +1,5 @@
 // The way of a stream, by rule: what a lane is, whose votes are kept between the passes, and how long a tile is. It
-// follows from sizes and the instruction set; the number of threads makes long tiles even, which changes no bits.
+// follows from sizes, dtype and instruction set; the number of threads makes long tiles even, which changes no bits.
 #pragma once
 
 #include "micro.h"
