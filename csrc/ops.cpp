@@ -20,19 +20,22 @@ Parallel torch_threads() {
           }};
 }
 
-// New memory costs a page fault, about 2 us, for every 4 KiB, unless the system is asked for pages of 2 MiB.
+// New memory costs a page fault, about 2 us, for every 4 KiB, and reading much of it a walk through the tables of
+// pages, unless the system is asked for pages of 2 MiB. Not for more than kMostLarge: a virtual machine that reports
+// free large pages to its host, and so loses them, pays up to 5 ms for each when it needs many again.
+constexpr int64_t kLargePage = int64_t(2) << 20, kMostLarge = int64_t(512) << 20;
+
 void ask_for_large_pages([[maybe_unused]] void* start, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
-  constexpr uintptr_t page = uintptr_t(2) << 20;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(start) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(start) + uintptr_t(bytes)) / page * page;
-  if (bytes > kNewMemory) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // it may refuse
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(start), first = (begin + kLargePage - 1) / kLargePage;
+  const uintptr_t end = (begin + uintptr_t(bytes < kMostLarge ? bytes : kMostLarge)) / kLargePage;
+  madvise(reinterpret_cast<void*>(first * kLargePage), (end - first) * kLargePage, MADV_HUGEPAGE);  // it may refuse
 #endif
 }
 
 // Scratch is kept by the calling thread for its next call: fresh memory would cost a page fault for
 // every 4 KiB. More than kKeptScratch is given back at once; the backward of CIFAR-10's head takes 51 MiB in bfloat16.
-constexpr int64_t kAlignment = 64, kKeptScratch = int64_t(64) << 20;
+constexpr int64_t kLine = 64, kKeptScratch = int64_t(64) << 20;
 
 struct Scratch {
   void* start = nullptr;
@@ -41,10 +44,11 @@ struct Scratch {
   void* reserve(int64_t wanted) {
     if (wanted > bytes) {
       release();
-      bytes = (wanted + kAlignment - 1) / kAlignment * kAlignment;
-      start = std::aligned_alloc(kAlignment, bytes);
+      const int64_t unit = wanted < 2 * kLargePage ? kLine : kLargePage;
+      bytes = (wanted + unit - 1) / unit * unit;
+      start = std::aligned_alloc(unit, bytes);
       STD_TORCH_CHECK(start, "capsroute: no memory for ", bytes, " bytes of scratch");
-      ask_for_large_pages(start, bytes);
+      if (unit == kLargePage) ask_for_large_pages(start, bytes);
     }
     return start;
   }

@@ -3,7 +3,7 @@
 // samples are handled together, so a sample's bits are its own.
 #pragma once
 
-#include "vec.h"
+#include "terms.h"
 
 namespace capsroute::CAPSROUTE_ISA {
 
@@ -27,11 +27,11 @@ CAPSROUTE_INLINE void with_features(int64_t F, const Visit& visit) {
 constexpr int64_t kRows = 8;          // of a weight, that are read together
 constexpr int64_t kNear = 16 * 1024;  // bytes that may be asked for ahead
 
-// y_n[f] += sum over d of x_n[d] w[d, f], for N samples and C vectors of features; from 0 if this is `first`. What lies
-// `ahead` of w is asked for on the way, if that is not 0: rows this short and far apart are not what a processor
-// prefetches by itself.
+// y_n[f] += sum over d of x_n[d] w[d, f], for N samples, given as terms, and C vectors of features; from 0 if this is
+// `first`. What lies `ahead` of w is asked for on the way, if that is not 0: rows this short and far apart are not what
+// a processor prefetches by itself.
 template <int N, int C, class X, class A, class Size>
-CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const A* const* x, Size D, A* const* y, int64_t f,
+CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const Term<X>* const* x, Size D, A* const* y, int64_t f,
                                   bool first, int64_t ahead) {
   Vec<A> sum[N][C];
   A* to[N];
@@ -42,18 +42,20 @@ CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const A* const* 
     for (int c = 0; c < C; ++c) sum[n][c] = first ? all<A>(0) : load(to[n] + c * W<A>);
   }
   w += f;
-  for (int64_t d = 0; d < D; ++d, w += w_stride) {
-    Vec<A> row[C];
+  for (int64_t d = 0; d < D; d += kTerm<X>, w += kTerm<X> * w_stride) {
+    TermVec<X> row[C];
+    if (kTerm<X> > 1) w = opaque(w);  // else GCC keeps a pointer to each row, more than there are registers for
 #pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) {
-      row[c] = load(w + c * W<A>);
-      if (ahead && c * sizeof(row[c]) % 64 == 0) __builtin_prefetch(w + ahead + c * W<A>);
-    }
+    for (int c = 0; c < C; ++c)
+#pragma GCC unroll 2
+      for (int64_t k = 0; k < kTerm<X>; ++k)
+        if (ahead && c * W<A> * sizeof(X) % 64 == 0) __builtin_prefetch(w + k * w_stride + ahead + c * W<A>);
+    load_terms<C>(w, w_stride, kTerm<X> > 1 && d + 1 == D, row);
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
-      const Vec<A> scale = all<A>(x[n][d]);
+      const TermVec<X> share = spread(x[n][d / kTerm<X>]);
 #pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) sum[n][c] += row[c] * scale;
+      for (int c = 0; c < C; ++c) sum[n][c] = multiply_add(sum[n][c], share, row[c]);
     }
   }
 #pragma GCC unroll 4
@@ -63,8 +65,9 @@ CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const A* const* 
 }
 
 template <int N, class X, class A, class Size>
-void apply_rows(const X* w, int64_t w_stride, const A* const* x, Size D, A* const* y, int64_t F, bool first) {
-  constexpr int C = N > 2 ? 3 : N > 1 ? 4 : 10;  // N C sums, C rows and a scale in 16 registers
+void apply_rows(const X* w, int64_t w_stride, const Term<X>* const* x, Size D, A* const* y, int64_t F, bool first) {
+  // N C sums, C rows and a scale in 16 registers, or in 32; pairs are woven for two vectors at a time
+  constexpr int C = N > 2 ? (kTerm<X> > 1 ? 4 : 3) : N > 1 ? 4 : 10;
   const int64_t next = kRows * w_stride;
   const bool follow = N == 1 && F == C * W<A>;  // a processor sees that by itself
   const int64_t ahead = follow || next * int64_t(sizeof(X)) > kNear ? 0 : next;
@@ -75,10 +78,11 @@ void apply_rows(const X* w, int64_t w_stride, const A* const* x, Size D, A* cons
 }
 
 template <int N, class X, class A>
-void apply_samples(const X* w, int64_t w_stride, const A* const* x, int64_t D, A* const* y, int64_t F, bool first) {
+void apply_samples(const X* w, int64_t w_stride, const Term<X>* const* x, int64_t D, A* const* y, int64_t F,
+                   bool first) {
   for (int64_t d = 0; d < D; d += kRows) {
-    const A* part[N];
-    for (int n = 0; n < N; ++n) part[n] = x[n] + d;
+    const Term<X>* part[N];
+    for (int n = 0; n < N; ++n) part[n] = x[n] + d / kTerm<X>;
     if (d + kRows <= D)
       apply_rows<N>(w + d * w_stride, w_stride, part, Known<kRows>(), y, F, first && d == 0);
     else
@@ -86,10 +90,10 @@ void apply_samples(const X* w, int64_t w_stride, const A* const* x, int64_t D, A
   }
 }
 
-// y_n[f] = sum over d of x_n[d] w[d, f] for `samples` <= kSamples samples and F features; unless it is the `first` sum,
-// that is added term by term.
+// y_n[f] = sum over d of x_n[d] w[d, f] for `samples` <= kSamples samples, given as terms, and F features; unless it is
+// the `first` sum, that is added term by term.
 template <class X, class A>
-void apply(const X* w, int64_t w_stride, const A* const* x, int64_t D, A* const* y, int64_t F, int64_t samples,
+void apply(const X* w, int64_t w_stride, const Term<X>* const* x, int64_t D, A* const* y, int64_t F, int64_t samples,
            bool first = true) {
   switch (samples) {
     case 1: return apply_samples<1>(w, w_stride, x, D, y, F, first);

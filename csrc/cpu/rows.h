@@ -51,11 +51,13 @@ class Rows {
   // if the weight is shared.
   struct Scratch {
     A* inputs;
+    Term<X>* terms;  // of these, where they are pairs
     A* staged;
     A* prior;
     static Scratch carve(const Layout<X>& layout, Carver& carver) {
       Scratch s;
       s.inputs = carver.take<A>(kSamples * W<A> * maximum(layout.p.D, 1));
+      s.terms = kTerm<X> > 1 ? carver.take<Term<X>>(kSamples * W<A> * divide_up(layout.p.D, kTerm<X>)) : nullptr;
       const bool may_spread = layout.shared && layout.p.logits.data;
       s.staged = carver.take<A>(kSamples * layout.block_size() + (may_spread ? W<A> * layout.sums() : 0));
       s.prior = carver.take<A>((layout.shared ? kGroup / W<A> : 1) * layout.lanes());
@@ -119,14 +121,14 @@ class Rows {
 
   // Weight::pair: the votes h_ij = W_ij u_i of the block at i0 for `samples` <= kSamples samples, to
   // staged[n][l][J, F]; and what sum_votes gives, if wanted, while a weight is near.
-  void make_votes(int64_t b, int64_t samples, int64_t i0, A* staged, A* u, A* total = nullptr) const {
+  void make_votes(int64_t b, int64_t samples, int64_t i0, A* staged, const Scratch& scratch, A* total = nullptr) const {
     const int64_t count = minimum(W<A>, p_.I - i0), D = p_.D, votes = layout_.sums();
-    inputs(b, samples, i0, count, u);
+    const Term<X>* u = input_terms(b, samples, i0, count, scratch);
     for (int64_t l = 0; l < count; ++l) {
-      const A* x[kSamples];
+      const Term<X>* x[kSamples];
       A* to[kSamples];
       for (int64_t n = 0; n < samples; ++n)
-        x[n] = u + (n * count + l) * D, to[n] = staged + n * layout_.block_size() + l * layout_.row;
+        x[n] = u + (n * count + l) * terms(), to[n] = staged + n * layout_.block_size() + l * layout_.row;
       const X* weight = weights_.pair + (i0 + l) * D * votes;
       apply(weight, votes, x, D, to, votes, samples);
       if (!total) continue;
@@ -136,16 +138,19 @@ class Rows {
   }
 
   // Weight::pair: y_n = sum over the block's i of h_ij, [J, F], for which no single vote is needed.
-  void sum_votes(int64_t b, int64_t samples, int64_t i0, A* y, A* u) const {
-    const int64_t terms = minimum(W<A>, p_.I - i0) * p_.D, votes = layout_.sums();
-    inputs(b, samples, i0, minimum(W<A>, p_.I - i0), u);
-    const A* x[kSamples];
-    A* to[kSamples];
-    for (int64_t n = 0; n < samples; ++n) x[n] = u + n * terms, to[n] = y + n * votes;
-    apply(weights_.pair + i0 * p_.D * votes, votes, x, terms, to, votes, samples);
+  void sum_votes(int64_t b, int64_t samples, int64_t i0, A* y, const Scratch& scratch) const {
+    const int64_t count = minimum(W<A>, p_.I - i0), votes = layout_.sums();
+    const Term<X>* u = input_terms(b, samples, i0, count, scratch);
+    const int64_t some = p_.D % kTerm<X> ? 1 : count;  // a term is of one input capsule
+    for (int64_t l = 0; l < count; l += some) {
+      const Term<X>* x[kSamples];
+      A* to[kSamples];
+      for (int64_t n = 0; n < samples; ++n) x[n] = u + (n * count + l) * terms(), to[n] = y + n * votes;
+      apply(weights_.pair + (i0 + l) * p_.D * votes, votes, x, some * p_.D, to, votes, samples, l == 0);
+    }
   }
 
-  // What a lane of samples takes for the features of an input capsule: so many terms.
+  // What is multiplied for the features of an input capsule: so many terms.
   int64_t terms() const { return divide_up(p_.D, kTerm<X>); }
 
   // The input capsules of the block at i0 for `samples` <= W samples, a lane for each, to by_lane[W, terms][W].
@@ -232,6 +237,17 @@ class Rows {
   }
 
  private:
+  // What `inputs` gives, as terms: [n][count][terms].
+  const Term<X>* input_terms(int64_t b, int64_t samples, int64_t i0, int64_t count, const Scratch& scratch) const {
+    inputs(b, samples, i0, count, scratch.inputs);
+    if constexpr (kTerm<X> == 1) {
+      return scratch.inputs;
+    } else {
+      make_terms<X>(scratch.inputs, samples * count, p_.D, scratch.terms);
+      return scratch.terms;
+    }
+  }
+
   // Whether the input capsules of a sample lie one after another.
   bool inputs_follow() const { return p_.u.stride[1] == p_.D && p_.u.stride[2] == 1; }
   const X* first_input(int64_t b, int64_t i0) const {

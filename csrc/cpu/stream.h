@@ -73,7 +73,7 @@ class Stream {
     for_samples(tile, first_sample, group, makes, [&](int64_t m, int64_t samples, int64_t i0) {
       const int64_t b = first_sample + tile.first + m;
       A* staged = keeps ? kept_block(tile, i0) : scratch.rows.staged;
-      if (makes) rows.make_votes(b, samples, i0, staged, scratch.rows.inputs);
+      if (makes) rows.make_votes(b, samples, i0, staged, scratch.rows);
       for (int64_t n = 0; n < samples; ++n) {
         if (m + n == 0 || rows.lanes_differ()) lanes = rows.lanes(b + n, i0, scratch.rows.prior);
         lanes.ahead = makes || !way.far ? 0 : size;
@@ -88,9 +88,9 @@ class Stream {
     for_samples(tile, 0, group, true, [&](int64_t m, int64_t samples, int64_t i0) {
       A *to = sums + m * layout.sums(), *total = scratch.rows.staged;
       if (i0 < way.kept_inputs)
-        rows.make_votes(tile.first + m, samples, i0, kept_block(tile, i0), scratch.rows.inputs, total);
+        rows.make_votes(tile.first + m, samples, i0, kept_block(tile, i0), scratch.rows, total);
       else
-        rows.sum_votes(tile.first + m, samples, i0, total, scratch.rows.inputs);
+        rows.sum_votes(tile.first + m, samples, i0, total, scratch.rows);
       for (int64_t k = 0; k < samples * layout.sums(); k += W<A>) store(to + k, load(to + k) + load(total + k) * share);
     });
   }
