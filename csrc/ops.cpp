@@ -23,7 +23,7 @@ Parallel torch_threads() {
 // New memory costs a page fault, about 2 us, for every 4 KiB, and reading much of it a walk through the tables of
 // pages, unless the system is asked for pages of 2 MiB. Not for more than kMostLarge: a virtual machine that reports
 // free large pages to its host, and so loses them, pays up to 5 ms for each when it needs many again.
-constexpr int64_t kLargePage = int64_t(2) << 20, kMostLarge = int64_t(512) << 20;
+constexpr int64_t kLargePage = int64_t(2) << 20, kMostLarge = int64_t(64) << 20;
 
 void ask_for_large_pages([[maybe_unused]] void* start, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)

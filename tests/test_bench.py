@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
@@ -259,7 +260,30 @@ def test_command_prints_json_last_and_alone(capsys):
     ]
     assert all(row["case"]["batch"] == 2 and row["lower"] <= row["seconds"] <= row["upper"] for row in told["results"])
     assert told["machine"]["threads"] == torch.get_num_threads()
-    assert "| efficient, forward + backward " in captured.err
+    assert "| efficient B=2, forward + backward " in captured.err
+
+
+def test_command_takes_several_batches_and_says_where_it_is_narrowest(capsys):
+    options = ("--pass", "forward", "--implementations", "fused", "reference", "--seconds", "0")
+    assert bench("--case", "efficient", "comirec", "--batch", "1", "16", *options) == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"^\| (\S.*?), forward ", out, re.MULTILINE) == [
+        "efficient B=1", "efficient", "comirec B=1", "comirec B=16",
+    ]  # fmt: skip
+    assert re.search(
+        r"^The narrowest: reference takes [\d.]+ times as long as fused, \S+( B=\d+)?, forward$", out, re.M
+    )
+
+
+def test_narrowest_is_over_all_that_was_measured():
+    def line(label, *seconds):
+        return label, [
+            Result(name, taken) for name, taken in zip(("fused", "reference", "compiled"), seconds, strict=True)
+        ]
+
+    lines = [line("a", 1.0, 4.0, None), line("b", 2.0, 9.0, 3.0), line("c", None, 1.0, 1.0)]
+    assert table.narrowest(lines) == "\nThe narrowest: compiled takes 1.5 times as long as fused, b"
+    assert table.narrowest(lines[2:]) == ""
 
 
 def test_command_sets_threads_and_dtype(capsys):

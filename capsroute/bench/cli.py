@@ -39,7 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="passes",
         help="the forward alone, or also forward + backward (default: %(default)s)",
     )
-    parser.add_argument("--batch", type=_count, metavar="B", help="instead of each case's own batch")
+    parser.add_argument(
+        "--batch",
+        nargs="+",
+        type=_count,
+        default=[],
+        dest="batches",
+        metavar="B",
+        help="one or several, instead of each case's own",
+    )
     parser.add_argument("--threads", type=_count, metavar="N", help="of torch (default: its own choice)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     parser.add_argument(
@@ -83,8 +91,8 @@ def run(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype)
     cases = [CASES[name] for name in (CASES if "all" in args.cases else args.cases)]
     cases = [case._replace(seed=args.seed or 0) for case in cases]
-    if args.batch:
-        cases = [case._replace(batch=args.batch) for case in cases]
+    if args.batches:
+        cases = [case._replace(batch=batch) for case in cases for batch in args.batches]
     if args.plot and not (args.roofline or args.sweep):
         raise ValueError("--plot draws what --roofline or --sweep measures: give both")
     if (args.save or args.compare) and (args.traffic or args.explain or args.roofline or args.sweep):
@@ -102,21 +110,25 @@ def run(args: argparse.Namespace) -> int:
 
     say(
         args,
-        "\n".join(f"- {name}: {value}" for name, value in (*about.items(), *((c.name, c.describe()) for c in cases))),
+        "\n".join(f"- {name}: {value}" for name, value in (*about.items(), *((c.title, c.describe()) for c in cases))),
     )
     names = args.implementations or names_for(cases)
     say(args, "\n" + table.head(f"{args.dtype}, ± half the quartile distance", names))
-    measured = []
+    lines, measured = [], []
     for case in cases:
         for backward in _passes(args):
-            label = "forward + backward" if backward else "forward"
+            label = case.label(backward)
             try:
                 results = compare(case, backward, names, dtype=dtype, seconds=args.seconds, memory=args.memory)
             except DisagreementError as error:
-                complain(args, f"{case.name}, {label}: {error}")
+                complain(args, f"{label}: {error}")
                 return 1
-            say(args, table.rows(f"{case.name}, {label}", results))
-            measured += [{"case": case._asdict(), "pass": label, **result._asdict()} for result in results]
+            say(args, table.rows(label, results))
+            lines.append((label, results))
+            which = {"case": case._asdict(), "pass": "forward + backward" if backward else "forward"}
+            measured += [{**which, **result._asdict()} for result in results]
+    if len(lines) > 2:
+        say(args, table.narrowest(lines))
     report = {"dtype": args.dtype, "machine": about, "results": measured}
     if args.save:
         args.save.write_text(json.dumps({"command": args.command, **report}))
@@ -149,12 +161,13 @@ def _passes(args: argparse.Namespace) -> tuple[bool, ...]:
 
 def _explain(args: argparse.Namespace, cases: list[Case], dtype: torch.dtype) -> int:
     results = []
+    say(args, f"{_ops.cpu_library()[1]}, {args.dtype}:")
     for case in cases:
         problem = make_problem(case, dtype)
         for backward in _passes(args):
             found = path.path_of(problem, backward)
             words = path.explain(case, found, backward)
-            say(args, f"{case.name}, {'backward' if backward else 'forward'}: {words}")
+            say(args, f"{case.title}, {'backward' if backward else 'forward'}: {words}")
             results.append({"case": case._asdict(), "backward": backward, "path": found._asdict(), "why": words})
     emit(args, {"dtype": args.dtype, "results": results})
     return 0

@@ -44,9 +44,15 @@ class Case(NamedTuple):
         """The weight's form, as the kernels name it."""
         return {"IJOD": "pair", "JOD": "output", "OD": "single", "": "votes"}[self.weight]
 
+    @property
+    def title(self) -> str:
+        """Its name, and its batch where that is another than the name stands for."""
+        own = CASES.get(self.name)
+        return self.name if own and own.batch == self.batch else f"{self.name} B={self.batch}"
+
     def label(self, backward: bool) -> str:
         """The case and pass, for a table or a plot."""
-        return f"{self.name}, {'forward + backward' if backward else 'forward'}"
+        return f"{self.title}, {'forward + backward' if backward else 'forward'}"
 
     @property
     def votes(self) -> int:

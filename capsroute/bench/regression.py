@@ -7,6 +7,8 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
+from .registry import Case
+
 SPREADS = 3  # half quartile distances: twice the standard deviation of a normal distribution
 MEMORY = 1.1, 1 << 20  # times, and bytes on top: pages that code takes come and go
 
@@ -46,6 +48,7 @@ def load(path: Path) -> dict:
         report = json.loads(path.read_text())
         if report["command"] != "bench":
             raise KeyError("command")
+        _rows(report)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not what `capsroute bench --save` writes") from error
     return report
@@ -68,7 +71,7 @@ def changes(base: dict, report: dict) -> list[Change]:
     shared = [key for key, rows in now.items() if first in rows and first in before.get(key, {})]
     if not shared:
         raise ValueError(f"the reports share no case that {first} was measured in")
-    return [_change(f"{key[0]}, {key[2]}", first, before[key], now[key]) for key in shared]
+    return [_change(f"{case.title}, {label}", first, before[case, label], now[case, label]) for case, label in shared]
 
 
 def _rows(report: dict) -> dict[tuple, dict[str, dict]]:
@@ -76,7 +79,7 @@ def _rows(report: dict) -> dict[tuple, dict[str, dict]]:
     found: dict[tuple, dict[str, dict]] = {}
     for row in report["results"]:
         if row["seconds"] is not None:
-            key = row["case"]["name"], tuple(row["case"].items()), row["pass"]
+            key = Case(**row["case"]), row["pass"]
             found.setdefault(key, {})[row["name"]] = row
     return found
 

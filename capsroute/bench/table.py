@@ -24,6 +24,20 @@ def rows(label: str, results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def narrowest(lines: Iterable[tuple[str, Sequence[Result]]]) -> str:
+    """Where another implementation comes nearest to the first, of labels and results; or nothing."""
+    ratios = [
+        (result.seconds / first.seconds, result.name, first.name, label)
+        for label, (first, *others) in lines
+        for result in others
+        if first.seconds and result.seconds
+    ]
+    if not ratios:
+        return ""
+    ratio, name, first, label = min(ratios)
+    return f"\nThe narrowest: {name} takes {ratio:.3g} times as long as {first}, {label}"
+
+
 def format_seconds(seconds: float) -> str:
     """Three significant digits in s, ms or µs."""
     return _scaled(seconds, (1, "s"), (1e-3, "ms"), (1e-6, "µs"))

@@ -122,7 +122,7 @@ def rows(measured: list[tuple[Case, bool, Traffic]]) -> str:
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for case, backward, found in measured:
-        label = f"{case.name}, {'forward + backward' if backward else 'forward'}"
+        label = case.label(backward)
         cells = [f"{found.fused / 1e6:.4g} MB", f"{found.fewest / 1e6:.4g} MB, {found.fused / found.fewest:.3g}x"]
         cells.append(f"{found.eager / 1e6:.4g} MB, {found.eager / found.fused:.3g}x")
         lines.append(f"| {label} | {found.launches} | {' | '.join(cells)} |")
