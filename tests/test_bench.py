@@ -3,20 +3,17 @@
 import itertools
 import json
 import os
-import pickle
 import re
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
-from capsroute.bench import compare, measure, plain, registry, regression, step, table
+from capsroute.bench import compare, measure, plain, registry, table
 from capsroute.bench.measure import Result
 from capsroute.bench.registry import CASES, IMPLEMENTATIONS, Implementation
 from capsroute.cli import main
-from capsroute.nn import CapsNet
 
 TINY = CASES["efficient"]._replace(batch=3, iterations=2)
 MIB = 1 << 20
@@ -307,105 +304,3 @@ def test_command_sets_threads_and_dtype(capsys):
 def test_command_refuses_wrong_arguments(arguments):
     with pytest.raises(SystemExit):
         bench(*arguments)
-
-
-# Against a report that was saved before
-
-
-def saved(**seconds):
-    """A report of one case in which the implementations took so long, measured to 1 %."""
-    case = CASES["mnist-1"]._asdict()
-    rows = [
-        {"case": case, "pass": "forward", **Result(name, x, 0.99 * x, 1.01 * x, 9, 2**22)._asdict()}
-        for name, x in seconds.items()
-    ]
-    return {"command": "bench", "dtype": "float32", "machine": {"threads": 1}, "results": rows}
-
-
-def test_a_slower_machine_is_no_regression():
-    before, now = saved(fused=1.0, reference=10.0, compiled=5.0), saved(fused=2.0, reference=20.1, compiled=9.9)
-    (change,) = regression.changes(before, now)
-    assert not change.slower
-    assert change.describe() == "mnist-1, forward: time 1.00x, noise ±3%, memory 1.00x"
-
-
-def test_a_slower_kernel_is_a_regression():
-    before, now = saved(fused=1.0, reference=10.0), saved(fused=1.05, reference=10.0)
-    (change,) = regression.changes(before, now)
-    assert change.slower
-    assert change.describe() == "mnist-1, forward: time 1.05x, noise ±3%, memory 1.00x: SLOWER"
-    now["results"][0]["peak_bytes"] = 2**24
-    assert regression.changes(before, now)[0].describe().endswith("memory 4.00x: SLOWER AND LARGER")
-
-
-def test_reports_that_cannot_be_compared_are_refused(tmp_path):
-    now = saved(fused=1.0)
-    with pytest.raises(ValueError, match="one number of threads can be compared, got 2 and 1"):
-        regression.changes({**now, "machine": {"threads": 2}}, now)
-    with pytest.raises(ValueError, match="share no case that fused was measured in"):
-        regression.changes(saved(reference=1.0), now)
-    for text in ("{", "[]", '{"command": "eval"}'):
-        (tmp_path / "other.json").write_text(text)
-        with pytest.raises(ValueError, match=r"other\.json is not what `capsroute bench --save` writes"):
-            regression.load(tmp_path / "other.json")
-
-
-def test_bench_saves_and_compares(tmp_path, capsys):
-    path = str(tmp_path / "base.json")
-    command = ["bench", "--case", "efficient", "--pass", "forward", "--seconds", "0", "--implementations", "fused"]
-    assert main([*command, "--save", path]) == 0
-    report = json.loads(Path(path).read_text())
-    report["results"][0] |= {"seconds": 1e-9, "lower": 1e-9, "upper": 1e-9}
-    Path(path).write_text(json.dumps(report))
-    capsys.readouterr()
-    main([*command, "--compare", path, "--json"])
-    out, err = capsys.readouterr()
-    assert f"Against {path}" in err
-    (change,) = json.loads(out)["changes"]
-    assert change["time"] > 1
-
-
-# Training step
-
-
-def network(backend, distorted=None):
-    net = CapsNet((1, 10, 10), 3, channels=4, types=2, hidden=(8,), backend=backend)
-    if backend == distorted:
-        net.routing.iterations = 1
-    return net
-
-
-def in_this_process(function, *args):
-    """What in_fresh_process does, without the seconds that a process takes to import torch."""
-    with torch.random.fork_rng(devices=[]):
-        return function(*pickle.loads(pickle.dumps(args)))
-
-
-@pytest.fixture
-def batch(monkeypatch):
-    monkeypatch.delitem(step.BACKENDS, "compiled")  # takes a minute to compile
-    monkeypatch.setattr(step, "in_fresh_process", in_this_process)
-    return torch.rand(5, 1, 10, 10), torch.arange(5) % 3
-
-
-def test_training_steps_are_compared(batch):
-    before = torch.random.get_rng_state()
-    rows = step.compare_training_step(network, *batch, seconds=0)
-    assert torch.equal(torch.random.get_rng_state(), before)
-    assert [row["name"] for row in rows] == ["fused", "reference"]
-    assert all(row["rounds"] == 3 and row["seconds"] > 0 and row["peak_bytes"] >= 0 for row in rows)
-    assert "training step: extra memory" in step.format_rows(rows)
-    json.dumps(rows)
-
-
-def test_training_steps_without_a_compiler(batch, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setitem(step.BACKENDS, "compiled", "reference")
-    rows = step.compare_training_step(network, *batch, seconds=0)
-    assert [(row["name"], row["note"]) for row in rows][-1] == ("compiled", "needs no-such-compiler")
-    assert "needs no-such-compiler" in step.format_rows(rows)
-
-
-def test_wrong_training_step_is_refused(batch):
-    with pytest.raises(compare.DisagreementError, match="fused"):
-        step.compare_training_step(partial(network, distorted="auto"), *batch, seconds=0)

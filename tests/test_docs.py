@@ -87,7 +87,7 @@ def images(tmp_path, monkeypatch):
     for name in ("ant", "bee"):
         make_images(tmp_path / "photos" / name, 10, (10, 200, 30), size=(16, 16))
 
-    def compare(model_factory, pixels, labels, *, seconds):  # tests/test_bench.py does so for real
+    def compare(model_factory, pixels, labels, *, seconds):  # tests/test_step.py does so for real
         return [Result(name, 0.1, 0.1, 0.1, 3, 2**20)._asdict() for name in ("fused", "reference")]
 
     monkeypatch.setattr(build, "compare_training_step", compare)

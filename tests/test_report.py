@@ -56,7 +56,7 @@ def report(run_dir, digits):
     """The directory of a run with its report, and the text of the page."""
 
     def compare(model_factory, pixels, labels, *, seconds):
-        output = model_factory("reference")(pixels, labels)  # what tests/test_bench.py times
+        output = model_factory("reference")(pixels, labels)  # what tests/test_step.py times
         assert output.reconstruction.shape == pixels.shape == (64, *pixels.shape[1:])
         assert seconds == 10
         rows = Result("fused", 0.01, 0.01, 0.01, 3, 2**20), Result("reference", 0.1, 0.1, 0.1, 3, 2**24)

@@ -1,0 +1,54 @@
+"""The training step of a whole network, fused against reference against compiled."""
+
+import json
+import pickle
+from functools import partial
+
+import pytest
+import torch
+
+from capsroute.bench import compare, step
+from capsroute.nn import CapsNet
+
+
+def network(backend, distorted=None):
+    net = CapsNet((1, 10, 10), 3, channels=4, types=2, hidden=(8,), backend=backend)
+    if backend == distorted:
+        net.routing.iterations = 1
+    return net
+
+
+def in_this_process(function, *args):
+    """What in_fresh_process does, without the seconds that a process takes to import torch."""
+    with torch.random.fork_rng(devices=[]):
+        return function(*pickle.loads(pickle.dumps(args)))
+
+
+@pytest.fixture
+def batch(monkeypatch):
+    monkeypatch.delitem(step.BACKENDS, "compiled")  # takes a minute to compile
+    monkeypatch.setattr(step, "in_fresh_process", in_this_process)
+    return torch.rand(5, 1, 10, 10), torch.arange(5) % 3
+
+
+def test_training_steps_are_compared(batch):
+    before = torch.random.get_rng_state()
+    rows = step.compare_training_step(network, *batch, seconds=0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert [row["name"] for row in rows] == ["fused", "reference"]
+    assert all(row["rounds"] == 3 and row["seconds"] > 0 and row["peak_bytes"] >= 0 for row in rows)
+    assert "training step: extra memory" in step.format_rows(rows)
+    json.dumps(rows)
+
+
+def test_training_steps_without_a_compiler(batch, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setitem(step.BACKENDS, "compiled", "reference")
+    rows = step.compare_training_step(network, *batch, seconds=0)
+    assert [(row["name"], row["note"]) for row in rows][-1] == ("compiled", "needs no-such-compiler")
+    assert "needs no-such-compiler" in step.format_rows(rows)
+
+
+def test_wrong_training_step_is_refused(batch):
+    with pytest.raises(compare.DisagreementError, match="fused"):
+        step.compare_training_step(partial(network, distorted="auto"), *batch, seconds=0)
