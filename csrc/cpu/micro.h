@@ -53,7 +53,7 @@ CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const Term<X>* c
     load_terms<C>(w, w_stride, kTerm<X> > 1 && d + 1 == D, row);
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
-      const TermVec<X> share = spread(x[n][d / kTerm<X>]);
+      const TermVec<X> share = all(x[n][d / kTerm<X>]);
 #pragma GCC unroll 16
       for (int c = 0; c < C; ++c) sum[n][c] = multiply_add(sum[n][c], share, row[c]);
     }

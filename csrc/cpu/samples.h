@@ -61,7 +61,7 @@ CAPSROUTE_INLINE void votes_panel(const T* w, int64_t w_stride, const T* const* 
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c)
 #pragma GCC unroll 2
-      for (int g = 0; g < G; ++g) sum[g][c] = multiply_add(sum[g][c], spread(w[c]), x[g]);
+      for (int g = 0; g < G; ++g) sum[g][c] = multiply_add(sum[g][c], all(w[c]), x[g]);
   }
 #pragma GCC unroll 2
   for (int g = 0; g < G; ++g)

@@ -10,12 +10,6 @@ struct TermOf {
   using type = Acc<X>;
 };
 
-// A term for every lane.
-template <class A>
-CAPSROUTE_INLINE Vec<A> spread(A x) {
-  return all<A>(x);
-}
-
 // sum + x y, lane by lane.
 template <class V>
 CAPSROUTE_INLINE V multiply_add(V sum, V x, V y) {
@@ -45,7 +39,7 @@ CAPSROUTE_INLINE Vec32 load(const Pair* p) {
 
 CAPSROUTE_INLINE void store(Pair* p, Vec32 x) { __builtin_memcpy(p, &x, sizeof(x)); }
 
-CAPSROUTE_INLINE Vec32 spread(Pair x) { return all<uint32_t>(x.bits); }
+CAPSROUTE_INLINE Vec32 all(Pair x) { return all<uint32_t>(x.bits); }
 
 CAPSROUTE_INLINE Vec<float> multiply_add(Vec<float> sum, Vec32 x, Vec32 y) {
 #ifdef __AVX512BF16__
