@@ -13,7 +13,7 @@ from capsroute.bench.registry import CASES, IMPLEMENTATIONS, run
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_routing(benchmark, case, backward, name):
-    benchmark.group = f"{case.name}, {'forward + backward' if backward else 'forward'}"
+    benchmark.group = case.label(backward)
     prepared = prepare(case, backward, [name])
     if name in prepared.left_out:
         pytest.skip(prepared.left_out[name])

@@ -31,7 +31,7 @@ def row(case: Case, backward: bool) -> str:
     run(lambda problem: routed(problem, "emulated"), problem, backward)
     launches = emulated.take_launches()
     moved, fewest = sum(x.loaded + x.stored for x in launches), traffic.fewest(problem, backward)
-    label = f"{case.name}, {'forward + backward' if backward else 'forward'}"
+    label = case.label(backward)
     return f"| {label} | {len(launches)} | {moved / 1e6:.4g} MB, {moved / fewest:.3g}x | {fewest / 1e6:.4g} MB |\n"
 
 

@@ -16,7 +16,7 @@ from .. import __version__, _ops
 from .._console import complain, emit, say
 from . import path, regression, roofline, sweep, table
 from .compare import DisagreementError, compare
-from .registry import CASES, IMPLEMENTATIONS, Case, fused_backend, make_problem, names_for
+from .registry import CASES, IMPLEMENTATIONS, Case, fused_backend, make_problem, names_for, pass_name
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     )
     names = args.implementations or names_for(cases)
     say(args, "\n" + table.head(f"{args.dtype}, ± half the quartile distance", names))
-    lines, measured = [], []
+    measured = []
     for case in cases:
         for backward in _passes(args):
             label = case.label(backward)
@@ -124,12 +124,15 @@ def run(args: argparse.Namespace) -> int:
                 complain(args, f"{label}: {error}")
                 return 1
             say(args, table.rows(label, results))
-            lines.append((label, results))
-            which = {"case": case._asdict(), "pass": "forward + backward" if backward else "forward"}
-            measured += [{**which, **result._asdict()} for result in results]
-    if len(lines) > 2:
-        say(args, table.narrowest(lines))
-    report = {"dtype": args.dtype, "machine": about, "results": measured}
+            measured.append((case, backward, results))
+    if found := table.narrowest((case.label(backward), results) for case, backward, results in measured):
+        say(args, found)
+    rows = [
+        {"case": case._asdict(), "pass": pass_name(backward), **result._asdict()}
+        for case, backward, results in measured
+        for result in results
+    ]
+    report = {"dtype": args.dtype, "machine": about, "results": rows}
     if args.save:
         args.save.write_text(json.dumps({"command": args.command, **report}))
     changes = regression.changes(base, report) if base else []

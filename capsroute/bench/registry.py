@@ -24,6 +24,10 @@ from .rechub import no_rechub, rechub
 T = TypeVar("T")
 
 
+def pass_name(backward: bool) -> str:
+    return "forward + backward" if backward else "forward"
+
+
 class Case(NamedTuple):
     """A shape in use; `weight` names its dimensions in letters, "" where the votes are given."""
 
@@ -52,7 +56,7 @@ class Case(NamedTuple):
 
     def label(self, backward: bool) -> str:
         """The case and pass, for a table or a plot."""
-        return f"{self.title}, {'forward + backward' if backward else 'forward'}"
+        return f"{self.title}, {pass_name(backward)}"
 
     @property
     def votes(self) -> int:
