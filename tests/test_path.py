@@ -229,13 +229,12 @@ def test_roofline_measures_and_draws(capsys, tmp_path, monkeypatch):
 
 
 def test_a_step_up_is_told_from_a_tile_that_is_not_full():
-    tiles = dict.fromkeys((4, 5, 8, 9), 4)
-    times = {4: 1.0, 5: 2.1, 8: 2.2, 9: 4.5}  # 5 samples take two tiles as 8 do, 9 three, which should take 3.3
-    found = sweep.steps(times, tiles)
-    assert [round(step.growth, 2) for step in found] == [1, 1.05, 1.05, 1.36]
+    times = {1: 1.0, 2: 1.6, 4: 2.0, 5: 4.2, 8: 4.4, 9: 9.0}  # 5 samples take two tiles as 8 do, 9 three, worth 6.6
+    found = sweep.steps(times, dict.fromkeys(times, 4))
+    assert [round(step.growth, 2) for step in found] == [1, 0.8, 0.62, 1.05, 0.65, 1.36]
     curve = sweep.Curve("case, forward", "batch", found)
     assert [step.size for step in curve.cliffs()] == [9]
-    assert sweep.rows(curve).endswith("all of it: at 9 (1.36x)\n")
+    assert sweep.rows(curve).endswith("beyond what a tile that is not full explains: at 9 (1.36x)\n")
 
 
 @pytest.mark.parametrize("axis", sweep.MOST)

@@ -60,6 +60,17 @@ def test_same_bits_on_any_number_of_threads_at_large_sizes(fused, threads, sizes
         assert_same_bits(results(problem, fused), expected)
 
 
+@pytest.mark.not_interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_same_bits_whether_a_weight_is_widened_once_or_for_each_tile(fused, threads, dtype):
+    """Two tiles of samples: one thread widens the weight for both, two do it each for its own."""
+    problem = random_problem((33, 70, 7, 5, 16), dtype=dtype, logits="IJ")
+    threads(1)
+    expected = results(problem, fused)
+    threads(2)
+    assert_same_bits(results(problem, fused), expected)
+
+
 @pytest.mark.parametrize("options", [{"bias": True}, {"query": "BJO", "coupling": "in"}], ids=["route", "pass, in"])
 @pytest.mark.parametrize(
     ("form", "sizes"), [*((form, SIZES) for form in FORMS), *(("ijod", sizes) for sizes in LARGE.values())]
@@ -85,7 +96,7 @@ def test_each_sample_has_the_same_bits_alone(fused, form, sizes, options):
     ("dtype", "power"), [(torch.float32, 0), (torch.bfloat16, 0), (torch.bfloat16, -130), (torch.float16, 0)]
 )  # the third has subnormal u, which AVX512-BF16 takes for 0
 # With AVX-512: kept by lanes of samples, by feature, by feature four at a time, not kept by lanes of samples.
-@pytest.mark.parametrize("sizes", [(33, 70, 7, 5, 16), (17, 20, 6, 3, 33), (17, 130, 4, 10, 16), (17, 130, 3, 10, 16)])
+@pytest.mark.parametrize("sizes", [(65, 70, 7, 5, 16), (17, 20, 6, 3, 33), (17, 130, 4, 10, 16), (17, 130, 3, 10, 16)])
 def test_each_sample_has_the_same_sums_alone(sizes, dtype, power):
     """The sums before squash, in float32: a result of low precision would hide another order of adding."""
     problem = random_problem(sizes, form="ijod", dtype=dtype)

@@ -26,7 +26,7 @@ class Step(NamedTuple):
 
     size: int
     seconds: float
-    growth: float  # of the time for one, where sizes count as the whole tiles that they fill
+    growth: float  # of the time for one, as far as a tile that is not full does not explain it
 
     @property
     def each(self) -> float:
@@ -62,14 +62,16 @@ def measure(case: Case, axis: str, backward: bool, dtype: torch.dtype, seconds: 
 
 
 def steps(times: dict[int, float], tiles: dict[int, int]) -> list[Step]:
-    """The steps of times by size; two sizes are compared by the number of whole tiles that they fill."""
+    """The steps of times by size. A tile that is not full may take as long as a full one: then only the rest counts."""
     found: list[Step] = []
     for size, seconds in times.items():
         growth = 1.0
         if found:
-            tile = max(tiles[size], tiles[found[-1].size])
-            before, now = (-(-n // tile) * tile for n in (found[-1].size, size))
-            growth = (seconds / now) / (found[-1].seconds / before)
+            last = found[-1]
+            tile = max(tiles[size], tiles[last.size])
+            before, now = (-(-n // tile) * tile for n in (last.size, size))
+            longer = seconds / last.seconds
+            growth = min(longer * last.size / size, longer * before / now)
         found.append(Step(size, seconds, growth))
     return found
 
@@ -85,7 +87,7 @@ def rows(curve: Curve) -> str:
         ),
     ]
     cliffs = ", ".join(f"at {step.size} ({step.growth:.2f}x)" for step in curve.cliffs())
-    verdict = f"steps up of more than {CLIFF - 1:.0%}, where a part of a tile counts as all of it: {cliffs or 'none'}"
+    verdict = f"steps up of more than {CLIFF - 1:.0%} beyond what a tile that is not full explains: {cliffs or 'none'}"
     return "\n".join([*lines, "", f"{curve.label}: {verdict}\n"])
 
 

@@ -83,7 +83,7 @@ class ForwardStream {
     if (stream_.way.by_samples) return group_of_samples(tile, step, group, queries, logits, sum, scratch);
     const bool alike = step == 0 && is_uniform();
     if (alike && stream_.way.product_first) return stream_.add_votes(tile, group, share(), scratch, sum);
-    stream_.for_blocks(tile, 0, group, step == 0, scratch, [&](int64_t n, int64_t i0, const Block<A>& block) {
+    stream_.for_blocks(tile, group, step == 0, scratch, [&](int64_t n, int64_t i0, const Block<A>& block) {
       if (alike) return add_block_alike(block, share(), sums, sum + n * state_);
       const A* query = queries ? queries + n * sums : nullptr;
       if (step == p_.R) {
@@ -140,8 +140,7 @@ class ForwardStream {
     const int64_t sums = layout_.sums(), lanes = layout_.lanes(), J = p_.J;
     const bool sums_alone = step == 0 && is_uniform() && stream_.way.product_first;
     A* c = scratch.coupling;
-    if (!stream_.way.keep || step == 0) stream_.rows.make_weight(group, scratch.samples);
-    if (step == 0 && stream_.way.keep) stream_.make_kept(tile, 0, group, scratch);
+    stream_.begin_group(tile, group, step == 0, scratch);
     for (int64_t m = 0; m < tile.count; m += W<A>) {
       const int64_t count = minimum(W<A>, tile.count - m);
       if (queries) to_lanes(queries + m * sums, sums, count, sums, scratch.q);
@@ -164,9 +163,9 @@ class ForwardStream {
         add_run(scratch.sums.block, run, J, layout_.F, first);
       };
       if (sums_alone)
-        stream_.add_sample_votes(tile, m, count, group, share(), scratch);
+        stream_.add_sample_votes(tile, m, group, share(), scratch);
       else
-        stream_.for_inputs(tile, 0, m, count, group, q, nullptr, scratch, visit, add);
+        stream_.for_inputs(tile, m, group, q, nullptr, scratch, visit, add);
       from_lanes(scratch.sums.total, state_, sum + m * state_, state_, count);
     }
   }

@@ -34,7 +34,7 @@ class LogitStream {
   // Samples first .. first + count of the batch, count <= chunk.
   void run(int64_t first, int64_t count, const Parallel& parallel) {
     first_ = first;
-    run_stream(*this, stream_.schedule.smaller(count), p_.R - plan_.last_pass + 1, parallel);
+    run_stream(*this, stream_.schedule.of(first, count), p_.R - plan_.last_pass + 1, parallel);
   }
 
   // V^k from s^k, ds^R from the gradient of v.
@@ -42,7 +42,7 @@ class LogitStream {
     A *s = s_ + tile.slot * layout_.outputs(), *v = of_tile(v_, tile);
     for (int64_t n = 0; n < tile.count; ++n) {
       A* V = dV(tile, n);  // free until the end of this loop
-      read_query(p_, first_ + tile.first + n, V, layout_);
+      read_query(p_, tile.sample + n, V, layout_);
       if (plan_.given) keep(tile.first + n, plan_.q(0), V);
       for (int64_t k = 1; k < p_.R; ++k) {
         read_s(tile.first + n, k, s);
@@ -62,7 +62,7 @@ class LogitStream {
     A* sums = partial_ + partial * stream_.schedule.tile * sums_;
     if (stream_.way.by_samples) return group_of_samples(tile, step, group, sums, scratch);
     set_zero(sums, tile.count * sums_);
-    stream_.for_blocks(tile, first_, group, step == 0, scratch, [&](int64_t n, int64_t i0, const Block<A>& block) {
+    stream_.for_blocks(tile, group, step == 0, scratch, [&](int64_t n, int64_t i0, const Block<A>& block) {
       A* pairs = plan_.keep_pairs ? kept_.pair(tile.first + n, i0) : nullptr;
       pass(tile.first + n, k, block, pairs, scratch, sums + n * sums_);
     });
@@ -140,8 +140,7 @@ class LogitStream {
   void group_of_samples(const Tile& tile, int64_t step, int64_t group, A* to,
                         const typename Stream<X>::Scratch& scratch) const {
     const int64_t k = p_.R - step, rows = layout_.sums(), stride = plan_.terms * rows;
-    if (!stream_.way.keep || step == 0) stream_.rows.make_weight(group, scratch.samples);
-    if (step == 0 && stream_.way.keep) stream_.make_kept(tile, first_, group, scratch);
+    stream_.begin_group(tile, group, step == 0, scratch);
     for (int64_t m = 0; m < tile.count; m += W<A>) {
       const int64_t n = tile.first + m, count = minimum(W<A>, tile.count - m);
       if (plan_.queried(k)) to_lanes(kept_.row(n, plan_.q(k - 1)), stride, count, rows, scratch.q);
@@ -167,7 +166,7 @@ class LogitStream {
           set_zero(sums, rows * W<A>);
         if (plan_.logit_sums) add_logits(sums + rows * W<A>, run, first);
       };
-      stream_.for_inputs(tile, first_, m, count, group, queried ? scratch.q : nullptr, scratch.e, scratch, visit, add);
+      stream_.for_inputs(tile, m, group, queried ? scratch.q : nullptr, scratch.e, scratch, visit, add);
       from_lanes(scratch.sums.total, sums_, to + m * sums_, sums_, count);
     }
   }

@@ -115,13 +115,14 @@ struct Schedule {
     partials = by_group ? tiles * groups : parts;
   }
 
-  // The same shares for a batch that is no larger.
-  Schedule smaller(int64_t count) const {
+  // The same shares for a part of the batch that is no larger.
+  Schedule of(int64_t first, int64_t count) const {
     Schedule other = *this;
-    other.batch = count, other.tiles = divide_up(count, tile);
+    other.sample = first, other.batch = count, other.tiles = divide_up(count, tile);
     return other;
   }
 
+  int64_t sample = 0;  // the first one, of the whole batch
   int64_t batch, tile, groups, tiles;
   bool by_group;
   int64_t parts;     // threads at work: each has its scratch
@@ -130,7 +131,8 @@ struct Schedule {
 };
 
 struct Tile {
-  int64_t first, count;  // samples
+  int64_t first, count;  // samples, of those that are scheduled
+  int64_t sample;        // the first one, of the whole batch
   int64_t slot;
 };
 
@@ -143,7 +145,7 @@ void run_stream(Stream& stream, const Schedule& schedule, int64_t steps, const P
   const int64_t groups = schedule.groups;
   auto tile_at = [&](int64_t index, int64_t slot) {
     const int64_t first = index * schedule.tile;
-    return Tile{first, minimum(schedule.tile, schedule.batch - first), slot};
+    return Tile{first, minimum(schedule.tile, schedule.batch - first), schedule.sample + first, slot};
   };
   auto nth_group = [&](int64_t step, int64_t n) { return step % 2 == 0 ? groups - 1 - n : n; };
   if (!schedule.by_group) {

@@ -70,19 +70,19 @@ class Rows {
     A* inputs;         // [W samples][W, D]
     A* numbers;        // [W, D][W samples]
     Term<X>* by_lane;  // [2][W, terms][W samples]
-    Term<X>* weight;   // [W or kGroup, terms, J, F], where it is no such terms in place
-    bool whole;        // that of a whole group is made at once
+    Term<X>* weight;   // [W or kGroup, terms, J, F], or null where there are such terms of the whole weight
+    bool by_group;     // those of a group are made at once
     A* votes;          // [run][J, F][W samples]
     A* prior;          // [J][W samples]
     A* dots[2];        // [J][W samples]
-    static SampleScratch carve(const Layout<X>& layout, int64_t run, Carver& carver) {
+    static SampleScratch carve(const Layout<X>& layout, bool whole, int64_t run, Carver& carver) {
       SampleScratch s;
       s.inputs = carver.take<A>(W<A> * W<A> * layout.p.D);
       s.numbers = kTerm<X> > 1 ? carver.take<A>(W<A> * W<A> * layout.p.D) : nullptr;
       const int64_t terms = divide_up(layout.p.D, kTerm<X>), weight = terms * layout.sums();
       s.by_lane = carver.take<Term<X>>(2 * W<A> * W<A> * terms);
-      s.whole = kGroup * weight * int64_t(sizeof(Term<X>)) <= kGroupWeight;
-      s.weight = std::is_same_v<X, A> ? nullptr : carver.take<Term<X>>((s.whole ? kGroup : W<A>)*weight);
+      s.by_group = kGroup * weight * int64_t(sizeof(Term<X>)) <= kGroupWeight;
+      s.weight = whole ? nullptr : carver.take<Term<X>>((s.by_group ? kGroup : W<A>)*weight);
       s.votes = carver.take<A>(run * layout.sums() * W<A>);
       s.prior = carver.take<A>(layout.lanes());
       for (A*& dots : s.dots) dots = carver.take<A>(layout.lanes());
@@ -170,7 +170,7 @@ class Rows {
 
   // The weight of a whole group, for all samples that follow, if it is to be made at once.
   void make_weight(int64_t group, const SampleScratch& scratch) const {
-    if (!std::is_same_v<X, A> && scratch.whole)
+    if (scratch.weight && scratch.by_group)
       make_weight(group * kGroup, minimum(kGroup, p_.I - group * kGroup), scratch);
   }
 
@@ -263,7 +263,8 @@ class Rows {
   const Term<X>* sample_weight(int64_t i, int64_t inputs, const SampleScratch& scratch) const {
     const int64_t size = terms() * layout_.sums();
     if constexpr (std::is_same_v<X, A>) return weights_.pair + i * size;
-    if (scratch.whole) return scratch.weight + i % kGroup * size;
+    if (weights_.whole) return weights_.terms + i * size;
+    if (scratch.by_group) return scratch.weight + i % kGroup * size;
     make_weight(i, inputs, scratch);
     return scratch.weight;
   }

@@ -51,6 +51,7 @@ class Stream {
         way(layout, use.batch, use.passes, use.by_samples, use.room, parallel.threads),
         schedule(use.batch, way.tile, layout.groups, parallel.threads),
         use_(use) {
+    if (way.by_samples && way.keep && schedule.tiles > schedule.parts) weights.make_whole(layout, carver, parallel);
     if (way.keep) kept_ = way.handed ? use.votes : carver.take<A>(schedule.slots * kept_size());
     scratch_ = take_shares(carver, schedule.parts, [this](Carver& own) { carve_scratch(own); });
   }
@@ -63,15 +64,14 @@ class Stream {
   // Calls visit(n, i0, block) for every block of a group and every sample n of a tile. `first` says
   // that this is the first step to see the tile's votes.
   template <class Visit>
-  void for_blocks(const Tile& tile, int64_t first_sample, int64_t group, bool first, const Scratch& scratch,
-                  const Visit& visit) const {
-    if (layout.shared) return for_rows(tile, first_sample, group, scratch, visit);
+  void for_blocks(const Tile& tile, int64_t group, bool first, const Scratch& scratch, const Visit& visit) const {
+    if (layout.shared) return for_rows(tile, group, scratch, visit);
     const int64_t size = layout.block_size();
     const bool keeps = group * kGroup < way.kept_inputs, there = !first || (way.handed && use_.has_votes);
     const bool makes = p.form == Weight::pair && !(keeps && there);
     Block<A> lanes{};
-    for_samples(tile, first_sample, group, makes, [&](int64_t m, int64_t samples, int64_t i0) {
-      const int64_t b = first_sample + tile.first + m;
+    for_samples(tile, group, makes, [&](int64_t m, int64_t samples, int64_t i0) {
+      const int64_t b = tile.sample + m;
       A* staged = keeps ? kept_block(tile, i0) : scratch.rows.staged;
       if (makes) rows.make_votes(b, samples, i0, staged, scratch.rows);
       for (int64_t n = 0; n < samples; ++n) {
@@ -85,63 +85,48 @@ class Stream {
   // sums[n] += share * sum over a group's i of h_ij for every sample n of a tile: a pass whose coupling is constant.
   // Votes that are kept are made too.
   void add_votes(const Tile& tile, int64_t group, A share, const Scratch& scratch, A* sums) const {
-    for_samples(tile, 0, group, true, [&](int64_t m, int64_t samples, int64_t i0) {
+    for_samples(tile, group, true, [&](int64_t m, int64_t samples, int64_t i0) {
       A *to = sums + m * layout.sums(), *total = scratch.rows.staged;
       if (i0 < way.kept_inputs)
-        rows.make_votes(tile.first + m, samples, i0, kept_block(tile, i0), scratch.rows, total);
+        rows.make_votes(tile.sample + m, samples, i0, kept_block(tile, i0), scratch.rows, total);
       else
-        rows.sum_votes(tile.first + m, samples, i0, total, scratch.rows);
+        rows.sum_votes(tile.sample + m, samples, i0, total, scratch.rows);
       for (int64_t k = 0; k < samples * layout.sums(); k += W<A>) store(to + k, load(to + k) + load(total + k) * share);
     });
   }
 
-  // The same for `count` <= W samples of a tile from m on, to scratch.sums.
-  void add_sample_votes(const Tile& tile, int64_t m, int64_t count, int64_t group, A share,
-                        const Scratch& scratch) const {
-    const int64_t end = minimum(p.I, (group + 1) * kGroup);
+  // The same for up to W samples of a tile from m on, to scratch.sums.
+  void add_sample_votes(const Tile& tile, int64_t m, int64_t group, A share, const Scratch& scratch) const {
+    const int64_t count = minimum(W<A>, tile.count - m), end = minimum(p.I, (group + 1) * kGroup);
     const Term<X>* u = scratch.samples.by_lane;
     for (int64_t i0 = group * kGroup; i0 < end; i0 += W<A>) {
-      rows.inputs_by_lane(tile.first + m, count, i0, scratch.samples.by_lane, scratch.samples);
-      for (int64_t n = 0; n < W<A>; ++n) ask_for_next(tile, 0, m, group, i0, n);
+      rows.inputs_by_lane(tile.sample + m, count, i0, scratch.samples.by_lane, scratch.samples);
+      for (int64_t n = 0; n < W<A>; ++n) ask_for_next(tile, m, group, i0, n);
       rows.template make_sample_votes<1>(i0, minimum(W<A>, p.I - i0), &u, &scratch.sums.block, scratch.samples);
       scratch.sums.join(share, layout.sums());
     }
   }
 
-  // The votes of a group, to be kept, where a lane is a sample: of twice W samples at a time.
-  void make_kept(const Tile& tile, int64_t first_sample, int64_t group, const Scratch& scratch) const {
-    const int64_t end = minimum(p.I, (group + 1) * kGroup);
-    const int64_t terms = rows.terms() * W<A>, lanes = W<A> * terms;
-    for (int64_t i0 = group * kGroup; i0 < end; i0 += W<A>)
-      for (int64_t m = 0; m < tile.count; m += 2 * W<A>) {
-        const bool both = m + W<A> < tile.count;
-        for (int64_t n = m; n < minimum(m + 2 * W<A>, tile.count); n += W<A>)
-          rows.inputs_by_lane(first_sample + tile.first + n, minimum(W<A>, tile.count - n), i0,
-                              scratch.samples.by_lane + (n - m) / W<A> * lanes, scratch.samples);
-        for (int64_t l = 0; l < minimum(W<A>, p.I - i0); ++l) {
-          const Term<X>* u = scratch.samples.by_lane + l * terms;
-          const Term<X>* from[] = {u, u + lanes};
-          A* to[] = {kept(tile, m, i0 + l), kept(tile, m + W<A>, i0 + l)};
-          if (both)
-            rows.template make_sample_votes<2>(i0 + l, 1, from, to, scratch.samples);
-          else
-            rows.template make_sample_votes<1>(i0 + l, 1, from, to, scratch.samples);
-        }
-      }
+  // Where a lane is a sample, what a group needs before its samples are visited: the terms of its weight and votes that
+  // are kept. Once those are made, on the `first` step to see them, no weight is read.
+  void begin_group(const Tile& tile, int64_t group, bool first, const Scratch& scratch) const {
+    if (way.keep && !first) return;
+    rows.make_weight(group, scratch.samples);
+    if (way.keep) make_kept(tile, group, scratch);
   }
 
-  // For `count` <= W samples of a tile from m on, where a lane is a sample: visit(i, l, block, q, e) for every input
+  // For up to W samples of a tile from m on, where a lane is a sample: visit(i, l, block, q, e) for every input
   // capsule i of a group, the l-th of a run of them, with its votes and the queries that it is given, [J, F][W] or
   // null, or their dot products, as the block says; then add(run, i, first) for the run that begins with i, the `first`
   // of a block or not, to scratch.sums.block, which joins scratch.sums.total after the block.
   template <class Visit, class Add>
-  void for_inputs(const Tile& tile, int64_t first_sample, int64_t m, int64_t count, int64_t group, const A* q,
-                  const A* e, const Scratch& scratch, const Visit& visit, const Add& add) const {
+  void for_inputs(const Tile& tile, int64_t m, int64_t group, const A* q, const A* e, const Scratch& scratch,
+                  const Visit& visit, const Add& add) const {
     const A* const query[] = {q, e};
     A* const* dots = scratch.samples.dots;
     const bool dotted = !way.keep && layout.F == W<A>;
-    const int64_t b = first_sample + tile.first + m, end = minimum(p.I, (group + 1) * kGroup);
-    const int64_t next = layout.sums() * W<A>;
+    const int64_t b = tile.sample + m, count = minimum(W<A>, tile.count - m);
+    const int64_t end = minimum(p.I, (group + 1) * kGroup), next = layout.sums() * W<A>;
     for (int64_t i0 = group * kGroup; i0 < end; i0 += W<A>) {
       const int64_t block_end = minimum(i0 + W<A>, p.I);
       if (!way.keep) rows.inputs_by_lane(b, count, i0, scratch.samples.by_lane, scratch.samples);
@@ -151,7 +136,7 @@ class Stream {
         for (int64_t l = 0; l < inputs; ++l) {
           const Term<X>* u = scratch.samples.by_lane + (first + l - i0) * rows.terms() * W<A>;
           A* own = votes + l * next;
-          if (!way.keep) ask_for_next(tile, first_sample, m, group, i0, first + l - i0);
+          if (!way.keep) ask_for_next(tile, m, group, i0, first + l - i0);
           if (dotted) {
             rows.make_votes_and_dots(first + l, u, own, query, dots, scratch.samples);
             const auto block = rows.samples(b, count, first + l, own, scratch.samples.prior, dots);
@@ -180,21 +165,43 @@ class Stream {
 
   const Layout<X>& layout;
   const Problem& p;
-  const Weights<X> weights;
+  Weights<X> weights;
   const Rows<X> rows;
   const Way<X> way;
   const Schedule schedule;
 
  private:
+  // The votes of a group, to be kept, where a lane is a sample: of twice W samples at a time.
+  void make_kept(const Tile& tile, int64_t group, const Scratch& scratch) const {
+    const int64_t end = minimum(p.I, (group + 1) * kGroup);
+    const int64_t terms = rows.terms() * W<A>, lanes = W<A> * terms;
+    for (int64_t i0 = group * kGroup; i0 < end; i0 += W<A>)
+      for (int64_t m = 0; m < tile.count; m += 2 * W<A>) {
+        const bool both = m + W<A> < tile.count;
+        for (int64_t n = m; n < minimum(m + 2 * W<A>, tile.count); n += W<A>)
+          rows.inputs_by_lane(tile.sample + n, minimum(W<A>, tile.count - n), i0,
+                              scratch.samples.by_lane + (n - m) / W<A> * lanes, scratch.samples);
+        for (int64_t l = 0; l < minimum(W<A>, p.I - i0); ++l) {
+          const Term<X>* u = scratch.samples.by_lane + l * terms;
+          const Term<X>* from[] = {u, u + lanes};
+          A* to[] = {kept(tile, m, i0 + l), kept(tile, m + W<A>, i0 + l)};
+          if (both)
+            rows.template make_sample_votes<2>(i0 + l, 1, from, to, scratch.samples);
+          else
+            rows.template make_sample_votes<1>(i0 + l, 1, from, to, scratch.samples);
+        }
+      }
+  }
+
   // Calls visit(m, samples, i0) for every block of a group and up to kSamples samples m, .. of a tile at a time.
   // `asks` for the inputs of the next ones.
   template <class Visit>
-  void for_samples(const Tile& tile, int64_t first_sample, int64_t group, bool asks, const Visit& visit) const {
+  void for_samples(const Tile& tile, int64_t group, bool asks, const Visit& visit) const {
     const int64_t end = minimum(p.I, (group + 1) * kGroup);
     for (int64_t i0 = group * kGroup; i0 < end; i0 += W<A>)
       for (int64_t m = 0; m < tile.count; m += kSamples) {
         const bool last = m + kSamples >= tile.count;
-        const int64_t next = last ? 0 : m + kSamples, b = first_sample + tile.first + next;
+        const int64_t next = last ? 0 : m + kSamples, b = tile.sample + next;
         if (asks) rows.ask_for_inputs(b, minimum(kSamples, tile.count - next), last ? i0 + W<A> : i0, W<A>);
         visit(m, minimum(kSamples, tile.count - m), i0);
       }
@@ -202,13 +209,12 @@ class Stream {
 
   // The same where no weight is read: sample by sample, so that what one is compared with, and its sums, stay near.
   template <class Visit>
-  void for_rows(const Tile& tile, int64_t first_sample, int64_t group, const Scratch& scratch,
-                const Visit& visit) const {
+  void for_rows(const Tile& tile, int64_t group, const Scratch& scratch, const Visit& visit) const {
     const int64_t start = group * kGroup, end = minimum(p.I, start + kGroup);
     Block<A> lanes[kGroup / W<A>];
     for (int64_t n = 0; n < tile.count; ++n)
       for (int64_t i0 = start; i0 < end; i0 += W<A>) {
-        const int64_t b = first_sample + tile.first + n, place = (i0 - start) / W<A>;
+        const int64_t b = tile.sample + n, place = (i0 - start) / W<A>;
         if (n == 0 || rows.lanes_differ())
           lanes[place] = rows.lanes(b, i0, scratch.rows.prior + place * layout.lanes());
         visit(n, i0, rows.block(lanes[place], b, i0, scratch.rows.staged));
@@ -216,11 +222,10 @@ class Stream {
   }
 
   // Asks for the inputs of the block after that at i0, for the n-th of W samples from m on, or from those after them.
-  void ask_for_next(const Tile& tile, int64_t first_sample, int64_t m, int64_t group, int64_t i0, int64_t n) const {
+  void ask_for_next(const Tile& tile, int64_t m, int64_t group, int64_t i0, int64_t n) const {
     const bool last = i0 + W<A> >= minimum(p.I, (group + 1) * kGroup), lasts = m + W<A> >= tile.count;
     const int64_t next = (!last ? m : lasts ? 0 : m + W<A>)+n, i = last && !lasts ? group * kGroup : i0 + W<A>;
-    if (i < p.I && next < tile.count)
-      rows.ask_for_inputs(first_sample + tile.first + next, 1, i, minimum(W<A>, p.I - i));
+    if (i < p.I && next < tile.count) rows.ask_for_inputs(tile.sample + next, 1, i, minimum(W<A>, p.I - i));
   }
 
   A* kept_block(const Tile& tile, int64_t i0) const {
@@ -241,7 +246,7 @@ class Stream {
     s.coupling = carver.take<A>(way.run * layout.lanes());
     s.logits = carver.take<A>(way.run * layout.lanes());
     if (!way.by_samples) return s;
-    s.samples = Rows<X>::SampleScratch::carve(layout, way.keep ? 0 : way.run, carver);
+    s.samples = Rows<X>::SampleScratch::carve(layout, weights.whole, way.keep ? 0 : way.run, carver);
     s.q = carver.take<A>(layout.sums() * W<A>);
     s.e = carver.take<A>(layout.sums() * W<A>);
     s.sums = SampleSums<A>::carve(use_.sums, carver);

@@ -2,8 +2,12 @@
 #pragma once
 
 #include "plan.h"
+#include "terms.h"
 
 namespace capsroute::CAPSROUTE_ISA {
+
+// The terms of a weight are made once for a call, if many samples in turn need them and they take no more than this.
+constexpr int64_t kWholeTerms = int64_t(8) << 20;
 
 // A weight in the kernels' memory order: for a pair [I, D, J, O], in place where it already is so;
 // for a shared weight its two products' orders, [D, O] to come from sums to outputs and [O, D] back.
@@ -13,6 +17,8 @@ struct Weights {
   const X* pair = nullptr;  // + i * D * J * O
   const A* to_outputs = nullptr;
   const A* to_rows = nullptr;
+  bool whole = std::is_same_v<X, A>;  // the terms of all of a pair's weight are there: itself, or
+  const Term<X>* terms = nullptr;     // [I, D / kTerm, J, O]
 
   static Weights pack(const Layout<X>& layout, Carver& carver, const Parallel& parallel) {
     const Problem& p = layout.p;
@@ -50,6 +56,18 @@ struct Weights {
       });
     }
     return packed;
+  }
+
+  // Makes the terms of all of a pair's weight, if they are not too large.
+  void make_whole(const Layout<X>& layout, Carver& carver, const Parallel& parallel) {
+    const Problem& p = layout.p;
+    const int64_t count = layout.sums(), size = divide_up(p.D, kTerm<X>) * count;
+    if (whole || p.I * size * int64_t(sizeof(Term<X>)) > kWholeTerms) return;
+    Term<X>* made = carver.take<Term<X>>(p.I * size);
+    whole = true, terms = made;
+    if (!carver.base) return;
+    parallel_for(parallel, p.I,
+                 [&](int64_t i, int64_t) { make_terms<X>(pair + i * p.D * count, 1, p.D, count, made + i * size); });
   }
 };
 
