@@ -22,19 +22,6 @@ CAPSROUTE_INLINE Vec<A> dot(const DottedBlock<A>, const A* dots, int64_t j, Size
   return load(dots + j * W<A>);
 }
 
-// Asks for the rows of the block that follows, if they lie far.
-template <class A, class Size>
-CAPSROUTE_INLINE void ask_for_next(const Block<A> block, int64_t j, Size F) {
-  if (block.ahead == 0) return;
-  const A* next = block.rows + block.ahead + j * block.column;
-  for (int64_t f = 0; f < F; f += 64 / int64_t(sizeof(A)))
-#pragma GCC unroll 16
-    for (int64_t l = 0; l < W<A>; ++l) __builtin_prefetch(next + l * block.row + f, 0, 2);
-}
-
-template <class A, class Size>
-CAPSROUTE_INLINE void ask_for_next(const SampleBlock<A>, int64_t, Size) {}
-
 // logits_ij + h_ij . q_j
 template <class Lanes, class A, class Size>
 CAPSROUTE_INLINE Vec<A> logit_of(const Lanes block, const A* q, int64_t j, Size F) {
@@ -55,7 +42,6 @@ void couple(const Lanes block, const A* q, int64_t J, Size F, bool leaky, A* c, 
   }
   Vec<A> highest = all<A>(leaky ? A(0) : -A(__builtin_inf()));
   for (int64_t j = 0; j < J; ++j) {
-    ask_for_next(block, j, F);
     Vec<A> logit = logit_of(block, q, j, F);
     highest = highest > logit ? highest : logit;  // a NaN passes on its way, and makes the sum NaN
     store(c + j * W<A>, logit);

@@ -113,11 +113,7 @@ class RowGradients {
         }
         if (l == 0 && plan_.logits_by_row) logit_gradients(first, m, samples, i0, scratch);
         if (!rows) continue;
-        if (wants_weight_) {
-          logits_.stream().rows.inputs(first + m, samples, i0 + l, some.count, scratch.inputs);
-          const int64_t next = m + samples;
-          logits_.stream().rows.ask_for_inputs(first + next, minimum(sub_batch_, count - next), i0 + l, some.count);
-        }
+        if (wants_weight_) logits_.stream().rows.inputs(first + m, samples, i0 + l, some.count, scratch.inputs);
         row_gradients(first, m, samples, some, blocks, scratch);
         if (out_.u && p_.form == Weight::pair)
           for (int64_t n = 0; n < samples; ++n)
@@ -202,7 +198,6 @@ class RowGradients {
     const int64_t next = by_samples ? kept_.block_pairs() : 1;
     for (int64_t l = 0; l < lanes.count; l += kSubLanes<A>) {
       for (int64_t n = 0; n < samples; ++n) {
-        if (by_samples) ask_for_pairs(m, samples, lanes, l + kSubLanes<A>, n);
         const A* kept = by_samples ? kept_.pair_of_samples(m + n, lanes.i0) : pairs(m, n, lanes.i0, scratch);
         const int64_t own = lanes.differ ? n : 0;
         if (!plan_.queried(1)) coefficient[0] = {scratch.uniform + own * layout_.lanes(), 1};
@@ -227,16 +222,6 @@ class RowGradients {
             given_gradient(first + m + n, lanes.i0 + lanes.begin + l + k, dh + n * sums);
       }
     }
-  }
-
-  // Asks for the pairs, kept by samples, of the input capsules after these, a part with each sample n.
-  void ask_for_pairs(int64_t m, int64_t samples, const Lanes& lanes, int64_t l, int64_t n) const {
-    const bool last = l >= lanes.count;
-    const int64_t count = kSubLanes<A> * kept_.block_pairs(), line = 64 / int64_t(sizeof(A));
-    const A* next = last ? kept_.pair_of_samples((m + samples) / W<A> * W<A>, lanes.i0 + lanes.begin)
-                         : kept_.pair_of_samples(m / W<A> * W<A>, lanes.i0 + lanes.begin + l);
-    for (int64_t k = n * count / samples / line * line; k < (n + 1) * count / samples; k += line)
-      __builtin_prefetch(next + k);
   }
 
   // dW_i += sum over samples of u_i dh_i^T, du_i = W_i^T dh_i

@@ -17,7 +17,6 @@ struct Block {
   const A* rows;  // h_ij[f] at rows[l * row + j * column + f]
   int64_t row, column;
   int64_t count;   // lanes with rows
-  int64_t ahead;   // from these to the rows of the block that follows, if those lie far, else 0
   Vec<A> live;     // 1, or 0
   const A* prior;  // [J, W] prior logits, 0 where not live, or null
   bool forbids;    // some prior logit of a live lane is -inf: that pair's row is zero
@@ -108,15 +107,6 @@ class Rows {
         widen(to + n * numbers, first_input(b + n, i0), 1, numbers, numbers);
       else
         for (int64_t l = 0; l < count; ++l) input(b + n, i0 + l, to + n * numbers + l * p_.D);
-  }
-
-  // Asks for them before they are needed: reads so short and far apart are not what a processor prefetches by itself.
-  void ask_for_inputs(int64_t b, int64_t samples, int64_t i0, int64_t count) const {
-    if (!inputs_follow()) return;
-    for (int64_t n = 0; n < samples; ++n) {
-      const X* u = first_input(b + n, i0);
-      for (int64_t k = 0; k < count * p_.D; k += 64 / int64_t(sizeof(X))) __builtin_prefetch(u + k);
-    }
   }
 
   // Weight::pair: the votes h_ij = W_ij u_i of the block at i0 for `samples` <= kSamples samples, to
@@ -210,7 +200,7 @@ class Rows {
   // The block at i0 of sample b without its rows: which lanes are live, and their prior logits.
   Block<A> lanes(int64_t b, int64_t i0, A* prior) const {
     const int64_t count = minimum(W<A>, p_.I - i0);
-    Block<A> block{nullptr, 0, 0, count, 0, all<A>(1), nullptr, false};
+    Block<A> block{nullptr, 0, 0, count, all<A>(1), nullptr, false};
     if (count < W<A> || p_.mask.data)
       for (int64_t l = 0; l < W<A>; ++l) block.live[l] = l < count && !masked(b, i0 + l);
     if (p_.logits.data) {

@@ -70,13 +70,12 @@ class Stream {
     const bool keeps = group * kGroup < way.kept_inputs, there = !first || (way.handed && use_.has_votes);
     const bool makes = p.form == Weight::pair && !(keeps && there);
     Block<A> lanes{};
-    for_samples(tile, group, makes, [&](int64_t m, int64_t samples, int64_t i0) {
+    for_samples(tile, group, [&](int64_t m, int64_t samples, int64_t i0) {
       const int64_t b = tile.sample + m;
       A* staged = keeps ? kept_block(tile, i0) : scratch.rows.staged;
       if (makes) rows.make_votes(b, samples, i0, staged, scratch.rows);
       for (int64_t n = 0; n < samples; ++n) {
         if (m + n == 0 || rows.lanes_differ()) lanes = rows.lanes(b + n, i0, scratch.rows.prior);
-        lanes.ahead = makes || !way.far ? 0 : size;
         visit(m + n, i0, rows.block(lanes, b + n, i0, staged + n * size));
       }
     });
@@ -85,7 +84,7 @@ class Stream {
   // sums[n] += share * sum over a group's i of h_ij for every sample n of a tile: a pass whose coupling is constant.
   // Votes that are kept are made too.
   void add_votes(const Tile& tile, int64_t group, A share, const Scratch& scratch, A* sums) const {
-    for_samples(tile, group, true, [&](int64_t m, int64_t samples, int64_t i0) {
+    for_samples(tile, group, [&](int64_t m, int64_t samples, int64_t i0) {
       A *to = sums + m * layout.sums(), *total = scratch.rows.staged;
       if (i0 < way.kept_inputs)
         rows.make_votes(tile.sample + m, samples, i0, kept_block(tile, i0), scratch.rows, total);
@@ -101,7 +100,6 @@ class Stream {
     const Term<X>* u = scratch.samples.by_lane;
     for (int64_t i0 = group * kGroup; i0 < end; i0 += W<A>) {
       rows.inputs_by_lane(tile.sample + m, count, i0, scratch.samples.by_lane, scratch.samples);
-      for (int64_t n = 0; n < W<A>; ++n) ask_for_next(tile, m, group, i0, n);
       rows.template make_sample_votes<1>(i0, minimum(W<A>, p.I - i0), &u, &scratch.sums.block, scratch.samples);
       scratch.sums.join(share, layout.sums());
     }
@@ -136,7 +134,6 @@ class Stream {
         for (int64_t l = 0; l < inputs; ++l) {
           const Term<X>* u = scratch.samples.by_lane + (first + l - i0) * rows.terms() * W<A>;
           A* own = votes + l * next;
-          if (!way.keep) ask_for_next(tile, m, group, i0, first + l - i0);
           if (dotted) {
             rows.make_votes_and_dots(first + l, u, own, query, dots, scratch.samples);
             const auto block = rows.samples(b, count, first + l, own, scratch.samples.prior, dots);
@@ -194,17 +191,11 @@ class Stream {
   }
 
   // Calls visit(m, samples, i0) for every block of a group and up to kSamples samples m, .. of a tile at a time.
-  // `asks` for the inputs of the next ones.
   template <class Visit>
-  void for_samples(const Tile& tile, int64_t group, bool asks, const Visit& visit) const {
+  void for_samples(const Tile& tile, int64_t group, const Visit& visit) const {
     const int64_t end = minimum(p.I, (group + 1) * kGroup);
     for (int64_t i0 = group * kGroup; i0 < end; i0 += W<A>)
-      for (int64_t m = 0; m < tile.count; m += kSamples) {
-        const bool last = m + kSamples >= tile.count;
-        const int64_t next = last ? 0 : m + kSamples, b = tile.sample + next;
-        if (asks) rows.ask_for_inputs(b, minimum(kSamples, tile.count - next), last ? i0 + W<A> : i0, W<A>);
-        visit(m, minimum(kSamples, tile.count - m), i0);
-      }
+      for (int64_t m = 0; m < tile.count; m += kSamples) visit(m, minimum(kSamples, tile.count - m), i0);
   }
 
   // The same where no weight is read: sample by sample, so that what one is compared with, and its sums, stay near.
@@ -219,13 +210,6 @@ class Stream {
           lanes[place] = rows.lanes(b, i0, scratch.rows.prior + place * layout.lanes());
         visit(n, i0, rows.block(lanes[place], b, i0, scratch.rows.staged));
       }
-  }
-
-  // Asks for the inputs of the block after that at i0, for the n-th of W samples from m on, or from those after them.
-  void ask_for_next(const Tile& tile, int64_t m, int64_t group, int64_t i0, int64_t n) const {
-    const bool last = i0 + W<A> >= minimum(p.I, (group + 1) * kGroup), lasts = m + W<A> >= tile.count;
-    const int64_t next = (!last ? m : lasts ? 0 : m + W<A>)+n, i = last && !lasts ? group * kGroup : i0 + W<A>;
-    if (i < p.I && next < tile.count) rows.ask_for_inputs(tile.sample + next, 1, i, minimum(W<A>, p.I - i));
   }
 
   A* kept_block(const Tile& tile, int64_t i0) const {

@@ -21,8 +21,6 @@ constexpr int64_t kKeptForTerm = int64_t(96) << 10, kKeptOfTile = int64_t(7) << 
 constexpr int64_t kLargeWeight = 512;
 // Of a batch of up to kSamples as many are kept as fit into this: all the weight would be read again for these alone.
 constexpr int64_t kKeptOfFew = int64_t(12) << 20;
-// Kept votes of more than this lie beyond a second-level cache.
-constexpr int64_t kFarVotes = int64_t(1) << 20;
 // Where they are made anew, a tile has as many samples, between these two numbers, as have V and sums that fit into
 // kTileStates.
 constexpr int64_t kShortTile = 4 * kSamples, kLongTile = 32 * kSamples, kTileStates = int64_t(4) << 20;
@@ -53,7 +51,6 @@ struct Way {
     if (many && few)
       kept_inputs = minimum(p.I, (handed ? room : kKeptOfFew) / maximum(1, together * block) * W<A> / kGroup * kGroup);
     keep = kept_inputs > 0;
-    far = divide_up(kept_inputs, W<A>) * together * block > kFarVotes;
     run = !by_samples ? 1 : keep || p.over_inputs ? W<A> : 4;
     tile = tile_size(layout, batch, threads);
   }
@@ -65,7 +62,6 @@ struct Way {
   int64_t kept_inputs;  // whose votes are kept between the passes, in whole groups: the first ones
   bool keep;            // where a lane is a sample these are all or none
   bool handed;          // they are kept in memory that the forward leaves to the backward
-  bool far;             // where a lane is a feature, kept votes lie beyond a second-level cache
   int64_t run;          // where a lane is a sample, input capsules whose votes are summed together
   int64_t tile;         // samples that read the weight together
 
