@@ -140,6 +140,7 @@ def test_votes_by_samples_are_kept_up_to_96_kib_for_each_term():
     assert planned(16, 48, 2, 4, 16).kept_inputs == 48
     assert planned(16, 64, 2, 4, 16).kept_inputs == 0
     assert planned(16, 64, 4, 4, 16).kept_inputs == 64
+    assert planned(16, 80, 64, 4, 64)[1:3] == (80, 32)  # all, whatever else could be kept by fours
     assert planned(64, 48, 2, 4, 16)[2:4] == (32, 2)  # two vectors' samples read a weight together
     assert planned(100, 80, 2, 4, 16)[2:4] == (112, 1)  # whole vectors
 
@@ -151,20 +152,23 @@ def test_where_a_lane_could_be_a_sample_votes_of_large_weights_are_kept_by_fours
     def kept_by_fours(*sizes):
         path = planned(*sizes)
         assert path.by_samples == path.product_first == (path.kept_inputs == 0)
-        return not path.by_samples
+        return path.kept_inputs
 
     # a weight of D x 160 numbers for each input capsule: 512 for D = 3.2
     assert kept_by_fours(16, 1152, 4, 10, 16)
     assert not kept_by_fours(16, 1152, 3, 10, 16)
-    # 4 samples of 160 numbers of 4 bytes: 3.5 MiB at 1433 input capsules
-    assert kept_by_fours(16, 1424, 8, 10, 16)
-    assert not kept_by_fours(16, 1440, 8, 10, 16)
+    # 4 samples of 160 numbers of 4 bytes: 3.5 MiB at 1433 input capsules, which have 22 whole groups of 64
+    assert kept_by_fours(16, 1424, 8, 10, 16) == 1424
+    assert kept_by_fours(16, 1440, 8, 10, 16) == 22 * 64
+    # at 1911 of them these are three quarters
+    assert kept_by_fours(16, 1904, 8, 10, 16) == 22 * 64
+    assert not kept_by_fours(16, 1920, 8, 10, 16)
     # the weight: 12 MiB at D = 17.07
     assert kept_by_fours(16, 1152, 17, 10, 16)
     assert not kept_by_fours(16, 1152, 18, 10, 16)
 
 
-@pytest.mark.parametrize("inputs", [48, 1152, 1440])
+@pytest.mark.parametrize("inputs", [48, 1152, 1440, 1920])
 def test_how_the_first_pass_sums_does_not_depend_on_the_batch(inputs):
     """That is why a sample has the same bits in every batch."""
     assert len({planned(batch, inputs, 8, 10, 16).product_first for batch in (1, 4, 5, 15, 16, 128)}) == 1

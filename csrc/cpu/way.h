@@ -15,8 +15,9 @@ constexpr int64_t kNearVotes = int64_t(16) << 10;
 constexpr bool kWide = CAPSROUTE_VECTOR_BYTES == 64;
 // There votes of W samples are kept while they take no more than kKeptForTerm for each of the D terms that one is made
 // of. Failing that, a lane is a feature all the same, and the votes of kSamples are kept, where they and the weight,
-// which is read for so few, stay in a third-level cache, and each weight W_i has numbers enough to be worth shuffles.
-// Else votes are made anew: without shuffles that is cheaper than to read them from farther away.
+// which is read for so few, stay in a third-level cache, and each weight W_i has numbers enough to be worth shuffles:
+// up to kKeptOfTile, and three quarters of them at least. Else votes are made anew: without shuffles that is cheaper
+// than to read them from farther away.
 constexpr int64_t kKeptForTerm = int64_t(96) << 10, kKeptOfTile = int64_t(7) << 19, kNearWeight = int64_t(12) << 20;
 constexpr int64_t kLargeWeight = 512;
 // Of a batch of up to kSamples as many are kept as fit into this: all the weight would be read again for these alone.
@@ -42,14 +43,15 @@ struct Way {
     const bool many = pair && (passes > 1 || handed);
     const bool in_lanes = many && lanes && W<A> * votes <= minimum(kKeptVotes, p.D * kKeptForTerm);
     const bool large = p.D * layout.sums() >= kLargeWeight;
-    const bool in_tile = many && (lanes ? large && kSamples * votes <= kKeptOfTile && weight <= kNearWeight
-                                        : kSamples * votes <= kKeptVotes);
-    by_samples = pair && lanes && may && batch >= W<A> && (in_lanes || !in_tile);
+    const bool in_tile = many && !in_lanes &&
+                         (lanes ? large && kSamples * votes <= 4 * kKeptOfTile / 3 && weight <= kNearWeight
+                                : kSamples * votes <= kKeptVotes);
+    by_samples = pair && lanes && may && batch >= W<A> && !in_tile;
     product_first = pair && !in_lanes && !in_tile;
-    together = by_samples ? W<A> : minimum(kSamples, batch);
-    kept_inputs = in_lanes || in_tile ? p.I : 0;
-    if (many && few)
-      kept_inputs = minimum(p.I, (handed ? room : kKeptOfFew) / maximum(1, together * block) * W<A> / kGroup * kGroup);
+    together = by_samples ? W<A> : minimum(kSamples, maximum(1, batch));
+    const int64_t every = together * votes, of_few = handed ? room : kKeptOfFew;
+    const int64_t most = many && few ? of_few : in_tile && lanes ? kKeptOfTile : in_tile || in_lanes ? every : 0;
+    kept_inputs = every <= most ? p.I : most / (together * block) * W<A> / kGroup * kGroup;
     keep = kept_inputs > 0;
     run = !by_samples ? 1 : keep || p.over_inputs ? W<A> : 4;
     tile = tile_size(layout, batch, threads);
