@@ -54,6 +54,16 @@ def test_each_thread_has_a_share_of_the_long_tiles(threads, tiles):
     assert path.by_group == (threads == 9)
 
 
+def test_threads_share_out_groups_where_one_would_have_too_many_samples():
+    if not has_wide_vectors():
+        pytest.skip("only with AVX-512 a lane is a sample")
+    # vectors of 16 samples: three of them, of which one of two threads would have two
+    assert planned(43, 2000, 8, 10, 16, threads=2)[2:6] == (128, 1, 32, True)
+    assert planned(43, 2000, 8, 10, 16, threads=3)[2:6] == (16, 3, 32, False)
+    assert planned(64, 2000, 8, 10, 16, threads=2)[2:6] == (32, 2, 32, False)
+    assert planned(43, 64, 3, 10, 16, threads=2)[2:6] == (32, 2, 1, False)  # there is one group
+
+
 @pytest.mark.parametrize(("batch", "by_group"), [(4, True), (8, False)])
 def test_threads_share_out_groups_where_tiles_are_few(batch, by_group):
     two, one = (planned(batch, 130, 12, 3, 5, threads=threads) for threads in (2, 1))
