@@ -70,17 +70,18 @@ struct Way {
  private:
   // Few where their votes are kept in the cache, else as many as keep V and sums there, so that the weight comes from
   // memory as seldom as can be. Each thread has a share of the tiles. If those were short, or the busiest thread had
-  // more than 5/4 of its share, there is one tile, of which threads share out the groups, if it has several.
+  // more than 5/4 of its share, there is one long tile, of which threads share out the groups, if it has several.
   int64_t tile_size(const Layout<X>& layout, int64_t batch, int64_t threads) const {
     const int64_t some = !by_samples ? kSamples : keep ? 2 * W<A> : W<A>;
     if (keep || layout.p.form != Weight::pair) return some;
-    const int64_t most = kTileStates / (2 * layout.outputs() * int64_t(sizeof(A)));
-    const int64_t tile = minimum(kLongTile, maximum(kShortTile, most / some * some));
-    const int64_t tiles = divide_up(maximum(1, divide_up(batch, tile)), threads) * threads;
-    const int64_t even = divide_up(divide_up(batch, tiles), some) * some;
-    const int64_t busiest = divide_up(divide_up(batch, even), threads) * (even / some);
-    const bool uneven = batch <= tile && 4 * busiest * threads > 5 * divide_up(batch, some);
-    return layout.groups > 1 && (even < kShortTile || uneven) ? tile : even;
+    const int64_t samples = maximum(1, batch), most = kTileStates / (2 * layout.outputs() * int64_t(sizeof(A)));
+    const int64_t longest = minimum(kLongTile, maximum(kShortTile, most / some * some));
+    const int64_t tiles = divide_up(divide_up(samples, longest), threads) * threads;
+    const int64_t even = divide_up(divide_up(samples, tiles), some) * some;
+    const int64_t busiest = divide_up(divide_up(samples, even), threads) * (even / some);
+    const bool uneven = samples <= longest && 4 * busiest * threads > 5 * divide_up(samples, some);
+    if (layout.groups == 1 || (even >= kShortTile && !uneven)) return even;
+    return minimum(longest, divide_up(samples, some) * some);
   }
 };
 
