@@ -28,6 +28,17 @@ def planned(*sizes, backward=False, threads=1, **options):
         torch.set_num_threads(before)
 
 
+def has_wide_vectors():
+    return torch.ops.capsroute.cpu_capability().startswith("avx512")
+
+
+@pytest.fixture
+def lanes_of_samples():
+    """For what is planned with AVX-512 alone: with fewer or shorter registers a lane is never a sample."""
+    if not has_wide_vectors():
+        pytest.skip("only with AVX-512 a lane is a sample")
+
+
 def test_votes_are_kept_up_to_6_mib():
     """4 samples of J x O = 20 x 16 numbers of 4 bytes: 5120 for each input capsule, 6 MiB at 1228 of them."""
     assert planned(9, 1216, 2, 20, 16).kept_inputs == 1216  # a multiple of every lane count
@@ -52,11 +63,11 @@ def test_each_thread_has_a_share_of_the_long_tiles(threads, tiles):
     path = planned(96, 1648, 2, 20, 16, threads=threads)
     assert path[2:4] == tiles
     assert path.by_group == (threads == 9)
+    assert planned(12, 48, 2, 1024, 16, threads=threads).tiles == min(threads, 3)  # one group: by samples, however few
 
 
+@pytest.mark.usefixtures("lanes_of_samples")
 def test_threads_share_out_groups_where_one_would_have_too_many_samples():
-    if not has_wide_vectors():
-        pytest.skip("only with AVX-512 a lane is a sample")
     # vectors of 16 samples: three of them, of which one of two threads would have two
     assert planned(43, 2000, 8, 10, 16, threads=2)[2:6] == (48, 1, 32, True)
     assert planned(43, 2000, 8, 10, 16, threads=3)[2:6] == (16, 3, 32, False)
@@ -128,10 +139,6 @@ def test_operations_of_many_terms():
     assert operations(case, planned(*case[1:6]), False) == 2 * 69 * case.votes
 
 
-def has_wide_vectors():
-    return torch.ops.capsroute.cpu_capability().startswith("avx512")
-
-
 def test_with_avx512_a_lane_is_a_sample_where_votes_stay_near():
     # 16 samples of J x O numbers of 4 bytes: 16 KiB at 256
     wide = has_wide_vectors()
@@ -143,9 +150,8 @@ def test_with_avx512_a_lane_is_a_sample_where_votes_stay_near():
     assert planned(16, 50, 1, 16, 16, backward=True).by_samples == wide
 
 
+@pytest.mark.usefixtures("lanes_of_samples")
 def test_votes_by_samples_are_kept_up_to_96_kib_for_each_term():
-    if not has_wide_vectors():
-        pytest.skip("only with AVX-512 a lane is a sample")
     # 16 samples of 4 x 16 numbers of 4 bytes: 4 KiB for each input capsule
     assert planned(16, 48, 2, 4, 16).kept_inputs == 48
     assert planned(16, 64, 2, 4, 16).kept_inputs == 0
@@ -155,10 +161,8 @@ def test_votes_by_samples_are_kept_up_to_96_kib_for_each_term():
     assert planned(100, 80, 2, 4, 16)[2:4] == (112, 1)  # whole vectors
 
 
+@pytest.mark.usefixtures("lanes_of_samples")
 def test_where_a_lane_could_be_a_sample_votes_of_large_weights_are_kept_by_fours():
-    if not has_wide_vectors():
-        pytest.skip("only with AVX-512 a lane is a sample")
-
     def kept_by_fours(*sizes):
         path = planned(*sizes)
         assert path.by_samples == path.product_first == (path.kept_inputs == 0)

@@ -1,5 +1,6 @@
 // The way of a stream, by rule: what a lane is, whose votes are kept between the passes, and how long a tile is. It
-// follows from sizes, dtype and instruction set; the number of threads makes long tiles even, which changes no bits.
+// follows from sizes, dtype and instruction set; the number of threads decides how long a long tile is, which changes
+// no bits.
 #pragma once
 
 #include "micro.h"
@@ -61,7 +62,7 @@ struct Way {
   bool product_first;   // a first pass that couples all alike sums u with W, in one product, and not the votes: where
                         // none are kept. That does not depend on the batch, for its sums have bits of their own
   int64_t together;     // samples whose votes are made together
-  int64_t kept_inputs;  // whose votes are kept between the passes, in whole groups: the first ones
+  int64_t kept_inputs;  // whose votes are kept between the passes: all, or the first ones in whole groups
   bool keep;            // where a lane is a sample these are all or none
   bool handed;          // they are kept in memory that the forward leaves to the backward
   int64_t run;          // where a lane is a sample, input capsules whose votes are summed together

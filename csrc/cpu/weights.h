@@ -17,8 +17,8 @@ struct Weights {
   const X* pair = nullptr;  // + i * D * J * O
   const A* to_outputs = nullptr;
   const A* to_rows = nullptr;
-  bool whole = std::is_same_v<X, A>;  // the terms of all of a pair's weight are there: itself, or
-  const Term<X>* terms = nullptr;     // [I, D / kTerm, J, O]
+  bool whole = std::is_same_v<X, A>;  // the terms of all of a pair's weight are there, or will be: itself, or
+  const Term<X>* terms = nullptr;     // [I, D / kTerm, J, O], null also while memory is only measured
 
   static Weights pack(const Layout<X>& layout, Carver& carver, const Parallel& parallel) {
     const Problem& p = layout.p;
