@@ -34,8 +34,9 @@ void ask_for_large_pages([[maybe_unused]] void* start, [[maybe_unused]] int64_t 
 }
 
 // Scratch is kept by the calling thread for its next call: fresh memory would cost a page fault for
-// every 4 KiB. More than kKeptScratch is given back at once; the backward of CIFAR-10's head takes 51 MiB in bfloat16.
-constexpr int64_t kLine = 64, kKeptScratch = int64_t(64) << 20;
+// every 4 KiB. More than kKeptScratch is given back at once; the backward of a head of 1000 output capsules takes 76
+// MiB.
+constexpr int64_t kLine = 64, kKeptScratch = int64_t(96) << 20;
 
 struct Scratch {
   void* start = nullptr;
@@ -112,7 +113,7 @@ std::string plan(const Tensor& u, const Optional& weight, const Optional& bias, 
                                                      {"by_group", found.by_group},
                                                      {"chunk", found.chunk},
                                                      {"keeps_pairs", found.keeps_pairs},
-                                                     {"one_by_one", found.one_by_one},
+                                                     {"few_inputs", found.few_inputs},
                                                      {"product_first", found.product_first},
                                                      {"handed", found.handed},
                                                      {"by_samples", found.by_samples},

@@ -73,12 +73,12 @@ PASSES = {
 EVERY = OPTIONS | OPTIONS_IN | PASSES
 
 # B, I, D, J, O so large that the cpu kernels change their ways: they make the votes of a weight [I, J, O, D]
-# anew in every pass, and the backward takes the batch in chunks, or makes the coupling anew, or takes input
-# capsules one by one; or they keep some votes and make others anew.
+# anew in every pass, and the backward takes the batch in chunks, or makes the coupling anew, or takes few input
+# capsules at a time; or they keep some votes and make others anew.
 LARGE = {
     "batch in chunks": (37, 260, 2, 257, 1),
     "coupling made anew": (19, 520, 2, 257, 1),
-    "one by one": (35, 19, 67, 5, 33),
+    "few input capsules": (35, 19, 67, 5, 33),
     "votes kept in part": (6, 1500, 4, 10, 16),
 }
 

@@ -94,19 +94,33 @@ def test_of_a_few_samples_as_many_votes_are_kept_as_12_mib_hold():
     assert planned(5, 2432, 2, 20, 16).kept_inputs == 0  # two tiles, and the weight is read for both
 
 
-def test_pairs_are_kept_while_16_samples_of_them_fit_in_32_mib():
-    # a sample's: 4 slots of 100 numbers of 4 bytes for each i, and 5 terms of 100 x 16
-    assert planned(16, 1280, 2, 100, 16, backward=True).keeps_pairs
-    assert not planned(16, 1296, 2, 100, 16, backward=True).keeps_pairs
+def test_pairs_are_kept_while_16_samples_of_them_fit_in_a_chunk():
+    # A sample's: 4 slots of 100 numbers of 4 bytes for each i, and 5 terms of 100 x 16. A chunk has 32 MiB,
+    assert planned(16, 1280, 1, 100, 16, backward=True).keeps_pairs
+    assert not planned(16, 1296, 1, 100, 16, backward=True).keeps_pairs
+    # and where the weight is large 64,
+    assert planned(16, 2592, 8, 100, 16, backward=True).keeps_pairs
+    assert not planned(16, 2608, 8, 100, 16, backward=True).keeps_pairs
+    # but no more than three tenths of the votes, which with 4 features are as many as the numbers of the pairs.
+    assert not planned(16, 1600, 8, 100, 4, backward=True).keeps_pairs
 
 
-def test_input_capsules_are_taken_one_by_one_where_the_weights_of_a_block_pass_256_kib():
-    # A block has as many capsules as a vector has lanes. W and dW: 2 D numbers of 4 bytes for each of J x O = 4 x 32.
+def test_a_chunk_is_four_times_the_weight_and_whole_sub_batches():
+    # A sample's pairs and terms take 16 (I J + 5 / 4 J O) bytes, here 16 x 10 x (4096 + 20); W takes 4 I D J O.
+    assert planned(1000, 4096, 4, 10, 16, backward=True).chunk == 56  # 63 fit into 40 MiB
+    assert planned(1000, 4096, 8, 10, 16, backward=True).chunk == 96  # 101 fit into 64 MiB
+    assert planned(100, 4096, 8, 10, 16, backward=True).chunk == 56  # of two
+    assert planned(50, 4096, 8, 10, 16, backward=True).chunk == 50
+
+
+def test_few_input_capsules_are_taken_at_a_time_where_the_weights_of_a_block_pass_256_kib():
+    # Four share loads, and a block has as many as a vector has lanes, which may be no more. W and dW: 2 D numbers of 4
+    # bytes for each of J x O = 4 x 32.
     lanes = {"avx2": 8, "avx512": 16}.get(torch.ops.capsroute.cpu_capability().removesuffix("_bf16"), 4)
     border = (256 << 10) // (2 * 4 * 4 * 32 * lanes)
-    assert not planned(9, 16, border, 4, 32, backward=True).one_by_one
-    assert planned(9, 16, border + 1, 4, 32, backward=True).one_by_one
-    assert not planned(9, 16, border + 1, 4, 32, backward=True, weight="JOD").one_by_one
+    assert not planned(9, 16, border, 4, 32, backward=True).few_inputs
+    assert planned(9, 16, border + 1, 4, 32, backward=True).few_inputs == (lanes > 4)
+    assert not planned(9, 16, border + 1, 4, 32, backward=True, weight="JOD").few_inputs
     assert planned(16, 1280, 2, 1000, 16, backward=True)[7:9] == (False, False)  # it must make the coupling of a block
 
 

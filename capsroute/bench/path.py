@@ -11,7 +11,7 @@ from .registry import Case, Problem
 
 
 class Path(NamedTuple):
-    """The choices of csrc/cpu/routing.h, Plan; `chunk`, `keeps_pairs` and `one_by_one` are of a backward alone."""
+    """The choices of csrc/cpu/routing.h, Plan; `chunk`, `keeps_pairs` and `few_inputs` are of a backward alone."""
 
     scratch: int
     kept_inputs: int
@@ -21,7 +21,7 @@ class Path(NamedTuple):
     by_group: bool
     chunk: int
     keeps_pairs: bool
-    one_by_one: bool
+    few_inputs: bool
     product_first: bool
     handed: bool
     by_samples: bool
@@ -76,8 +76,8 @@ def explain(case: Case, path: Path, backward: bool) -> str:
     if backward:
         kept = "coupling kept for the gradients" if path.keeps_pairs else "coupling made anew for the gradients"
         words.append(f"{path.chunk} of {case.batch} samples at a time, {kept}")
-        if path.one_by_one:
-            words.append("input capsules one by one, as W and dW of several would leave the cache between samples")
+        if path.few_inputs:
+            words.append("few input capsules at a time, as W and dW of more would leave the cache between samples")
     words.append(f"scratch {path.scratch / 2**20:.2g} MiB")
     return "; ".join(words)
 

@@ -94,7 +94,7 @@ class BackwardStream {
 
   Plan plan() const {
     Plan plan = logits_.stream().plan();
-    plan.keeps_pairs = plan_.keep_pairs, plan.one_by_one = rows_.one_by_one();
+    plan.keeps_pairs = plan_.keep_pairs, plan.few_inputs = rows_.few_inputs();
     return plan;
   }
 

@@ -21,6 +21,11 @@ namespace capsroute::CAPSROUTE_ISA {
 // p^k and db^k, numbers for every [I, J] of a sample, are kept for a chunk of the batch within
 // kChunkBytes. If that does not hold kFewestKept samples, the second part makes them anew.
 constexpr int64_t kChunkBytes = int64_t(32) << 20, kFewestKept = 16;
+// Every chunk reads all of W and adds to all of dW. A chunk may take kChunkWeights times as much as W, and with it more
+// than kChunkBytes, but no more than kLongChunkBytes, nor three tenths of what votes would take.
+constexpr int64_t kLongChunkBytes = int64_t(64) << 20, kChunkWeights = 4;
+// So many samples share a load of W and dW. A chunk is a multiple of that, or the whole batch.
+constexpr int64_t kSubBatch = 8;
 // Without a weight for each pair nothing large is read or written once a chunk, and a small one stays
 // in the cache between the parts.
 constexpr int64_t kSmallChunkBytes = int64_t(4) << 20;
@@ -43,11 +48,13 @@ struct BackwardPlan {
     const int64_t vectors =
         (terms * (layout.outputs() + (layout.shared ? 2 * layout.sums() : 0)) + means) * int64_t(sizeof(A));
     const int64_t pairs = slots * layout.blocks * layout.lanes() * int64_t(sizeof(A));
-    keep_pairs = (vectors + pairs) * minimum(kFewestKept, p.B) <= kChunkBytes;
-    const int64_t bytes = p.form == Weight::pair ? kChunkBytes : kSmallChunkBytes;
-    const int64_t fitting = bytes / maximum(1, vectors + (keep_pairs ? pairs : 0));
+    const int64_t numbers = p.I * p.J * p.O * int64_t(sizeof(A));  // bytes of votes of a sample, or of a W_id of all i
+    const int64_t large = minimum(kLongChunkBytes, minimum(kChunkWeights * p.D * numbers, 3 * p.B * numbers / 10));
+    const int64_t bytes = p.form == Weight::pair ? maximum(kChunkBytes, large) : kSmallChunkBytes;
+    keep_pairs = (vectors + pairs) * minimum(kFewestKept, p.B) <= maximum(kChunkBytes, bytes);
+    const int64_t fitting = bytes / maximum(1, vectors + (keep_pairs ? pairs : 0)) / kSubBatch * kSubBatch;
     const int64_t chunks = divide_up(p.B, maximum(kFewestKept, fitting));
-    chunk = divide_up(p.B, maximum(1, chunks));
+    chunk = minimum(p.B, divide_up(divide_up(p.B, maximum(1, chunks)), kSubBatch) * kSubBatch);
 
     const bool needs_sums = layout.shared && out.weight;
     last_pass = needs_sums || out.logits || given ? 1 : 2;  // a pass 1 without a query does not look at rows

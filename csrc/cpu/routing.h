@@ -105,7 +105,7 @@ struct Plan {
   bool by_group;          // threads share out the groups of a tile, not whole tiles
   int64_t chunk;          // samples that a backward takes at a time
   bool keeps_pairs;       // the backward keeps p_ij and db_ij of all passes for the gradients
-  bool one_by_one;        // it takes input capsules alone, as W and dW of several would leave the cache between samples
+  bool few_inputs;        // it takes few input capsules at a time, as W and dW of a block would leave the cache
 };
 
 // One table for each instruction set. Scratch must be aligned to 64 bytes and may hold anything.

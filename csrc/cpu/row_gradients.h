@@ -7,11 +7,10 @@ namespace capsroute::CAPSROUTE_ISA {
 
 // Samples and input capsules whose dh is made together: 4 capsules share a load of e^k and q^k, and 8 samples one of W
 // and dW, and their dh stays in the first-level cache.
-constexpr int64_t kSubBatch = 8;
 template <class A>
 inline constexpr int64_t kSubLanes = W<A> < 4 ? W<A> : 4;
 // W_i and dW_i of a whole block stay in the second-level cache from one sub-batch to the next, if they fit into this.
-// Else those of one i do: then a capsule is taken alone, and the dh of twice the samples is as small as before.
+// Else only as many capsules are taken as share such a load, and twice the samples to read W and dW less often.
 constexpr int64_t kOwnedWeights = int64_t(256) << 10, kLongSubBatch = 2 * kSubBatch;
 
 template <class A>
@@ -34,8 +33,8 @@ class RowGradients {
       : plan_(plan), layout_(plan.layout), p_(plan.p), out_(plan.out), kept_(kept), logits_(logits) {
     const int64_t parts = minimum(parallel.threads, maximum(1, layout_.blocks));
     const int64_t weights = 2 * p_.D * layout_.sums() * int64_t(sizeof(A));  // W_i and dW_i
-    lanes_ = p_.form == Weight::pair && plan.keep_pairs && weights * W<A> > kOwnedWeights ? 1 : W<A>;
-    sub_batch_ = one_by_one() ? kLongSubBatch : kSubBatch;
+    lanes_ = p_.form == Weight::pair && plan.keep_pairs && weights * W<A> > kOwnedWeights ? kSubLanes<A> : W<A>;
+    sub_batch_ = few_inputs() ? kLongSubBatch : kSubBatch;
     wants_weight_ = out_.weight && p_.form == Weight::pair;
     // A whole batch in one write: nothing of dW is needed again.
     const bool once = p_.B <= sub_batch_, aligned = uintptr_t(out_.weight) % CAPSROUTE_VECTOR_BYTES == 0;
@@ -49,7 +48,7 @@ class RowGradients {
     scratch_ = take_shares(carver, parts, [this](Carver& own) { carve_scratch(own); });
   }
 
-  bool one_by_one() const { return lanes_ == 1; }
+  bool few_inputs() const { return lanes_ < W<A>; }
 
   // Adds what the samples first .. first + count of the batch contribute.
   void run(int64_t first, int64_t count, const Parallel& parallel) {
@@ -72,7 +71,7 @@ class RowGradients {
     A* uniform;                   // [sub_batch][J, W]: p^1 where it has no query
     A* pairs;                     // [sub_batch][slot][J, W], where they are not kept
     Coefficient<A>* coefficient;  // [terms]
-    A* dh;                        // [kSubLanes or 1][sub_batch][J, F]
+    A* dh;                        // [kSubLanes][sub_batch][J, F]
     A* inputs;                    // [sub_batch][lanes][D]
     A* du;                        // [sub_batch][lanes][D]
     A* dlogits;                   // [J, W]
@@ -83,7 +82,7 @@ class RowGradients {
     s.uniform = carver.take<A>(sub_batch_ * layout_.lanes());
     s.pairs = carver.take<A>(plan_.keep_pairs ? 0 : kSubBatch * kept_.block_pairs());
     s.coefficient = carver.take<Coefficient<A>>(plan_.terms);
-    s.dh = carver.take<A>(minimum(lanes_, kSubLanes<A>) * sub_batch_ * layout_.sums());
+    s.dh = carver.take<A>(kSubLanes<A> * sub_batch_ * layout_.sums());
     s.inputs = carver.take<A>(sub_batch_ * lanes_ * p_.D);
     s.du = carver.take<A>(sub_batch_ * lanes_ * p_.D);
     s.dlogits = carver.take<A>(layout_.lanes());
@@ -160,18 +159,18 @@ class RowGradients {
     }
   }
 
-  // dh_ij = sum over terms of coefficient_ij vector_j, for the lanes l0 .. l0 + lanes of one sample; summed over j too
+  // dh_ij = sum over terms of coefficient_ij vector_j, for kSubLanes lanes of one sample from l0 on; summed over j too
   // where all j share a row.
-  template <int N, class Size>
+  template <class Size>
   void votes_gradient(int64_t n, const Block<A>& block, const Coefficient<A>* coefficient, int64_t l0, A* dh,
                       Size F) const {
     const int64_t sums = layout_.sums(), next = sub_batch_ * sums, terms = plan_.terms, J = p_.J;
     const A* vectors = kept_.row(n, 0);
     const bool at_once = layout_.shared && !block.forbids;  // the vectors of all j follow each other
-    if (at_once) combine<N>(dh, next, coefficient, l0, 0, vectors, F, terms, J, F);
+    if (at_once) combine(dh, next, coefficient, l0, 0, vectors, F, terms, J, F);
     for (int64_t j = 0; !at_once && j < J; ++j)
-      combine<N>(dh + j * F, next, coefficient, l0, j, vectors + j * F, sums, terms, Known<1>(), F);
-    for (int64_t l = 0; l < N; ++l) {  // exactly 0, also where a vector is NaN
+      combine(dh + j * F, next, coefficient, l0, j, vectors + j * F, sums, terms, Known<1>(), F);
+    for (int64_t l = 0; l < kSubLanes<A>; ++l) {  // exactly 0, also where a vector is NaN
       A* own = dh + l * next;
       if (block.live[l0 + l] == 0) set_zero(own, at_once ? F : sums);
       for (int64_t j = 0; block.forbids && j < J; ++j)
@@ -180,37 +179,45 @@ class RowGradients {
     }
   }
 
-  // to[l] = sum over terms and J of them of coefficient[term][j0 + j, lane + l] vectors[term, j], [F], for N lanes l
-  template <int N, class Count, class Size>
+  // to[l] = sum over terms and J of them of coefficient[term][j0 + j, lane + l] vectors[term, j], [F], for kSubLanes l
+  template <class Count, class Size>
   void combine(A* to, int64_t next, const Coefficient<A>* coefficient, int64_t lane, int64_t j0, const A* vectors,
                int64_t stride, int64_t terms, Count J, Size F) const {
+    constexpr int N = kSubLanes<A>;
     int64_t f = 0;
     for (; f + 2 * W<A> <= F; f += 2 * W<A>)
       combine_panel<N, 2>(to + f, next, coefficient, lane, j0, vectors + f, stride, terms, J);
     for (; f < F; f += W<A>) combine_panel<N, 1>(to + f, next, coefficient, lane, j0, vectors + f, stride, terms, J);
   }
 
+  // Asks for a part of `count` numbers, for the second-level cache. Were it not inlined, GCC would see a function
+  // without effect, and drop it.
+  CAPSROUTE_INLINE static void ask_for(const A* next, int64_t count, int64_t part, int64_t parts) {
+    for (int64_t k = count * part / parts; k < count * (part + 1) / parts; k += 64 / int64_t(sizeof(A)))
+      __builtin_prefetch(next + k, 0, 2);
+  }
+
   void row_gradients(int64_t first, int64_t m, int64_t samples, const Lanes& lanes, const Block<A>* blocks,
                      const Scratch& scratch) const {
-    const int64_t sums = layout_.sums();
+    const int64_t sums = layout_.sums(), size = kept_.block_pairs();
     Coefficient<A>* coefficient = scratch.coefficient;
     const bool by_samples = plan_.keep_pairs && logits_.stream().way.by_samples;
-    const int64_t next = by_samples ? kept_.block_pairs() : 1;
+    const int64_t next = by_samples ? size : 1;
     for (int64_t l = 0; l < lanes.count; l += kSubLanes<A>) {
       for (int64_t n = 0; n < samples; ++n) {
         const A* kept = by_samples ? kept_.pair_of_samples(m + n, lanes.i0) : pairs(m, n, lanes.i0, scratch);
         const int64_t own = lanes.differ ? n : 0;
+        if (by_samples)  // the pairs of the next capsules, and those of the next sub-batch, follow in memory
+          ask_for(kept + (lanes.begin + l + kSubLanes<A>)*size, kSubLanes<A> * size, n, samples);
+        else if (plan_.keep_pairs)
+          ask_for(kept + sub_batch_ * size, size, l / kSubLanes<A>, lanes_ / kSubLanes<A>);
         if (!plan_.queried(1)) coefficient[0] = {scratch.uniform + own * layout_.lanes(), 1};
         for (int64_t k = plan_.first_queried(); k <= p_.R; ++k) {
           coefficient[plan_.e(k)] = {kept + plan_.p_slot(k) * layout_.lanes(), next};
           coefficient[plan_.q(k - 1)] = {kept + plan_.db_slot(k) * layout_.lanes(), next};
         }
         with_features<A>(layout_.F, [&](auto F) {
-          A* dh = scratch.dh + n * sums;
-          if (lanes.count == 1)
-            votes_gradient<1>(m + n, blocks[own], coefficient, lanes.begin, dh, F);
-          else
-            votes_gradient<kSubLanes<A>>(m + n, blocks[own], coefficient, lanes.begin + l, dh, F);
+          votes_gradient(m + n, blocks[own], coefficient, lanes.begin + l, scratch.dh + n * sums, F);
         });
       }
       for (int64_t k = 0; k < minimum(kSubLanes<A>, lanes.count - l); ++k) {
