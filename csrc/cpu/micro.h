@@ -24,8 +24,8 @@ CAPSROUTE_INLINE void with_features(int64_t F, const Visit& visit) {
   }
 }
 
-constexpr int64_t kRows = 8;          // of a weight, that are read together
-constexpr int64_t kNear = 16 * 1024;  // bytes that may be asked for ahead
+constexpr int64_t kRows = 8;           // of a weight, that are read together
+constexpr int64_t kNear = 256 * 1024;  // bytes that may be asked for ahead
 
 // y_n[f] += sum over d of x_n[d] w[d, f], for N samples, given as terms, and C vectors of features; from 0 if this is
 // `first`. What lies `ahead` of w is asked for on the way, if that is not 0: rows this short and far apart are not what
@@ -49,7 +49,7 @@ CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const Term<X>* c
     for (int c = 0; c < C; ++c)
 #pragma GCC unroll 2
       for (int64_t k = 0; k < kTerm<X>; ++k)
-        if (ahead && c * W<A> * sizeof(X) % 64 == 0) __builtin_prefetch(w + k * w_stride + ahead + c * W<A>);
+        if (ahead && c * W<A> * sizeof(X) % 64 == 0) ask_for(w + k * w_stride + ahead + c * W<A>);
     load_terms<C>(w, w_stride, kTerm<X> > 1 && d + 1 == D, row);
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
@@ -69,8 +69,7 @@ void apply_rows(const X* w, int64_t w_stride, const Term<X>* const* x, Size D, A
   // N C sums, C rows and a scale in 16 registers, or in 32; pairs are woven for two vectors at a time
   constexpr int C = N > 2 ? (kTerm<X> > 1 ? 4 : 3) : N > 1 ? 4 : 10;
   const int64_t next = kRows * w_stride;
-  const bool follow = N == 1 && F == C * W<A>;  // a processor sees that by itself
-  const int64_t ahead = follow || next * int64_t(sizeof(X)) > kNear ? 0 : next;
+  const int64_t ahead = next * int64_t(sizeof(X)) > kNear ? 0 : next;
   int64_t f = 0;
   for (; f + C * W<A> <= F; f += C * W<A>) apply_panel<N, C>(w, w_stride, x, D, y, f, first, ahead);
   for (; f + 2 * W<A> <= F; f += 2 * W<A>) apply_panel<N, 2>(w, w_stride, x, D, y, f, first, ahead);
@@ -104,7 +103,7 @@ void apply(const X* w, int64_t w_stride, const Term<X>* const* x, int64_t D, A* 
 }
 
 // x_n[d] = sum over f of w[d, f] y_n[f] for `samples` <= N, and K features d at a time: N K dot products, one sum_each.
-// For one sample the weight is no sooner there than used: that after it, which follows it in memory, is asked for.
+// The weight that follows it in memory is asked for.
 template <int N, int K, class X, class A>
 CAPSROUTE_INLINE void apply_transposed_panel(const X* w, int64_t w_stride, const A* const* y, int64_t F, A* const* x,
                                              int64_t D, int64_t samples) {
@@ -121,7 +120,7 @@ CAPSROUTE_INLINE void apply_transposed_panel(const X* w, int64_t w_stride, const
 #pragma GCC unroll 16
       for (int64_t k = 0; k < K; ++k) {
         const Vec<A> weight = load(row[k] + f);
-        if (N == 1) __builtin_prefetch(row[k] + f + ahead);
+        ask_for(row[k] + f + ahead);
 #pragma GCC unroll 4
         for (int64_t n = 0; n < N; ++n) sum[n * K + k] += weight * load(from[n] + f);
       }

@@ -190,11 +190,10 @@ class RowGradients {
     for (; f < F; f += W<A>) combine_panel<N, 1>(to + f, next, coefficient, lane, j0, vectors + f, stride, terms, J);
   }
 
-  // Asks for a part of `count` numbers, for the second-level cache. Were it not inlined, GCC would see a function
-  // without effect, and drop it.
-  CAPSROUTE_INLINE static void ask_for(const A* next, int64_t count, int64_t part, int64_t parts) {
+  // Asks for a part of `count` numbers.
+  CAPSROUTE_INLINE static void ask_for_part(const A* next, int64_t count, int64_t part, int64_t parts) {
     for (int64_t k = count * part / parts; k < count * (part + 1) / parts; k += 64 / int64_t(sizeof(A)))
-      __builtin_prefetch(next + k, 0, 2);
+      ask_for(next + k);
   }
 
   void row_gradients(int64_t first, int64_t m, int64_t samples, const Lanes& lanes, const Block<A>* blocks,
@@ -208,9 +207,9 @@ class RowGradients {
         const A* kept = by_samples ? kept_.pair_of_samples(m + n, lanes.i0) : pairs(m, n, lanes.i0, scratch);
         const int64_t own = lanes.differ ? n : 0;
         if (by_samples)  // the pairs of the next capsules, and those of the next sub-batch, follow in memory
-          ask_for(kept + (lanes.begin + l + kSubLanes<A>)*size, kSubLanes<A> * size, n, samples);
+          ask_for_part(kept + (lanes.begin + l + kSubLanes<A>)*size, kSubLanes<A> * size, n, samples);
         else if (plan_.keep_pairs)
-          ask_for(kept + sub_batch_ * size, size, l / kSubLanes<A>, lanes_ / kSubLanes<A>);
+          ask_for_part(kept + sub_batch_ * size, size, l / kSubLanes<A>, lanes_ / kSubLanes<A>);
         if (!plan_.queried(1)) coefficient[0] = {scratch.uniform + own * layout_.lanes(), 1};
         for (int64_t k = plan_.first_queried(); k <= p_.R; ++k) {
           coefficient[plan_.e(k)] = {kept + plan_.p_slot(k) * layout_.lanes(), next};

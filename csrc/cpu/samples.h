@@ -57,7 +57,7 @@ CAPSROUTE_INLINE void votes_panel(const T* w, int64_t w_stride, const T* const* 
     decltype(load(w)) x[G];
 #pragma GCC unroll 2
     for (int g = 0; g < G; ++g) x[g] = load(u[g] + d * W<A>);
-    __builtin_prefetch(w + ahead);
+    ask_for(w + ahead);
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c)
 #pragma GCC unroll 2
