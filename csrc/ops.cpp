@@ -34,8 +34,7 @@ void ask_for_large_pages([[maybe_unused]] void* start, [[maybe_unused]] int64_t 
 }
 
 // Scratch is kept by the calling thread for its next call: fresh memory would cost a page fault for
-// every 4 KiB. More than kKeptScratch is given back at once; the backward of a head of 1000 output capsules takes 76
-// MiB.
+// every 4 KiB. More than kKeptScratch is given back at once; the backward of 1000 output capsules takes 76 MiB.
 constexpr int64_t kLine = 64, kKeptScratch = int64_t(96) << 20;
 
 struct Scratch {

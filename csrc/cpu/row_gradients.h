@@ -5,8 +5,8 @@
 
 namespace capsroute::CAPSROUTE_ISA {
 
-// Samples and input capsules whose dh is made together: 4 capsules share a load of e^k and q^k, and 8 samples one of W
-// and dW, and their dh stays in the first-level cache.
+// So many input capsules share a load of e^k and q^k. The dh of these and of kSubBatch samples stays in the first-level
+// cache, unless W is large.
 template <class A>
 inline constexpr int64_t kSubLanes = W<A> < 4 ? W<A> : 4;
 // W_i and dW_i of a whole block stay in the second-level cache from one sub-batch to the next, if they fit into this.

@@ -286,8 +286,8 @@ CAPSROUTE_INLINE Vec<A> rounded(Vec<A> x) {
   return x;
 }
 
-// Asks for what will be read, for the second-level cache: the first has room for few lines on their way, fewer than
-// keep the memory busy. Were this not inlined, GCC would see a function without effect, and drop the call.
+// Asks for what will be read, for the second-level cache: measured, what is asked for in the first comes more slowly
+// from memory. Were this not inlined, GCC would see a function without effect, and drop the call.
 template <class T>
 CAPSROUTE_INLINE void ask_for(const T* p) {
   __builtin_prefetch(p, 0, 2);
