@@ -130,7 +130,7 @@ inline Problem pass_of(const Tensor& u, const Optional& weight, const Optional& 
 
 inline void* pointer(const Tensor& x) { return x.numel() ? x.mutable_data_ptr() : nullptr; }
 
-inline int64_t bytes(const Tensor& x) { return x.numel() * int64_t(x.scalar_type() == ScalarType::Double ? 8 : 4); }
+inline int64_t bytes(const Tensor& x) { return x.numel() * int64_t(x.element_size()); }
 
 inline std::vector<int64_t> shape_of(const Optional& x) {
   if (!x) return {};

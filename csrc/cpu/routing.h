@@ -81,10 +81,10 @@ struct Backward {
   void* bias;                  // [J, O], the dtype of Problem::bias
   void* logits;                // [logits_B, logits_I, J], the dtype of Problem::logits
   void* query;                 // [B, J, O] in the accumulation type
+  // If dW for each pair lies in new memory, whose pages the system gives when they are written: asks for those of a
+  // part that will be. Else null.
+  void (*ask_for_pages)(void* start, int64_t bytes);
 };
-
-// More bytes than that the C library takes from the system anew in every call (glibc keeps none so large).
-constexpr int64_t kNewMemory = int64_t(32) << 20;
 
 // Runs body(context, part) for part = 0 .. parts-1, at most `threads` of them at a time.
 struct Parallel {

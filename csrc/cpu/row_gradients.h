@@ -40,10 +40,8 @@ class RowGradients {
     const bool once = p_.B <= sub_batch_, aligned = uintptr_t(out_.weight) % CAPSROUTE_VECTOR_BYTES == 0;
     in_place_ = layout_.O == p_.O && (sizeof(X) == sizeof(A) || once);
     if (wants_weight_ && !in_place_) dW_ = carver.take<A>(p_.I * p_.D * layout_.sums());
-    // The system zeroes the pages of new memory as they are first written: then they are in a cache, and stores past it
-    // only lose.
-    const bool is_new = p_.I * p_.D * layout_.sums() * int64_t(sizeof(X)) > kNewMemory;
-    if (in_place_ && aligned && once && !is_new) first_write_ = Write::set_past;
+    // The system zeroes pages as it gives them: new memory is in a cache then, and stores past it only lose.
+    if (in_place_ && aligned && once && !out_.ask_for_pages) first_write_ = Write::set_past;
     if (plan.logits_by_row && out_.logits_B < p_.B) dlogits_ = carver.take<A>(layout_.blocks * layout_.lanes());
     scratch_ = take_shares(carver, parts, [this](Carver& own) { carve_scratch(own); });
   }
@@ -91,6 +89,7 @@ class RowGradients {
 
   void block_gradients(int64_t first, int64_t count, int64_t i0, bool rows, const Scratch& scratch, int64_t part) {
     const int64_t lanes = minimum(W<A>, p_.I - i0);
+    if (wants_weight_ && in_place_ && first == 0) ask_for_weight(i0, lanes);
     if (dlogits_ && first == 0) set_zero(dlogits_ + i0 * p_.J, layout_.lanes());
     const bool differ = logits_.stream().rows.lanes_differ() || p_.over_inputs;  // else those of one serve all samples
     Block<A> blocks[kLongSubBatch];
@@ -270,11 +269,18 @@ class RowGradients {
       for (int64_t j = 0; j < p_.J; ++j) write_as(out_.logits, p_.logits.dtype, (row + l) * p_.J + j, db[j * W<A> + l]);
   }
 
+  void ask_for_weight(int64_t i0, int64_t lanes) const {
+    const int64_t each = p_.D * p_.J * p_.O;
+    if (out_.ask_for_pages) out_.ask_for_pages(static_cast<X*>(out_.weight) + i0 * each, lanes * each * sizeof(X));
+  }
+
   // After the last chunk: sums over the batch, to their own dtype and shape.
   void finish(int64_t i0, int64_t lanes) const {
-    if (dW_)
+    if (dW_) {
+      ask_for_weight(i0, lanes);
       for (int64_t row = i0 * p_.D * p_.J; row < (i0 + lanes) * p_.D * p_.J; ++row)
         narrow(static_cast<X*>(out_.weight) + row * p_.O, dW_ + row * layout_.O, p_.O);
+    }
     if (dlogits_) write_logits(dlogits_ + i0 * p_.J, i0, i0);
   }
 

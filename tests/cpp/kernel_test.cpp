@@ -4,6 +4,7 @@
 // For many problems, in float64: v against the definition written with loops that store the votes;
 // the gradients against central differences along a random direction; the same bits for 1 to 5 threads;
 // float32, bfloat16 and float16 storage against the float64 result.
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -26,6 +27,7 @@ namespace {
 
 std::mt19937 generator(7);
 int failures = 0;
+std::atomic<int64_t> asked;
 
 void check(bool ok, const std::string& what) {
   if (ok) return;
@@ -209,8 +211,14 @@ Result run(const Case& c, const Values& x, const Vector& grad, DType dtype, int6
   back.logits_B = c.logits_B(), back.logits_I = c.logits_I();
   back.u = du.data(), back.weight = dweight.data(), back.bias = dbias.data();
   back.logits = dlogits.data(), back.query = dquery.data();
+  // As if dW were new memory: each part is asked for once, before it is written, so that NaN there does not last.
+  asked = 0;
+  auto ask = [](void* start, int64_t bytes) { asked += bytes, std::memset(start, 0xff, bytes); };
+  if (thread_count > 1) back.ask_for_pages = ask;
   Scratch backward(tested::kernels.plan_backward(p, back, thread_count).scratch);
   tested::kernels.backward(p, back, backward.start, parallel);
+  check(asked == (thread_count > 1 && c.form == Weight::pair ? dweight.count * dweight.size() : 0),
+        c.name() + ": pages of dW were asked for " + std::to_string(asked) + " bytes");
   return {(c.pass ? s : v).all(), coupling.all(), du.all(), dweight.all(), dbias.all(), dlogits.all(), dquery.all()};
 }
 
