@@ -34,27 +34,20 @@ struct Way {
   // A lane is a sample only if it `may` be. Where there is `room` for votes of a few samples, in bytes, they stay there
   // for the backward.
   Way(const Layout<X>& layout, int64_t batch, int64_t passes, bool may, int64_t room, int64_t threads) {
-    const Problem& p = layout.p;
-    const bool pair = p.form == Weight::pair;
-    const bool lanes = kWide && layout.sums() * W<A> * int64_t(sizeof(A)) <= kNearVotes;
-    const int64_t block = layout.block_size() * int64_t(sizeof(A)), votes = layout.blocks * block;
-    const int64_t weight = p.I * p.D * layout.sums() * int64_t(sizeof(X));
-    const bool few = batch <= kSamples;
+    const bool pair = layout.p.form == Weight::pair, few = batch <= kSamples;
     handed = few && room > 0;
-    const bool many = pair && (passes > 1 || handed);
-    const bool in_lanes = many && lanes && W<A> * votes <= minimum(kKeptVotes, p.D * kKeptForTerm);
-    const bool large = p.D * layout.sums() >= kLargeWeight;
-    const bool in_tile = many && !in_lanes &&
-                         (lanes ? large && kSamples * votes <= 4 * kKeptOfTile / 3 && weight <= kNearWeight
-                                : kSamples * votes <= kKeptVotes);
-    by_samples = pair && lanes && may && batch >= W<A> && !in_tile;
-    product_first = pair && !in_lanes && !in_tile;
+    const bool again = pair && (passes > 1 || handed);
+    const bool near = kWide && layout.sums() * W<A> * int64_t(sizeof(A)) <= kNearVotes;
+    const Keep rule = again ? rule_of(layout, near) : Keep::none;
+    by_samples = pair && near && may && batch >= W<A> && rule != Keep::tile;
+    product_first = pair && rule == Keep::none;
     together = by_samples ? W<A> : minimum(kSamples, maximum(1, batch));
-    const int64_t every = together * votes, of_few = handed ? room : kKeptOfFew;
-    const int64_t most = many && few ? of_few : in_tile && lanes ? kKeptOfTile : in_tile || in_lanes ? every : 0;
-    kept_inputs = every <= most ? p.I : most / (together * block) * W<A> / kGroup * kGroup;
+    const int64_t block = together * layout.block_size() * int64_t(sizeof(A)), votes = layout.blocks * block;
+    int64_t most = rule == Keep::none ? 0 : rule == Keep::tile && near ? kKeptOfTile : votes;
+    if (again && few) most = handed ? room : kKeptOfFew;
+    kept_inputs = votes <= most ? layout.p.I : most / block * W<A> / kGroup * kGroup;
     keep = kept_inputs > 0;
-    run = !by_samples ? 1 : keep || p.over_inputs ? W<A> : 4;
+    run = !by_samples ? 1 : keep || layout.p.over_inputs ? W<A> : 4;
     tile = tile_size(layout, batch, threads);
   }
 
@@ -69,6 +62,18 @@ struct Way {
   int64_t tile;         // samples that read the weight together
 
  private:
+  enum class Keep { none, lanes, tile };  // votes of as many samples as a lane could be, or of a tile of kSamples
+
+  // Whose votes are kept, of a batch that is not few: by sizes alone, as the bits of a first pass depend on it.
+  static Keep rule_of(const Layout<X>& layout, bool near) {
+    const int64_t votes = layout.blocks * layout.block_size() * int64_t(sizeof(A)), D = layout.p.D;
+    if (!near) return kSamples * votes <= kKeptVotes ? Keep::tile : Keep::none;
+    if (W<A> * votes <= minimum(kKeptVotes, D * kKeptForTerm)) return Keep::lanes;
+    const int64_t numbers = D * layout.sums(), weight = layout.p.I * numbers * int64_t(sizeof(X));
+    const bool fits = kSamples * votes <= 4 * kKeptOfTile / 3 && weight <= kNearWeight;
+    return fits && numbers >= kLargeWeight ? Keep::tile : Keep::none;
+  }
+
   // Few where their votes are kept in the cache, else as many as keep V and sums there, so that the weight comes from
   // memory as seldom as can be. Each thread has a share of the tiles. If those were short, or the busiest thread had
   // more than 5/4 of its share, there is one long tile, of which threads share out the groups, if it has several.
