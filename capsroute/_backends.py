@@ -112,7 +112,7 @@ def choose(name: str, u: Tensor, weight: Tensor | None, options: reference.Optio
                     _log_once(candidate, why, refused)
                 return backend
             refused += f"; not {candidate}: {why}"
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         expected = ", ".join(f'"{known}"' for known in ("auto", *BACKENDS))
         raise ValueError(f"backend must be one of {expected}, got {name!r}")
     can, why = BACKENDS[name].serves(u, weight, options)

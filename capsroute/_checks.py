@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
+import sys
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ def check_tensor(name: str, value: object, letters: str) -> None:
         raise TypeError(f"{name} must be a tensor {letters}, got {type(value).__name__}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}")
+    _check_layout(name, value)
+
+
+def _check_layout(name: str, value: Tensor) -> None:
     # dynamo cannot trace `layout` in a backward, where a recomputed forward comes through here
     if not torch.compiler.is_compiling() and value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
@@ -32,12 +36,14 @@ def check_tensor(name: str, value: object, letters: str) -> None:
 def check_positive(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    if not 0 < value < math.inf:
+    if not 0 < value <= sys.float_info.max:  # an int may be beyond
         raise ValueError(f"{name} must be a positive finite number, got {value}")
 
 
 def check_eps(eps: float) -> None:
     check_positive("eps", eps)
+    if eps < torch.finfo(torch.float32).tiny:
+        raise ValueError(f"eps must be at least 1.2e-38, the least normal float32, got {eps}: squash divides by it")
 
 
 def check_flag(name: str, value: object) -> None:
@@ -60,6 +66,8 @@ def _checked_options(iterations: int, coupling: str, leaky: bool, detach_couplin
         raise TypeError(f"iterations must be an int, got {type(iterations).__name__}")
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
+    if iterations >= 2**31:
+        raise ValueError(f"iterations must be less than 2^31, got {iterations}")
     check_flag("detach_coupling", detach_coupling)
     check_coupling(coupling, leaky)
     check_eps(eps)
@@ -80,7 +88,7 @@ def check_coupling(coupling: str, leaky: bool) -> None:
 def check_scale(scale: float) -> None:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a float, got {type(scale).__name__}: multiply the query by a tensor instead")
-    if not -math.inf < scale < math.inf:
+    if not abs(scale) <= sys.float_info.max:
         raise ValueError(f"scale must be finite, got {scale}")
 
 
@@ -162,5 +170,6 @@ def check_mask(mask: Tensor, target: tuple[int, ...], u: Tensor, letters: str = 
         raise TypeError(f"mask must be a bool tensor that broadcasts to {letters}, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool, True where the capsule takes part, got {mask.dtype}: pass mask.bool()")
+    _check_layout("mask", mask)
     check_device("mask", mask, u)
     check_broadcast("mask", mask, target, letters)

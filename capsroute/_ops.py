@@ -95,13 +95,18 @@ def _one_by_one(op):
 
     def rule(info, in_dims, *args):
         def at(k):
-            return [x if dim is None else x.select(dim, k) for x, dim in zip(args, in_dims, strict=True)]
+            return [x if dim is None else _select(x, dim, k) for x, dim in zip(args, in_dims, strict=True)]
 
-        outputs = [op(*at(k)) for k in range(info.batch_size)]
-        stacked = tuple(torch.stack(parts) for parts in zip(*outputs, strict=True))
+        outputs = [op(*at(k)) for k in range(max(1, info.batch_size))]
+        stacked = tuple(torch.stack(parts)[: info.batch_size] for parts in zip(*outputs, strict=True))
         return stacked, (0,) * len(stacked)
 
     return rule
+
+
+def _select(x, dim, k):
+    """x[k] along a dimension; of an empty one zeros, from which the shapes of the results follow."""
+    return x.select(dim, k) if x.shape[dim] else x.new_zeros(x.shape[:dim] + x.shape[dim + 1 :])
 
 
 define("capsroute")

@@ -182,7 +182,8 @@ def squash(s: Tensor, dim: int = -1, eps: float = 1e-9, power: float = 1.0) -> T
     """Shrink vectors to a length below 1, keeping their direction (Sabour et al. 2017, eq. 1).
 
     v = (n2 / (1 + n2))^power * s / sqrt(n2 + eps), n2 = |s|^2. Low precision is computed in float32. Value and
-    gradient are right, not merely finite, at s = 0 and for |s| from 1e-30 to 1e18 (1e4 in float16).
+    gradient are right, not merely finite, at s = 0 and for |s| from 1e-30 to 1e18 (1e4 in float16); with a power below
+    1 from 1e-18, where n2 does not underflow.
 
     Args:
         s: vectors along ``dim``; float32, float64, bfloat16 or float16.
@@ -196,6 +197,8 @@ def squash(s: Tensor, dim: int = -1, eps: float = 1e-9, power: float = 1.0) -> T
     _checks.check_tensor("s", s, "with vectors along dim")
     _checks.check_eps(eps)
     _checks.check_positive("power", power)
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim must be an int, got {dim!r}")
     if not -s.dim() <= dim < s.dim():
         raise ValueError(f"dim must be a dimension of s {list(s.shape)}, got {dim}")
     return reference.squash(s.to(reference.accumulation_dtype(s.dtype)), dim, eps, power).to(s.dtype)
@@ -204,7 +207,10 @@ def squash(s: Tensor, dim: int = -1, eps: float = 1e-9, power: float = 1.0) -> T
 def _route(check, tensors, options, return_coupling, backend):
     u, weight, sizes, autocast = _checked(check, tensors)
     run = _backends.choose(backend, u, weight, options).route
-    return _run(run, u, weight, tensors[2:], sizes, options, return_coupling, autocast)
+    bias, logits, mask = tensors[2:]
+    if options.detach_coupling and logits is not None:  # they reach the output through the coupling alone
+        logits = logits.detach()
+    return _run(run, u, weight, (bias, logits, mask), sizes, options, return_coupling, autocast)
 
 
 def _pass(check, tensors, scale, options, return_coupling, backend):

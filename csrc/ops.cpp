@@ -67,10 +67,10 @@ struct Scratch {
   void* reserve(int64_t wanted) {
     if (wanted > bytes) {
       release();
-      const int64_t unit = wanted < 2 * kLargePage ? kLine : kLargePage;
-      bytes = (wanted + unit - 1) / unit * unit;
-      start = std::aligned_alloc(unit, bytes);
-      STD_TORCH_CHECK(start, "capsroute: no memory for ", bytes, " bytes of scratch");
+      const int64_t unit = wanted < 2 * kLargePage ? kLine : kLargePage, whole = (wanted + unit - 1) / unit * unit;
+      start = std::aligned_alloc(unit, whole);
+      STD_TORCH_CHECK(start, "capsroute: no memory for ", whole, " bytes of scratch");
+      bytes = whole;
       if (unit == kLargePage) ask_for_large_pages(start, bytes);
     }
     return start;

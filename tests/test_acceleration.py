@@ -235,6 +235,23 @@ def test_subclasses_are_left_alone():
     assert "a subclass of CapsuleNetwork" in entry.reason
 
 
+def test_a_forward_of_the_object_itself_is_left_alone():
+    layer = CapsuleNetwork(8, 9)
+    layer.forward = layer.forward
+    (entry,) = capsroute.accelerate(layer, quiet=True).entries
+    assert entry.reason == "not swapped: its object has a forward of its own"
+
+
+def test_a_layer_that_was_parametrized_since_is_still_swapped():
+    layer = CapsuleNetwork(8, 9)
+    first = capsroute.accelerate(layer, quiet=True)
+    name = next(name for name, _ in layer.named_parameters())
+    nn.utils.parametrize.register_parametrization(layer, name, nn.Identity())
+    again = capsroute.accelerate(layer, quiet=True)
+    assert first.entries[0].swapped
+    assert again.entries[0] == ("", "CapsuleNetwork", True, "already swapped")
+
+
 def test_our_own_layers_need_no_swap():
     model = nn.Sequential(capsroute.nn.classic.CapsuleLayer(4, 6, 3, 5), capsroute.nn.CapsuleLinear(6, 3, 4, 5))
     assert capsroute.accelerate(model, quiet=True).entries == ()

@@ -50,6 +50,17 @@ def test_the_decoder_draws_the_chosen_capsule():
     assert_close(free.lengths, free.capsules.norm(dim=-1))
 
 
+@pytest.mark.parametrize("label", [-1, 3, 1000])
+def test_labels_outside_the_classes_are_refused(label):
+    with pytest.raises(RuntimeError, match="index"):
+        small().eval()(torch.rand(1, 1, 8, 8), torch.tensor([label]))
+
+
+def test_one_label_an_image():
+    with pytest.raises(ValueError, match=r"labels must be \[B\] with B = 1, got \[1, 2\]"):
+        small().eval()(torch.rand(1, 1, 8, 8), torch.tensor([[0, 1]]))
+
+
 @pytest.mark.not_interpreted
 def test_it_learns_its_batch(backend):
     net, images = small(backend=backend), torch.rand(6, 1, 8, 8)

@@ -58,6 +58,11 @@ def test_attention_leaves_out_what_is_masked(power):
     assert dirty.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("power", [1, 2, math.inf])
+def test_attention_over_no_interests_is_zero(power):
+    assert torch.equal(LabelAwareAttention(power)(torch.rand(2, 0, 3), torch.rand(2, 3)), torch.zeros(2, 3))
+
+
 def test_attention_refuses_wrong_arguments():
     attention = LabelAwareAttention()
     with pytest.raises(ValueError, match=r"label must be \[\*, O\] where interests are \[\*, J, O\], got \[3, 6\]"):

@@ -111,3 +111,23 @@ def test_lazy_capsule_linear_becomes_what_its_input_needs():
     u = torch.randn(2, 7, 3, dtype=torch.float64)
     assert torch.equal(lazy(u), layer(u))
     assert repr(lazy) == repr(layer)
+
+
+def test_a_lazy_layer_that_was_loaded_knows_its_sizes():
+    lazy = LazyCapsuleLinear(4, 5)
+    lazy.load_state_dict(CapsuleLinear(7, 3, 4, 5).state_dict())
+    with pytest.raises(ValueError, match=r"weight must be \[I, J, O, D\] with I = 8 and D = 3"):
+        lazy(torch.randn(2, 8, 3))
+    assert (lazy.in_capsules, lazy.in_features) == (7, 3)
+
+
+@pytest.mark.parametrize(
+    ("logits", "error", "message"),
+    [
+        ([0.0], TypeError, r"logits must be a tensor \[\*, I, J\], got list"),
+        (torch.zeros(7, 3), ValueError, r"logits must broadcast to \[\*, I, J\] with J = 4, got \[7, 3\]"),
+    ],
+)
+def test_prior_logits_of_a_shared_matrix_are_checked(logits, error, message):
+    with pytest.raises(error, match=message):
+        CapsuleLinear(7, 3, 4, 5, shared="pairs")(torch.randn(2, 7, 3), logits=logits)

@@ -52,6 +52,7 @@ def test_capsnet_loss_adds_the_mean_squared_error():
     ("labels", "error", "message"),
     [
         (torch.tensor([0.0, 1.0]), TypeError, "labels must be int64, got torch.float32"),
+        ([0, 1], TypeError, "labels must be an int64 tensor, got list"),
         (torch.tensor([0]), ValueError, r"labels must be \[B\] or \[B, K\] with B = 2, got \[1\]"),
         (torch.tensor([[[0], [1]]]), ValueError, r"labels must be \[B\] or \[B, K\] with B = 2, got \[1, 2, 1\]"),
     ],
@@ -61,6 +62,11 @@ def test_labels_are_checked(labels, error, message):
         MarginLoss()(torch.rand(2, 3), labels)
     with pytest.raises(error, match=message):
         Decoder(3, 4, (1, 8, 8))(torch.rand(2, 3, 4), labels)
+
+
+def test_the_spread_loss_wants_one_label():
+    with pytest.raises(ValueError, match=r"labels must be \[B\] with B = 2, got \[2, 1\]"):
+        SpreadLoss()(torch.rand(2, 3), torch.tensor([[0], [1]]))
 
 
 @pytest.mark.parametrize("label", [-1, 3])

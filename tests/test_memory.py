@@ -10,6 +10,8 @@ import torch
 from problems import FORMS, Problem, cotangent, random_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import capsroute
+
 
 class Calls(TorchDispatchMode):
     """Record the results of the private ops, by name."""
@@ -23,6 +25,16 @@ class Calls(TorchDispatchMode):
         if op.namespace.startswith("capsroute"):
             self.results[op.__name__.split(".")[0]].append(out)
         return out
+
+
+@pytest.mark.skipif(os.environ.get("CAPSROUTE_NO_EXT") == "1", reason="CAPSROUTE_NO_EXT=1: there are no kernels")
+def test_a_call_after_one_without_memory_is_right():
+    u, weight = torch.randn(3, 5, 4), torch.randn(5, 3, 16, 4)
+    expected = capsroute.capsule_linear(u, weight, backend="cpu")
+    zeros = torch.zeros(1)
+    with pytest.raises(RuntimeError, match="bytes of scratch"):
+        capsroute.capsule_linear(zeros.expand(1, 10**4, 10**4), zeros.expand(10**4, 1000, 1000, 10**4), backend="cpu")
+    assert torch.equal(capsroute.capsule_linear(u, weight, backend="cpu"), expected)
 
 
 @pytest.mark.parametrize("without", ["requires_grad", "no_grad", "inference_mode"])

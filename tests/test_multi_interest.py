@@ -90,6 +90,30 @@ def test_the_paper_with_a_power(backend):
     assert_same(module, u, module(u, lengths=LENGTHS), v)
 
 
+@pytest.mark.parametrize("options", [{}, {"squash_power": 0.5}, {"cosine_scale": 2.0}], ids=str)
+def test_a_detached_coupling_of_one_pass_gives_the_prior_no_gradient(options):
+    module = MultiInterest(CLICKS, FEATURES, INTERESTS, OUT, 1, detach_coupling=True, **options)
+    logits = torch.randn(CLICKS, INTERESTS, requires_grad=True)
+    v = module(torch.randn(BATCH, CLICKS, FEATURES), logits=logits)
+    assert torch.autograd.grad(v.sum(), [module.weight, logits], allow_unused=True)[1] is None
+
+
+@pytest.mark.parametrize("options", [{}, {"squash_power": 0.5}, {"cosine_scale": 2.0}, {"adaptive": True}], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (CLICKS, 1), (BATCH, 1, 1)], ids=str)
+def test_prior_logits_broadcast_over_the_interests(options, shape):
+    module = MultiInterest(CLICKS, FEATURES, INTERESTS, OUT, **options)
+    u, logits = torch.randn(BATCH, CLICKS, FEATURES), torch.randn(shape)
+    expected = module(u, logits=logits.expand(BATCH, CLICKS, INTERESTS))
+    torch.testing.assert_close(module(u, logits=logits), expected)
+
+
+def test_prior_logits_under_autocast():
+    module = MultiInterest(CLICKS, FEATURES, INTERESTS, OUT)
+    with torch.autocast("cpu", torch.bfloat16):
+        v = module(torch.randn(BATCH, CLICKS, FEATURES), logits=torch.randn(CLICKS, INTERESTS).bfloat16())
+    assert v.dtype == torch.bfloat16
+
+
 def test_a_power_and_detached_coupling():
     module = layer(shared="inputs", prior="zero", squash_power=1.5, detach_coupling=True)
     u = histories()

@@ -134,6 +134,18 @@ def test_several_labels_of_an_image():
         CapsNetLoss()(output, images[:, 0], torch.tensor([[0, 2], [2, 1]]))
 
 
+@pytest.mark.parametrize("labels", [None, (0,), (0, 2), (2, 0)], ids=str)
+def test_a_batch_of_nothing(labels):
+    batch = labels[0] if labels else 0
+    capsules, images = torch.rand(batch, 3, 4), torch.rand(batch, *DIGITS)
+    labels = None if labels is None else torch.zeros(labels, dtype=torch.long)
+    several = () if labels is None else labels.shape[1:]
+    assert Decoder(3, 4, DIGITS, (6,))(capsules, labels).shape == (batch, *several, *DIGITS)
+    assert small_net()(images, labels).reconstruction.shape == (batch, *several, *DIGITS)
+    if labels is not None:
+        assert MarginLoss()(torch.rand(batch, 3), labels).shape == ()
+
+
 def test_labels_reach_only_the_reconstruction():
     net, images = small_net(), torch.rand(4, *DIGITS)
     free = net(images)

@@ -70,6 +70,14 @@ def test_vmap_of_a_pass_equals_a_loop(fused, mapped):
             assert_close(x, torch.stack(parts))
 
 
+@pytest.mark.parametrize("mapped", [("u",), ("weight",), NAMES], ids="-".join)
+def test_vmap_over_nothing(fused, mapped):
+    function, tensors = function_of(random_problem((3, 5, 2, 3, 4), **EVERYTHING), fused)
+    dims = tuple(NAMES.index(name) % 2 if name in mapped else None for name in NAMES)
+    empty = [x if dim is None else x.unsqueeze(dim).narrow(dim, 0, 0) for x, dim in zip(tensors, dims, strict=True)]
+    assert torch.vmap(function, dims)(*empty).shape == (0, *function(*tensors).shape)
+
+
 def test_vmap_over_the_mask_and_over_votes(fused):
     votes, mask = torch.randn(4, 2, 5, 3, 4), torch.rand(4, 2, 5) < 0.7
 

@@ -60,9 +60,10 @@ def accelerate(module: nn.Module, *, quiet: bool = False) -> Report:
     for name, layer in module.named_modules():
         original = type(layer)
         if issubclass(original, _Accelerated):
-            entries.append(Entry(name, original.__bases__[1].__name__, True, "already swapped"))
+            entries.append(Entry(name, _swapped_class(original).__name__, True, "already swapped"))
         elif recipe := find(original):
-            reason = recipe.refuses(layer) or _disagreement(layer, recipe)
+            reason = "its object has a forward of its own" if "forward" in vars(layer) else recipe.refuses(layer)
+            reason = reason or _disagreement(layer, recipe)
             if reason is None:
                 layer.__class__ = _accelerated(original, recipe)
             shown = f"not swapped: {reason}" if reason else "swapped: the same outputs and gradients on a probe"
@@ -83,7 +84,12 @@ class _Accelerated:
 
     def __reduce_ex__(self, protocol):
         _, _, *state = super().__reduce_ex__(protocol)
-        return _restore, (type(self).__bases__[1],), *state
+        return _restore, (_swapped_class(type(self)),), *state
+
+
+def _swapped_class(accelerated: type[nn.Module]) -> type[nn.Module]:
+    """The class whose forward was swapped; a parametrization may have made a subclass since."""
+    return next(base for base in accelerated.__mro__ if _Accelerated in base.__bases__).__bases__[1]
 
 
 def _restore(original: type[nn.Module]) -> nn.Module:

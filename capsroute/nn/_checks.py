@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._checks import check_tensor
+
 
 def check_sizes(**sizes: int) -> None:
     """Every argument, given by its name, is an int of at least 1."""
@@ -33,16 +35,27 @@ def check_image_shape(image_shape: tuple[int, int, int]) -> None:
     check_sizes(**dict(zip(("image_shape[0]", "image_shape[1]", "image_shape[2]"), image_shape, strict=True)))
 
 
-def check_labels(labels: Tensor, batch: int) -> None:
-    """One or K class indices for each image; that they are below J is left to what reads the values."""
+def for_outputs(logits: Tensor, outputs: int) -> Tensor:
+    """Prior logits [*, I, J] from what broadcasts to that: a weight [O, D] takes J from them."""
+    check_tensor("logits", logits, "[*, I, J]")
+    if logits.dim() and logits.shape[-1] not in (1, outputs):
+        raise ValueError(f"logits must broadcast to [*, I, J] with J = {outputs}, got {list(logits.shape)}")
+    return logits.expand(*logits.shape[:-1], outputs)
+
+
+def check_labels(labels: Tensor, batch: int, several: bool = True) -> None:
+    """One or, where that may be, K class indices for each image; that they are below J is left to what reads them."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be an int64 tensor, got {type(labels).__name__}")
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}")
-    if labels.dim() not in (1, 2) or labels.shape[0] != batch:
-        raise ValueError(f"labels must be [B] or [B, K] with B = {batch}, got {list(labels.shape)}")
+    letters = "[B] or [B, K]" if several else "[B]"
+    if not 1 <= labels.dim() <= 1 + several or labels.shape[0] != batch:
+        raise ValueError(f"labels must be {letters} with B = {batch}, got {list(labels.shape)}")
 
 
-def is_labelled(labels: Tensor, batch: int, classes: int) -> Tensor:
+def is_labelled(labels: Tensor, batch: int, classes: int, several: bool = True) -> Tensor:
     """Checked labels [B] or [B, K] as bool [B, J]. torch refuses those outside 0..J-1; F.one_hot would refuse vmap."""
-    check_labels(labels, batch)
+    check_labels(labels, batch, several)
     nowhere = labels.new_zeros(batch, classes, dtype=torch.bool)
-    return nowhere.scatter(1, labels.reshape(batch, -1), True)
+    return nowhere.scatter(1, labels if labels.dim() == 2 else labels.unsqueeze(1), True)

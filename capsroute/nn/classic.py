@@ -85,7 +85,11 @@ class CapsuleLayer(nn.Module):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weight anew, as :class:`capsroute.nn.CapsuleLinear` does."""
+        """Draw the weight anew, as :class:`capsroute.nn.CapsuleLinear` does, or those of the convolutions."""
+        if self.num_route_nodes == -1:
+            for convolution in self.capsules:
+                convolution.reset_parameters()
+            return
         outputs, inputs, _, features = self.route_weights.shape
         nn.init.normal_(self.route_weights, std=first_pass_gain(inputs, outputs, "out") / math.sqrt(features))
 

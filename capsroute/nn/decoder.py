@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_image_shape, check_sizes, is_labelled
+from ._checks import check_image_shape, check_labels, check_sizes, is_labelled
 from ._lengths import capsule_lengths
 
 
@@ -58,9 +58,10 @@ class Decoder(nn.Module):
         """
         if labels is None:
             labels = capsule_lengths(capsules).argmax(-1)
+        check_labels(labels, capsules.shape[0])
         if labels.dim() == 2:
-            count = labels.shape[1]
-            return self(capsules.repeat_interleave(count, 0), labels.flatten()).unflatten(0, (-1, count))
+            each = labels.shape
+            return self(capsules.repeat_interleave(each[1], 0), labels.flatten()).unflatten(0, each)
         chosen = is_labelled(labels, *capsules.shape[:2])  # [B, J]
         # Select, do not multiply: a NaN in another capsule must not reach the image.
         masked = torch.where(chosen.unsqueeze(-1), capsules, 0)  # [B, J, O]

@@ -129,6 +129,6 @@ class DeepCapsNet(nn.Module):
         lengths = capsule_lengths(capsules)
         if labels is None:
             labels = lengths.argmax(-1)
-        check_labels(labels, capsules.shape[0])
-        chosen = capsules.take_along_dim(labels.view(-1, 1, 1), 1)  # [B, 1, O]
+        check_labels(labels, capsules.shape[0], several=False)
+        chosen = capsules.gather(1, labels[:, None, None].expand(-1, 1, capsules.shape[2]))  # [B, 1, O]
         return CapsNetOutput(capsules, lengths, self.decoder(chosen, torch.zeros_like(labels)))

@@ -71,6 +71,8 @@ class LabelAwareAttention(nn.Module):
 
 def _share(agreement: Tensor, power: float) -> Tensor:
     """softmax of sign(a) |a|^p over the last dimension."""
+    if agreement.shape[-1] == 0:  # of nothing
+        return agreement
     if power == math.inf:
         return torch.zeros_like(agreement).scatter(-1, agreement.argmax(-1, keepdim=True), 1)
     if power == 1:

@@ -6,6 +6,8 @@ import math
 
 from torch import Tensor
 
+from ._checks import check_sizes
+
 LOGICAL = ("[I, J, O, D]", "[J, O, D]", "[O, D]")
 
 
@@ -25,9 +27,10 @@ def from_layout(weight: Tensor, layout: str, **sizes: int) -> Tensor:
         **sizes: of letters, where a product such as ``J*O`` leaves two unknown.
 
     Raises:
-        ValueError: for a layout that means nothing, or that the tensor does not have.
+        TypeError, ValueError: for a layout that means nothing, or that the tensor does not have.
     """
     axes = _parse(layout)
+    check_sizes(**sizes)
     letters = [letter for axis in axes for letter in axis]
     if weight.dim() != len(axes):
         raise ValueError(f"weight must be {layout}, got {list(weight.shape)}")
@@ -49,7 +52,7 @@ def to_layout(weight: Tensor, layout: str) -> Tensor:
     """The inverse of :func:`from_layout`: a weight ``[I, J, O, D]``, ``[J, O, D]`` or ``[O, D]`` in that layout.
 
     Raises:
-        ValueError: for a layout that means nothing, or that has other letters than the weight.
+        TypeError, ValueError: for a layout that means nothing, or that has other letters than the weight.
     """
     axes = _parse(layout)
     letters = [letter for axis in axes for letter in axis]
@@ -63,6 +66,8 @@ def to_layout(weight: Tensor, layout: str) -> Tensor:
 
 def _parse(layout: str) -> list[list[str]]:
     """The letters of each dimension; none for a 1."""
+    if not isinstance(layout, str):
+        raise TypeError(f'layout must be a str such as "[J, I, D, O]", got {type(layout).__name__}')
     axes = [[letter.strip() for letter in axis.split("*")] for axis in layout.strip("[] ").split(",")]
     axes = [[] if axis == ["1"] else axis for axis in axes]
     letters = [letter for axis in axes for letter in axis]

@@ -10,7 +10,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from .. import _checks
 from ..functional import capsule_linear
-from ._checks import check_sizes
+from ._checks import check_sizes, for_outputs
 from .layout import from_layout
 
 SHARED = (None, "inputs", "pairs")
@@ -22,7 +22,8 @@ class CapsuleLinear(nn.Module):
     Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", 2017, Procedure 1.
 
     Args:
-        in_capsules: I, the number of input capsules. None, with a shared weight: any number.
+        in_capsules: I, the number of input capsules. A shared weight routes any number: then it is the one that the
+            first weight is drawn for, or None.
         in_features: D, the features of an input capsule.
         out_capsules: J, the number of output capsules.
         out_features: O, the features of an output capsule.
@@ -132,7 +133,7 @@ class CapsuleLinear(nn.Module):
             v ``[*, J, O]``; with ``return_coupling`` also c ``[*, I, J]``.
         """
         if self.shared == "pairs" and logits is not None:
-            logits = logits.expand(*logits.shape[:-1], self.out_capsules)
+            logits = for_outputs(logits, self.out_capsules)
         return capsule_linear(
             u,
             self.logical_weight(),
@@ -185,7 +186,11 @@ class LazyCapsuleLinear(LazyModuleMixin, CapsuleLinear):
         """Make the weight for inputs like ``u`` and draw it, unless it was loaded."""
         _checks.check_input(u)
         self.in_capsules, self.in_features = u.shape[-2:]
-        if self.has_uninitialized_params():
+        if not self.has_uninitialized_params():  # it was loaded, and knows them
+            self.in_features = self.logical_weight().shape[-1]
+            if self.shared is None:
+                self.in_capsules = len(self.weight)
+        else:
             with torch.no_grad():
                 self.weight.materialize(self._weight_shape())
                 self.reset_parameters()

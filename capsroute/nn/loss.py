@@ -72,7 +72,7 @@ class SpreadLoss(nn.Module):
         """
         if activations.dim() != 2:
             raise ValueError(f"activations must be [B, J], got {list(activations.shape)}")
-        labelled = is_labelled(labels, *activations.shape)
+        labelled = is_labelled(labels, *activations.shape, several=False)
         lead = activations.gather(1, labels.unsqueeze(1)) - activations  # a_t - a_i [B, J], 0 for the labelled class
         return F.relu(self.margin - lead).square().masked_fill(labelled, 0).sum(1).mean()
 

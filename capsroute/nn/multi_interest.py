@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..functional import capsule_linear, routing_pass, squash
-from ._checks import check_sizes
+from ._checks import check_sizes, for_outputs
 from .linear import SHARED, first_pass_gain
 
 PRIORS = ("random", "learned", "zero")
@@ -154,7 +154,8 @@ class MultiInterest(nn.Module):
         if logits is None:
             logits = self._prior(u, generator)
         else:
-            _checks.check_parameter("logits", logits, "[*, I, J]", u)
+            logits = for_outputs(logits, self.interests)
+            _checks.check_device("logits", logits, u)
             _checks.check_broadcast("logits", logits, (*u.shape[:-1], self.interests), "[*, I, J]")
         if self.adaptive:
             if mask is None:
@@ -194,6 +195,8 @@ class MultiInterest(nn.Module):
             if self.detach_coupling and query is not None:  # the agreement h . query must not be differentiated
                 c = one_pass(query, logits=logits, return_coupling=True)[1]
                 query, logits = None, c.log()
+        if self.detach_coupling and logits is not None:
+            logits = logits.detach()
         s = one_pass(query, logits=logits, return_coupling=return_coupling)
         return (self._squash(s[0]), s[1]) if return_coupling else self._squash(s)
 

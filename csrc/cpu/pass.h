@@ -22,12 +22,19 @@ CAPSROUTE_INLINE Vec<A> dot(const DottedBlock<A>, const A* dots, int64_t j, Size
   return load(dots + j * W<A>);
 }
 
-// logits_ij + h_ij . q_j
+template <class A>
+CAPSROUTE_INLINE Vec<A> never() {
+  return all<A>(-A(__builtin_inf()));
+}
+
+// logits_ij + h_ij . q_j, and -inf for a forbidden pair, whatever q_j is.
 template <class Lanes, class A, class Size>
 CAPSROUTE_INLINE Vec<A> logit_of(const Lanes block, const A* q, int64_t j, Size F) {
   Vec<A> logit = q ? dot(block, q, j, F) : all<A>(0);
-  if (block.prior) logit += load(block.prior + j * W<A>);
-  return logit;
+  if (!block.prior) return logit;
+  const Vec<A> prior = load(block.prior + j * W<A>);
+  logit += prior;
+  return block.forbids ? (prior == never<A>() ? prior : logit) : logit;
 }
 
 // c_ij = softmax over j of (logits_ij + h_ij . q_j), to c[j, lane]; 0 in lanes that are not live and
@@ -79,18 +86,11 @@ CAPSROUTE_INLINE A rescale(A from, A to) {
   return exp_negative<A>(all<A>(from == to ? A(0) : from - to))[0];
 }
 
-template <class A>
-CAPSROUTE_INLINE Vec<A> never() {
-  return all<A>(-A(__builtin_inf()));
-}
-
 // A logit of a softmax over i, where what does not take part has -inf.
 template <class Lanes, class A, class Size>
 CAPSROUTE_INLINE Vec<A> online_logit(const Lanes block, const A* q, int64_t j, Size F) {
-  Vec<A> logit = logit_of(block, q, j, F);
-  logit = block.live != 0 ? logit : never<A>();
-  if (block.forbids) logit = load(block.prior + j * W<A>) == never<A>() ? never<A>() : logit;
-  return logit;
+  const Vec<A> logit = logit_of(block, q, j, F);
+  return block.live != 0 ? logit : never<A>();
 }
 
 // Those of a block, to c[j, lane], and also to `logits`, if wanted.

@@ -54,7 +54,7 @@ class RowGradients {
     if (!rows && !plan_.logits_by_row) return;
     parallel_for(parallel, layout_.blocks, [&](int64_t index, int64_t part) {
       Carver carver = scratch_.at(part);
-      block_gradients(first, count, index * W<A>, rows, carve_scratch(carver), part);
+      block_gradients(first, count, index * W<A>, rows, carve_scratch(carver));
     });
   }
 
@@ -66,19 +66,23 @@ class RowGradients {
   };
 
   struct Scratch {
-    A* uniform;                   // [sub_batch][J, W]: p^1 where it has no query
-    A* pairs;                     // [sub_batch][slot][J, W], where they are not kept
-    Coefficient<A>* coefficient;  // [terms]
-    A* dh;                        // [kSubLanes][sub_batch][J, F]
-    A* inputs;                    // [sub_batch][lanes][D]
-    A* du;                        // [sub_batch][lanes][D]
-    A* dlogits;                   // [J, W]
+    A* prior;                            // [J, W]
+    A* uniform;                          // [sub_batch][J, W]: p^1 where it has no query
+    A* pairs;                            // [sub_batch][slot][J, W], where they are not kept, and
+    typename Stream<X>::Scratch stream;  // what they are made with
+    Coefficient<A>* coefficient;         // [terms]
+    A* dh;                               // [kSubLanes][sub_batch][J, F]
+    A* inputs;                           // [sub_batch][lanes][D]
+    A* du;                               // [sub_batch][lanes][D]
+    A* dlogits;                          // [J, W]
   };
 
   Scratch carve_scratch(Carver& carver) const {
     Scratch s;
+    s.prior = carver.take<A>(layout_.lanes());
     s.uniform = carver.take<A>(sub_batch_ * layout_.lanes());
     s.pairs = carver.take<A>(plan_.keep_pairs ? 0 : kSubBatch * kept_.block_pairs());
+    if (!plan_.keep_pairs) s.stream = logits_.stream().carve_scratch(carver);  // that has its own for other shares
     s.coefficient = carver.take<Coefficient<A>>(plan_.terms);
     s.dh = carver.take<A>(kSubLanes<A> * sub_batch_ * layout_.sums());
     s.inputs = carver.take<A>(sub_batch_ * lanes_ * p_.D);
@@ -87,7 +91,7 @@ class RowGradients {
     return s;
   }
 
-  void block_gradients(int64_t first, int64_t count, int64_t i0, bool rows, const Scratch& scratch, int64_t part) {
+  void block_gradients(int64_t first, int64_t count, int64_t i0, bool rows, const Scratch& scratch) {
     const int64_t lanes = minimum(W<A>, p_.I - i0);
     if (wants_weight_ && in_place_ && first == 0) ask_for_weight(i0, lanes);
     if (dlogits_ && first == 0) set_zero(dlogits_ + i0 * p_.J, layout_.lanes());
@@ -95,7 +99,7 @@ class RowGradients {
     Block<A> blocks[kLongSubBatch];
     auto set_lanes = [&](int64_t m, int64_t n) {
       A* uniform = scratch.uniform + n * layout_.lanes();
-      blocks[n] = logits_.stream().rows.lanes(first + m + n, i0, uniform);
+      blocks[n] = logits_.stream().rows.lanes(first + m + n, i0, scratch.prior);
       if (!plan_.queried(1)) logits_.couple_again(m + n, 1, blocks[n], uniform, layout_.F);
     };
     if (!differ) set_lanes(0, 0);
@@ -103,7 +107,7 @@ class RowGradients {
       for (int64_t m = 0; m < count; m += sub_batch_) {
         const Lanes some{i0, l, minimum(lanes_, lanes - l), differ};
         const int64_t samples = minimum(sub_batch_, count - m);
-        if (l == 0 && !plan_.keep_pairs) make_pairs(first, m, samples, i0, scratch, part);
+        if (l == 0 && !plan_.keep_pairs) make_pairs(first, m, samples, i0, scratch);
         for (int64_t n = 0; differ && n < samples; ++n) {
           set_lanes(m, n);
           if (l == 0 && p_.over_inputs && plan_.logits_move)
@@ -126,9 +130,9 @@ class RowGradients {
     return plan_.keep_pairs ? kept_.pair(m + n, i0) : scratch.pairs + n * kept_.block_pairs();
   }
 
-  void make_pairs(int64_t first, int64_t m, int64_t samples, int64_t i0, const Scratch& scratch, int64_t part) const {
+  void make_pairs(int64_t first, int64_t m, int64_t samples, int64_t i0, const Scratch& scratch) const {
     const Stream<X>& stream = logits_.stream();
-    const typename Stream<X>::Scratch own = stream.scratch(part);
+    const typename Stream<X>::Scratch& own = scratch.stream;
     Block<A> lanes{};
     for (int64_t n0 = 0; n0 < samples; n0 += kSamples) {
       const int64_t some = minimum(kSamples, samples - n0);
@@ -173,9 +177,16 @@ class RowGradients {
       A* own = dh + l * next;
       if (block.live[l0 + l] == 0) set_zero(own, at_once ? F : sums);
       for (int64_t j = 0; block.forbids && j < J; ++j)
-        if (coefficient->at[(l0 + l) * coefficient->next + j * W<A>] == 0) set_zero(own + j * F, F);
+        if (!couples(coefficient, l0 + l, j)) set_zero(own + j * F, F);
       for (int64_t j = 1; layout_.shared && !at_once && j < J; ++j) fold_sum(own, own + j * F, F, false);
     }
+  }
+
+  // Whether any term has a coefficient other than 0 for that pair: a forbidden one has none, in any pass.
+  bool couples(const Coefficient<A>* coefficient, int64_t lane, int64_t j) const {
+    for (int64_t t = 0; t < plan_.terms; ++t)
+      if (coefficient[t].at[lane * coefficient[t].next + j * W<A>] != 0) return true;
+    return false;
   }
 
   // to[l] = sum over terms and J of them of coefficient[term][j0 + j, lane + l] vectors[term, j], [F], for kSubLanes l

@@ -56,9 +56,23 @@ class Stream {
     scratch_ = take_shares(carver, schedule.parts, [this](Carver& own) { carve_scratch(own); });
   }
 
+  // That of one of `schedule.parts` threads.
   Scratch scratch(int64_t part) const {
     Carver carver = scratch_.at(part);
     return carve_scratch(carver);
+  }
+
+  Scratch carve_scratch(Carver& carver) const {
+    Scratch s;
+    s.rows = Rows<X>::Scratch::carve(layout, carver);
+    s.coupling = carver.take<A>(way.run * layout.lanes());
+    s.logits = carver.take<A>(way.run * layout.lanes());
+    if (!way.by_samples) return s;
+    s.samples = Rows<X>::SampleScratch::carve(layout, weights.whole, way.keep ? 0 : way.run, carver);
+    s.q = carver.take<A>(layout.sums() * W<A>);
+    s.e = carver.take<A>(layout.sums() * W<A>);
+    s.sums = SampleSums<A>::carve(use_.sums, carver);
+    return s;
   }
 
   // Calls visit(n, i0, block) for every block of a group and every sample n of a tile. `first` says
@@ -222,19 +236,6 @@ class Stream {
   int64_t kept_size() const {
     return way.by_samples ? schedule.tile * p.I * layout.sums()
                           : divide_up(way.kept_inputs, W<A>) * way.together * layout.block_size();
-  }
-
-  Scratch carve_scratch(Carver& carver) const {
-    Scratch s;
-    s.rows = Rows<X>::Scratch::carve(layout, carver);
-    s.coupling = carver.take<A>(way.run * layout.lanes());
-    s.logits = carver.take<A>(way.run * layout.lanes());
-    if (!way.by_samples) return s;
-    s.samples = Rows<X>::SampleScratch::carve(layout, weights.whole, way.keep ? 0 : way.run, carver);
-    s.q = carver.take<A>(layout.sums() * W<A>);
-    s.e = carver.take<A>(layout.sums() * W<A>);
-    s.sums = SampleSums<A>::carve(use_.sums, carver);
-    return s;
   }
 
   // to_nj = matrix_j from_nj; a matrix is read once for kSamples n, or, if it is one for all j, n and j.
