@@ -8,8 +8,12 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from ._backends import backends
+import torch
+
+from ._backends import BACKENDS, backends
+from .reference import Options
 
 
 def silent() -> bool:
@@ -34,8 +38,8 @@ def complain(args: argparse.Namespace, error: object) -> None:
     print(f"capsroute {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
-def number(kind: type, least: float = 0, *, above: bool = False) -> Callable[[str], float]:
-    """An argparse type: a finite number of at least `least`, or above it."""
+def number(kind: type, least: float = 0, *, above: bool = False, most: float = 2**31 - 1) -> Callable[[str], float]:
+    """An argparse type: a number of at least `least`, or above it, and at most `most`."""
 
     def parse(text: str):
         value = kind(text)
@@ -43,6 +47,8 @@ def number(kind: type, least: float = 0, *, above: bool = False) -> Callable[[st
             raise argparse.ArgumentTypeError(
                 f"must be a finite number {'above' if above else 'of at least'} {least}, got {text}"
             )
+        if value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, got {text}")
         return value
 
     parse.__name__ = kind.__name__  # argparse tells it: "invalid int value"
@@ -54,13 +60,27 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=("auto", *backends()), default="auto", help="default: %(default)s")
 
 
-def checked_backend(name: str) -> str:
-    """The backend, if it can run here.
+def checked_backend(name: str, device: torch.device | str = "cpu") -> str:
+    """The backend, if it can run here and serves tensors of that device.
 
     Raises:
         ValueError: with the reason why not.
     """
-    can, why = backends().get(name, (True, ""))
+    if name == "auto":
+        return name
+    can, why = BACKENDS[name].here()
+    if can:
+        can, why = BACKENDS[name].serves(torch.empty(0, 1, 1, device=device), None, Options())
     if not can:
         raise ValueError(f"--backend {name} cannot run here: {why}")
     return name
+
+
+def check_writable(option: str, file: Path | None) -> None:
+    """That a file could be written, before what it is to hold takes long.
+
+    Raises:
+        ValueError: if it names a directory, or its directory is not there.
+    """
+    if file and (file.is_dir() or not file.parent.is_dir()):
+        raise ValueError(f"{option} must be a file in a directory that is there, got {file}")

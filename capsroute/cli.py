@@ -14,11 +14,12 @@ from ._console import add_backend, complain, emit, number, say
 DEMO_ACCURACY = 0.985  # that the demo must reach on the test split
 
 # What the package raises for what a user can put right.
-EXPECTED = (ImportError, OSError, ValueError, FloatingPointError)
+EXPECTED = (ImportError, OSError, ValueError, FloatingPointError, torch.OutOfMemoryError)
+INTERRUPTED = 130  # as a shell reports it
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 done, 1 fell short, 2 called wrongly."""
+    """Run the command; returns the exit status: 0 done, 1 fell short, 2 called wrongly, 130 interrupted."""
     args = _parser().parse_args(argv)
     if args.seed is not None:
         torch.manual_seed(args.seed)
@@ -27,6 +28,14 @@ def main(argv: list[str] | None = None) -> int:
     except EXPECTED as error:
         complain(args, error)
         return 2
+    except RuntimeError as error:
+        if "memory" not in str(error):  # torch has no class of its own for that on a CPU
+            raise
+        complain(args, error)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        complain(args, f"interrupted{interrupt}")
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(run=run)
-        added.add_argument("--seed", type=number(int), metavar="N", help="of every random number (default: 0)")
+        added.add_argument(
+            "--seed", type=number(int, most=2**32 - 1), metavar="N", help="of every random number (default: 0)"
+        )
         added.add_argument("--json", action="store_true", help="print one JSON object as the last line")
         return added
 

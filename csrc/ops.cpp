@@ -91,8 +91,9 @@ class Cpu {
     int64_t strides[4], stride = 1;
     for (int64_t d = int64_t(shape.size()) - 1; d >= 0; --d) strides[d] = stride, stride *= shape[d] > 1 ? shape[d] : 1;
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides, int32_t(dtype),
-                                                           aoti_torch_device_type_cpu(), 0, &handle));
+    const auto failed = aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides, int32_t(dtype),
+                                                 aoti_torch_device_type_cpu(), 0, &handle);
+    STD_TORCH_CHECK(!failed, "capsroute: no memory for a result of ", stride, " numbers");
     Tensor tensor(handle);
     void* start = tensor.mutable_data_ptr();
     if (is_new(start, bytes(tensor))) ask_for_large_pages(start, bytes(tensor));

@@ -75,6 +75,15 @@ def test_names_and_shapes_of_the_parameters_are_the_snippets():
     assert len(shapes) == 2 + 16 + 1 + 6
 
 
+def test_all_layers_are_drawn_anew():
+    net = CapsuleNet()
+    before = [parameter.clone() for parameter in net.parameters()]
+    for module in net.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert not any(torch.equal(x, y) for x, y in zip(net.parameters(), before, strict=True))
+
+
 def test_the_network_draws_the_chosen_capsule():
     net = CapsuleNet()
     images = torch.rand(2, 1, 28, 28)

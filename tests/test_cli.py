@@ -9,9 +9,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import capsroute
 from capsroute import _console, cli
+from capsroute.training import cli as training_cli
 from capsroute.training.options import TrainingOptions
 from capsroute.training.run import HISTORY, MODEL, TRAINING
 
@@ -151,7 +153,7 @@ def test_a_run_goes_on_with_its_own_options_and_no_others(capsys, run_dir, tmp_p
     assert filecmp.cmp(tmp_path / "run" / MODEL, run_dir / MODEL, shallow=False)
     for words, message in (
         (("--resume", "--epochs", 9), "a run with epochs 1, asked for is 9"),
-        ((), "holds a run already: give resume to go on with it, overwrite to begin anew"),
+        ((), "holds a run already: give --resume to go on with it, --overwrite to begin anew"),
     ):
         status, _, err = run(capsys, "train", "--out", tmp_path / "run", *words)
         assert status == 2
@@ -222,14 +224,75 @@ def test_wrong_words_are_told_by_argparse(capsys, argv, message):
 
 
 def test_a_backend_that_cannot_run_is_refused_before_any_work(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(_console, "backends", lambda: {"cpu": (False, "it was not built"), "reference": (True, "")})
+    unbuilt = _console.BACKENDS["cpu"]._replace(here=lambda: (False, "it was not built"))
+    monkeypatch.setitem(_console.BACKENDS, "cpu", unbuilt)
     status, _, err = run(capsys, "train", "--out", tmp_path / "run", "--backend", "cpu")
     assert status == 2
     assert err == "capsroute train: error: --backend cpu cannot run here: it was not built\n"
     assert not (tmp_path / "run").exists()
 
 
+def test_a_backend_of_another_device_is_refused_before_any_work(capsys, monkeypatch, tmp_path, run_dir):
+    foreign = _console.BACKENDS["cpu"]._replace(serves=lambda *_: (False, "the input capsules are elsewhere"))
+    monkeypatch.setitem(_console.BACKENDS, "cpu", foreign)
+    for words in (("train", "--out", tmp_path / "run"), ("eval", run_dir), ("report", run_dir)):
+        status, _, err = run(capsys, *words, "--backend", "cpu")
+        assert status == 2
+        assert err.endswith("error: --backend cpu cannot run here: the input capsules are elsewhere\n")
+
+
+def test_an_interrupted_training_says_how_to_go_on(capsys, monkeypatch, tmp_path):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training_cli, "run_training", interrupt)
+    status, _, err = run(capsys, "train", "--out", tmp_path / "run", *TINY)
+    assert status == 130
+    assert (
+        err == f"capsroute train: error: interrupted: go on with: capsroute train --out {tmp_path / 'run'} --resume\n"
+    )
+
+
+def test_too_little_memory_is_told_in_one_line(capsys, monkeypatch, tmp_path):
+    def fail(*_, **__):
+        torch.empty(2**62, dtype=torch.uint8)
+
+    monkeypatch.setattr(training_cli, "run_training", fail)
+    status, _, err = run(capsys, "train", "--out", tmp_path / "run", *TINY)
+    assert status == 2
+    assert err.startswith("capsroute train: error: ")
+    assert "memory" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words", [("info", "--seed", 2**70), ("bench", "--threads", 10**12), ("train", "--epochs", 10**30)]
+)
+def test_numbers_beyond_their_range_are_named(capsys, words):
+    status, _, err = run(capsys, *words)
+    assert status == 2
+    assert f"argument {words[1]}: must be at most " in err
+
+
+def test_a_run_goes_on_and_is_judged_where_its_images_are_now(capsys, mnist_dir, tmp_path):
+    out_dir, before, moved = tmp_path / "run", tmp_path / "before", tmp_path / "moved"
+    before.mkdir()
+    for file in mnist_dir.glob("*ubyte*"):
+        file.rename(before / file.name)
+    assert run(capsys, "train", "--data-dir", before, "--out", out_dir, *TINY)[0] == 0
+    before.rename(moved)
+    assert run(capsys, "train", "--data-dir", moved, "--out", out_dir, "--resume")[0] == 0
+    (out_dir / TRAINING).write_bytes(b"damaged")
+    assert run(capsys, "eval", out_dir)[0] == 2
+    assert run(capsys, "eval", out_dir, "--data-dir", moved)[0] == 0  # that asks the network alone
+
+
 def test_a_missing_library_is_told_with_the_extra(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    status, _, err = run(capsys, "train", "--out", tmp_path / "run", *TINY)
+    assert (status, "pip install 'capsroute[demo]'" in err) == (2, True)
+    assert "epoch" not in err  # none was trained
+    monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     status, _, err = run(capsys, "train", "--out", tmp_path / "run")
     assert status == 2

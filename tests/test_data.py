@@ -113,7 +113,7 @@ def test_real_mnist_is_read_as_it_is():
     ("name", "content", "message"),
     [
         ("train-images-idx3-ubyte", b"", "must be an IDX file that starts with 00000803, got nothing"),
-        ("train-images-idx3-ubyte", idx(6, 5, 7)[:9], "must be an IDX file that starts with 00000803"),
+        ("train-images-idx3-ubyte", idx(6, 5, 7)[:9], "must have a header of 16 bytes, got 9"),
         ("train-images-idx3-ubyte", idx(6, 5, 7)[:-1], r"must hold \[6, 5, 7\] = 210 bytes of values, got 209"),
         ("train-images-idx3-ubyte", idx(6, 5, 7) + b"x", r"must hold \[6, 5, 7\] = 210 bytes of values, got 211"),
         ("train-images-idx3-ubyte", idx(6), "starts with 00000803, got 00000801"),
@@ -218,10 +218,17 @@ def test_a_folder_with_train_and_test_and_other_sizes(tmp_path):
         make_images(tmp_path / split / "b", count, 20, size=(9, 9), mode="L")
     with pytest.raises(DataError, match=r"b/0.png has 9 x 9 pixels, .*a/0.png 5 x 6: say what to resize to"):
         data.load(tmp_path)
+    (tmp_path / "train" / "a" / "._0.png").write_bytes(b"hidden, of a file system")
     dataset = data.load(tmp_path, image_size=7)
     assert dataset.image_shape == (1, 7, 7)  # grey stays grey
     assert dataset.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert dataset.test.images[:, 0, 3, 3].tolist() == [10, 10, 20, 20]
+
+
+def test_images_of_one_size_are_not_resized():
+    assert data.load(image_size=8).image_shape == (1, 8, 8)
+    with pytest.raises(DataError, match="--image-size resizes images of folders, the digits are 8 x 8, got 16"):
+        data.load(image_size=16)
 
 
 @pytest.mark.parametrize(

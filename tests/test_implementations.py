@@ -241,10 +241,12 @@ def test_layouts_are_views_where_they_can_be():
         ((7, 3, 20), "[I, D, J*O]", {"J": 3}, r"weight must be \[I, D, J\*O\] with J = 3, got \[7, 3, 20\]"),
         ((7, 3), "[I, D, J*O]", {"J": 4}, r"weight must be \[I, D, J\*O\], got \[7, 3\]"),
         ((2, 7, 3, 4, 5), "[1, I, D, J, O]", {}, r"weight must be \[1, I, D, J, O\]"),
+        ((7, 3, 20), "[I, D, J*O]", {"J": 0}, "J must be at least 1, got 0"),
+        ((7, 3, 20), None, {}, r'layout must be a str such as "\[J, I, D, O\]", got NoneType'),
     ],
 )
 def test_wrong_layouts_are_named(shape, layout, sizes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         from_layout(torch.zeros(shape), layout, **sizes)
 
 

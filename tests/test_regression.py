@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from capsroute.bench import regression
+from capsroute.bench import cli, regression, roofline
 from capsroute.bench.measure import Result
 from capsroute.bench.registry import CASES
 from capsroute.cli import main
@@ -44,10 +45,40 @@ def test_reports_that_cannot_be_compared_are_refused(tmp_path):
     with pytest.raises(ValueError, match="share no case that fused was measured in"):
         regression.changes(saved(reference=1.0), now)
     unknown = {"case": {"size": 3}, "pass": "forward", "seconds": 1.0}
-    for text in ("{", "[]", '{"command": "eval"}', json.dumps({"command": "bench", "results": [unknown]})):
+    nameless = json.dumps({"command": "bench", "results": []})
+    for text in ("{", "[]", '{"command": "eval"}', nameless, json.dumps({"command": "bench", "results": [unknown]})):
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(ValueError, match=r"other\.json is not what `capsroute bench --save` writes"):
             regression.load(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--save", "nowhere/base.json"), "--save must be a file in a directory that is there, got nowhere/base.json"),
+        (("--save", "."), "--save must be a file in a directory that is there, got ."),
+        (("--roofline", "--plot", "nowhere/roof.png"), "--plot must be a file in a directory that is there"),
+        (("--roofline", "--plot", "roof.xyz"), "--plot must end in .png, .pdf, .svg, got roof.xyz"),
+        (("--roofline", "--memory"), "--memory is for implementations"),
+        (("--explain", "--device", "cuda"), "are of the CPU kernels, got --device cuda"),
+        (("--compare", "base.json", "--dtype", "float64"), "reports of one dtype can be compared"),
+        (("--compare", "base.json", "--threads", "1", "--case", "comirec"), "share no case that fused was measured in"),
+    ],
+)
+def test_what_cannot_end_well_is_refused_before_it_takes_long(capsys, monkeypatch, tmp_path, words, message):
+    def measure(*_, **__):
+        raise AssertionError("measured")
+
+    for module, name in ((cli, "compare"), (roofline, "measure_machine")):
+        monkeypatch.setattr(module, name, measure)
+    monkeypatch.chdir(tmp_path)
+    Path("base.json").write_text(json.dumps(saved(fused=1.0)))
+    before = torch.get_num_threads()
+    try:
+        assert main(["bench", *words]) == 2
+    finally:
+        torch.set_num_threads(before)
+    assert message in capsys.readouterr().err
 
 
 def test_bench_saves_and_compares(tmp_path, capsys):

@@ -266,7 +266,7 @@ def test_a_run_leaves_its_network_history_and_state(few, tmp_path, capsys):
 
 def test_a_run_is_not_overwritten_by_accident(few, tmp_path):
     first = run_training(tmp_path, few, SMALL, FAST._replace(epochs=1))
-    with pytest.raises(RunError, match="holds a run already: give resume to go on with it, overwrite to begin anew"):
+    with pytest.raises(RunError, match="holds a run already: give --resume to go on with it, --overwrite to"):
         run_training(tmp_path, few, SMALL, FAST)
     again = run_training(tmp_path, few, SMALL, FAST._replace(epochs=1, seed=1), overwrite=True)
     assert again.test.loss != first.test.loss

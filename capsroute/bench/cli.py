@@ -13,12 +13,15 @@ from pathlib import Path
 import torch
 
 from .. import __version__, _ops
-from .._console import complain, emit, say
+from .._console import check_writable, complain, emit, number, say
+from .._optional import optional
 from . import path, regression, roofline, sweep, table
 from .compare import DisagreementError, compare
 from .registry import CASES, IMPLEMENTATIONS, Case, fused_backend, make_problem, names_for, pass_name
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+MOST_THREADS = 1024  # many more crash OpenMP
+PICTURES = (".png", ".pdf", ".svg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,13 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch",
         nargs="+",
-        type=_count,
+        type=number(int, 1),
         default=[],
         dest="batches",
         metavar="B",
         help="one or several, instead of each case's own",
     )
-    parser.add_argument("--threads", type=_count, metavar="N", help="of torch (default: its own choice)")
+    parser.add_argument(
+        "--threads", type=number(int, 1, most=MOST_THREADS), metavar="N", help="of torch (default: its own choice)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     parser.add_argument(
         "--implementations",
@@ -58,7 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(IMPLEMENTATIONS)} (default: all that compute one of the cases); ratios are to the first",
     )
     parser.add_argument(
-        "--seconds", type=float, default=10.0, help="to time each case and pass, once warm (default: %(default)g)"
+        "--seconds",
+        type=number(float),
+        default=10.0,
+        help="to time each case and pass, once warm (default: %(default)g)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: also AMD's GPUs (default: cpu)")
     instead = parser.add_mutually_exclusive_group()
@@ -97,6 +105,16 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--plot draws what --roofline or --sweep measures: give both")
     if (args.save or args.compare) and (args.traffic or args.explain or args.roofline or args.sweep):
         raise ValueError("--save and --compare are for times, not for --traffic, --explain, --roofline or --sweep")
+    if args.memory and (args.traffic or args.explain or args.roofline or args.sweep):
+        raise ValueError("--memory is for implementations, not for --traffic, --explain, --roofline or --sweep")
+    if args.device == "cuda" and (args.explain or args.roofline or args.sweep):
+        raise ValueError("--explain, --roofline and --sweep are of the CPU kernels, got --device cuda")
+    check_writable("--save", args.save)
+    check_writable("--plot", args.plot)
+    if args.plot:
+        optional("matplotlib")
+        if args.plot.suffix.lower() not in PICTURES:
+            raise ValueError(f"--plot must end in {', '.join(PICTURES)}, got {args.plot}")
     if args.traffic:
         return _traffic(args, cases, dtype)
     if args.explain or args.roofline or args.sweep:
@@ -113,6 +131,9 @@ def run(args: argparse.Namespace) -> int:
         "\n".join(f"- {name}: {value}" for name, value in (*about.items(), *((c.title, c.describe()) for c in cases))),
     )
     names = args.implementations or names_for(cases)
+    if base:
+        keys = [(case, pass_name(backward)) for case in cases for backward in _passes(args)]
+        regression.check(base, args.dtype, about["threads"], keys, names[0])
     say(args, "\n" + table.head(f"{args.dtype}, ± half the quartile distance", names))
     measured = []
     for case in cases:
@@ -233,10 +254,3 @@ def _library() -> bytes:
 def _processor() -> str:
     name = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return name[1] if name else "unknown processor"
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,29 +49,39 @@ def load(path: Path) -> dict:
         report = json.loads(path.read_text())
         if report["command"] != "bench":
             raise KeyError("command")
-        _rows(report)
+        _rows(report), report["dtype"], report["machine"]["threads"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not what `capsroute bench --save` writes") from error
     return report
+
+
+def check(base: dict, dtype: str, threads: int, keys: Iterable[tuple[Case, str]], first: str) -> None:
+    """That what will be measured can be compared with a report.
+
+    Raises:
+        ValueError: if they share no case and pass, or are of different dtypes or numbers of threads.
+    """
+    for name, before, now in (
+        ("dtype", base["dtype"], dtype),
+        ("number of threads", base["machine"]["threads"], threads),
+    ):
+        if before != now:
+            raise ValueError(f"reports of one {name} can be compared, got {before} and {now}")
+    rows = _rows(base)
+    if not any(first in rows.get(key, {}) for key in keys):
+        raise ValueError(f"the reports share no case that {first} was measured in")
 
 
 def changes(base: dict, report: dict) -> list[Change]:
     """What changed in every case and pass that both reports hold.
 
     Raises:
-        ValueError: if they share none, or were measured in different dtypes or on different numbers of threads.
+        ValueError: as :func:`check`.
     """
-    for name, before, now in (
-        ("dtype", base["dtype"], report["dtype"]),
-        ("number of threads", base["machine"]["threads"], report["machine"]["threads"]),
-    ):
-        if before != now:
-            raise ValueError(f"reports of one {name} can be compared, got {before} and {now}")
     before, now = _rows(base), _rows(report)
     first = report["results"][0]["name"]
+    check(base, report["dtype"], report["machine"]["threads"], now, first)
     shared = [key for key, rows in now.items() if first in rows and first in before.get(key, {})]
-    if not shared:
-        raise ValueError(f"the reports share no case that {first} was measured in")
     return [_change(f"{case.title}, {label}", first, before[case, label], now[case, label]) for case, label in shared]
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from .._optional import optional
 from .measure import alternate
 from .path import explain, operations, path_of
 from .registry import Case, make_problem, routed, run
@@ -90,9 +91,7 @@ def rows(machine: Machine, points: Sequence[Point]) -> str:
 
 def plot(machine: Machine, points: Sequence[Point], file: File) -> None:
     """Draw the points under the roof."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((8, 5), layout="constrained")
+    figure = optional("matplotlib.figure").Figure((8, 5), layout="constrained")
     axes = figure.subplots()
     least = min([p.intensity for p in points]) / 2
     most = max([p.intensity for p in points] + [2 * machine.flops / machine.bandwidth]) * 2

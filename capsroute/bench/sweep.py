@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from .._optional import optional
 from .measure import alternate
 from .path import path_of
 from .registry import Case, Problem, make_problem, routed, run
@@ -93,16 +94,15 @@ def rows(curve: Curve) -> str:
 
 def plot(curves: Sequence[Curve], file: File) -> None:
     """Draw the time for one against the size."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((7, 4.5), layout="constrained")
+    figure = optional("matplotlib.figure").Figure((7, 4.5), layout="constrained")
     axes = figure.subplots()
     for curve in curves:
         axes.plot([s.size for s in curve.steps], [s.each * 1e6 for s in curve.steps], ".-", label=curve.label)
     axes.set(xscale="log", yscale="log", xlabel=NAMES[curves[0].axis], ylabel="µs for each of them")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")  # else they lie over each other
     axes.set_title(f"capsroute's CPU kernels, threads: {torch.get_num_threads()}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")

@@ -21,8 +21,17 @@ ROUNDS = 11
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `capsroute tune` to its parser."""
     names = [name for name in CASES if name != "mnist-1"]  # the layer of mnist
-    parser.add_argument("--case", nargs="+", choices=names, default=names, dest="cases", metavar="NAME")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument(
+        "--case",
+        nargs="+",
+        choices=names,
+        default=names,
+        dest="cases",
+        metavar="NAME",
+        help=f"{', '.join(names)} (default: all)",
+    )
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="default: %(default)s")
 
 
 def execute(args: argparse.Namespace) -> int:

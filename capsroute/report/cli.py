@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from .._console import add_backend, emit, number, say
+from .._optional import optional
 from ..bench.step import format_rows
 from ..training.checkpoint import CheckpointError, history_from_json
 from ..training.cli import add_data, load_run
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
 def write_report(args: argparse.Namespace, run_dir: Path, *, speed: bool, seconds: float = 10.0) -> dict:
     """Write the report of a run, and tell what it holds."""
+    optional("matplotlib")  # before anything takes long
     loaded, dataset = load_run(args, run_dir)
     report = build.Report(loaded, dataset, _history(run_dir), ())
     judged = build.judge(loaded.net, dataset, overlapping=report.options.overlap)

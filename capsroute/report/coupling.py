@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._optional import optional
 from ..nn import CapsNet, CapsuleLinear
-from ..training._optional import optional
 from .style import figure, show
 
 SHOWN = 5  # output capsules: the labelled ones and the longest others
@@ -63,7 +63,8 @@ def coupling(net: CapsNet, image: Tensor, labels: Sequence[int], class_names: Se
                 place.set_title(f"pass {k + 1}")
         axes[row, 1].set_ylabel(f"to {class_names[j]}", fontweight="bold" if present else None)
     ticks = [most**power for power in (-1, -0.5, 0, 0.5, 1)]
-    bar = drawn.colorbar(heat, ax=axes, location="bottom", ticks=ticks, format="{x:.2g}", shrink=0.8, aspect=40)
+    numbers = "{x:.2f}" if most < 2 else "{x:.2g}"
+    bar = drawn.colorbar(heat, ax=axes, location="bottom", ticks=ticks, format=numbers, shrink=0.8, aspect=40)
     bar.ax.xaxis.set_minor_locator(optional("matplotlib.ticker").NullLocator())
     bar.set_label("coupling, as a multiple of an even share 1/J")
     return drawn

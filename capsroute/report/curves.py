@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._optional import optional
 from ..bench.table import format_bytes
-from ..training._optional import optional
 from ..training.trainer import Epoch, predict
 from .style import BLUE, GREY, ORANGE, figure, plain
 
@@ -36,10 +36,11 @@ def learning_curves(history: Sequence[Epoch], best_epoch: int, held_out: str):
     loss.legend(frameon=False)
     error.set_yscale("symlog", linthresh=1)  # linear below 1 %, since an error of 0 has no logarithm
     error.yaxis.set_major_locator(ticks.FixedLocator([0, 0.5, 1, 2, 5, 10, 20, 50, 100]))
-    error.set_ylim(bottom=0)
-    error.set_ylabel("errors, % of images")
+    error.set_ylim(0, 1.2 * error.get_ylim()[1])  # a marker at the top is drawn whole
+    error.set_ylabel("errors, %")
     error.set_xlabel("epoch")
-    error.xaxis.set_major_locator(ticks.MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    error.set_xlim(0.5, len(history) + 0.5)
+    error.xaxis.set_major_locator(ticks.MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     for axes in (loss, error):
         axes.yaxis.set_major_formatter("{x:g}")
     return drawn

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import NamedTuple
 
-from ..training._optional import optional
+from .._optional import optional
 
 
 class Section(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..training._optional import optional
+from .._optional import optional
 
 # Okabe and Ito's colours; in grey they differ by their lightness.
 ORANGE, BLUE, GREEN, GREY = "#E69F00", "#0072B2", "#009E73", "#666666"

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._optional import optional
 from ..nn import CapsNet
-from ._optional import optional
 from .options import TrainingOptions
 from .trainer import Epoch, Score, Training
 

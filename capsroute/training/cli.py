@@ -104,7 +104,10 @@ def train(args: argparse.Namespace) -> int:
         args.out = Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     known = stored(args.out) if args.resume else None
     dataset, source = load_data(args, known and known[1])
-    result = train_as_asked(args, dataset, source, resume=args.resume, overwrite=args.overwrite)
+    try:
+        result = train_as_asked(args, dataset, source, resume=args.resume, overwrite=args.overwrite)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f": go on with: capsroute train --out {args.out} --resume") from None
     say(args, f"wrote {args.out}; look at it with: capsroute report {args.out}")
     emit(args, result)
     return 0
@@ -123,23 +126,23 @@ def train_as_asked(
     model |= {name: given[name] for name in MODEL_DEFAULTS if name in given}
     model |= {"image_shape": image_shape(dataset, options), "classes": dataset.classes}
     start = time.perf_counter()
+    device = distributed.pick_device(args.device)
     run = run_training(
         args.out,
         dataset,
         model,
         options,
-        backend=checked_backend(args.backend),
-        device=distributed.pick_device(args.device),
+        backend=checked_backend(args.backend, device),
+        device=device,
         resume=resume,
         overwrite=overwrite,
         tensorboard=getattr(args, "tensorboard", False),
         source=source,
     )
     seconds = time.perf_counter() - start
-    what = "pairs of overlapping digits" if options.overlap else "images"
     say(
         args,
-        f"test accuracy {run.test.accuracy:.2%} on {len(dataset.test)} {what}, epoch {run.best_epoch} of "
+        f"test accuracy {run.test.accuracy:.2%} on {len(dataset.test)} {options.samples}, epoch {run.best_epoch} of "
         f"{len(run.history)}, after {seconds:.0f} s",
     )
     return {
@@ -170,8 +173,14 @@ def load_run(args: argparse.Namespace, run_dir: Path) -> tuple[checkpoint.Checkp
         ValueError: if the network is not for such images.
     """
     path = run_dir / MODEL if run_dir.is_dir() else run_dir
-    loaded = checkpoint.load(path, backend=checked_backend(args.backend))
-    known = stored(run_dir) if run_dir.is_dir() else None
+    device = getattr(args, "device", "cpu")
+    loaded = checkpoint.load(path, backend=checked_backend(args.backend, distributed.pick_device(device)))
+    try:
+        known = stored(run_dir) if run_dir.is_dir() else None
+    except checkpoint.CheckpointError:
+        if args.data_dir is None:  # the training is asked for where the images are, and for nothing else
+            raise
+        known = None
     dataset, _ = load_data(args, known and known[1])
     try:
         options = TrainingOptions(**loaded.info["options"]).check()
@@ -191,6 +200,7 @@ def evaluate_run(args: argparse.Namespace) -> int:
     loaded, dataset = load_run(args, args.path)
     net = loaded.net.to(distributed.pick_device(args.device))
     score = evaluate(net, dataset.test, overlapping=loaded.info["options"]["overlap"])
-    say(args, f"test accuracy {score.accuracy:.2%} on {len(dataset.test)} images, loss {score.loss:.4f}")
+    samples = TrainingOptions(**loaded.info["options"]).samples
+    say(args, f"test accuracy {score.accuracy:.2%} on {len(dataset.test)} {samples}, loss {score.loss:.4f}")
     emit(args, {"dataset": dataset.name, "test_accuracy": score.accuracy, "test_loss": score.loss})
     return 0

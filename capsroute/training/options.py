@@ -54,6 +54,11 @@ class TrainingOptions(NamedTuple):
     def augmentation(self) -> Augmentation:
         return Augmentation(self.shift, self.rotation, self.scale, self.shear)
 
+    @property
+    def samples(self) -> str:
+        """What the network sees, in words."""
+        return "pairs of overlapping digits" if self.overlap else "images"
+
     def check(self) -> TrainingOptions:
         """The options, if they make sense.
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ._optional import optional
+from .._optional import optional
 from .batches import Share
 from .trainer import Epoch, Training
 

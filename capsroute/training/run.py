@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from .._optional import optional
 from ..nn import CapsNet
 from . import distributed, overlap
 from .batches import Share
@@ -93,7 +94,8 @@ def run_training(
         FloatingPointError: if the loss is no longer finite.
     """
     options.check()
-    run_dir.mkdir(parents=True, exist_ok=True)  # before training: a bad place should cost no time
+    run_dir.mkdir(parents=True, exist_ok=True)  # before training: a bad place should cost no time,
+    optional("safetensors.torch")  # nor should what is not installed
     device = torch.device(device)
     info = {"dataset": dataset.name, "checksum": dataset.checksum()}
     training = Training.begin(model, options, backend, device)
@@ -103,7 +105,7 @@ def run_training(
             (run_dir / name).unlink(missing_ok=True)
     if (run_dir / TRAINING).exists() and not overwrite:
         if not resume:
-            raise RunError(f"{run_dir} holds a run already: give resume to go on with it, overwrite to begin anew")
+            raise RunError(f"{run_dir} holds a run already: give --resume to go on with it, --overwrite to begin anew")
         training = _resumed(training, run_dir, info, backend, device)
     train, held_out = dataset.train, dataset.test
     if options.validation:
@@ -134,6 +136,8 @@ def _resumed(fresh: Training, run_dir: Path, info: dict, backend: str, device: t
     training, found = load_training(run_dir / TRAINING, backend=backend, device=device)
     asked = {**fresh.model, **fresh.options._asdict(), **info}
     stored = {**training.model, **training.options._asdict(), **{name: found.get(name) for name in info}}
+    if found.get("checksum") == info["checksum"]:  # the same images, whatever their directory is called now
+        stored["dataset"] = info["dataset"]
     asked, stored = json.loads(json.dumps([asked, stored]))  # tuples are lists in a file
     for name in sorted({*asked, *stored}):
         if asked.get(name) != stored.get(name):

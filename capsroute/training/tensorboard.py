@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ._optional import optional
+from .._optional import optional
 from .trainer import Training
 
 

@@ -36,16 +36,24 @@ def load(data_dir: str | Path | None = None, image_size: int | None = None) -> D
         DataError: if it holds none of these, or one that is broken.
     """
     if data_dir is None:
-        return digits()
+        return _of_one_size("the digits", digits(), image_size)
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise DataError(f"{data_dir} is no directory")
     for found, read in ((has_idx_files, idx_files), (has_cifar10, cifar10)):
         if found(data_dir):
-            return read(data_dir)
+            return _of_one_size(data_dir, read(data_dir), image_size)
     if any(path.is_dir() for path in data_dir.iterdir()):
         return image_folder(data_dir, image_size)
     raise DataError(
         f"{data_dir} holds neither IDX files (train-images-idx3-ubyte ...), nor CIFAR-10's binary files "
         "(data_batch_1.bin ...), nor folders of images, one a class"
     )
+
+
+def _of_one_size(what: object, dataset: Dataset, image_size: int | None) -> Dataset:
+    """Images that have their own size, which none may be asked for."""
+    own = dataset.image_shape[1:]
+    if image_size and own != (image_size, image_size):
+        raise DataError(f"--image-size resizes images of folders, {what} are {own[0]} x {own[1]}, got {image_size}")
+    return dataset

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._optional import optional
+from ..._optional import optional
 
 
 class DataError(ValueError):

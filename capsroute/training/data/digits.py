@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .._optional import optional
+from ..._optional import optional
 from .dataset import Dataset, Split, hold_out, make_dataset
 
 

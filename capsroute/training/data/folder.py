@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .._optional import optional
+from ..._optional import optional
 from .dataset import DataError, Dataset, Split, hold_out, make_dataset
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
@@ -55,7 +55,7 @@ def _list(folder: Path) -> tuple[list[str], dict[Path, int]]:
         path: label
         for label, name in enumerate(class_names)
         for path in sorted((folder / name).iterdir())
-        if path.suffix.lower() in SUFFIXES
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
     }
     empty = [name for label, name in enumerate(class_names) if label not in files.values()]
     if not files or empty:

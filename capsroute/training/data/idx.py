@@ -58,8 +58,10 @@ def read_idx(path: Path, dims: int) -> Tensor:
             raise DataError(f"{path} is no whole gzip file: {error}") from error
     start = 4 + 4 * dims
     magic = bytes((0, 0, IDX_UINT8, dims))
-    if raw[:4] != magic or len(raw) < start:
+    if raw[:4] != magic:
         raise DataError(f"{path} must be an IDX file that starts with {magic.hex()}, got {raw[:4].hex() or 'nothing'}")
+    if len(raw) < start:
+        raise DataError(f"{path} must have a header of {start} bytes, got {len(raw)}")
     shape = struct.unpack(f">{dims}I", raw[4:start])
     if len(raw) - start != math.prod(shape):
         raise DataError(f"{path} must hold {list(shape)} = {math.prod(shape)} bytes of values, got {len(raw) - start}")

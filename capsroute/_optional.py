@@ -1,4 +1,4 @@
-"""Libraries that only training needs: import them where they are used, or say which extra brings them."""
+"""Libraries that only some commands need: import them where they are used, or say which extra brings them."""
 
 from __future__ import annotations
 
