@@ -207,6 +207,17 @@ def test_the_maximum_is_subtracted_before_exp(backend, leaky):
     assert all(x.isfinite().all() for x in problem.gradients(backend).values())
 
 
+@with_coupling
+@pytest.mark.parametrize("form", ["ijod", "jod", "votes"])
+def test_gradients_of_long_votes(backend, coupling, form):
+    """Each couples wholly to one from the second pass on, whose logits then have a gradient of 0, not of rounding."""
+    problem = random_problem((2, 5, 3, 4, 6), form=form, coupling=coupling, dtype=torch.float32)
+    problem.tensors[by_sample(problem)] *= 1e12
+    expected = problem.map(lambda x: x.double()).gradients("reference")
+    for name, value in problem.gradients(backend).items():
+        assert_close(value.double(), expected[name], rtol=0, atol=1e-5 * expected[name].abs().max().item(), msg=name)
+
+
 # Detached coupling, returned coupling, leak
 
 

@@ -199,7 +199,7 @@ class LogitStream {
     if (!layout_.shared) read_coupled(tile.first + n, k, coupled = s);
     for (int64_t j = 0; j < p_.J; ++j)
       for (int64_t f = j * layout_.F; f < (j + 1) * layout_.F; f += W<A>)
-        store(sums + f, load(sums + f) - x[j] * load(coupled + f));
+        store(sums + f, load(sums + f) - rounded<A>(x[j] * load(coupled + f)));  // as db_ij h_ij are
     fold_sum(kept_.mean_error(tile.first + n, k), x, pad<A>(p_.J), true);
     set_zero(x, pad<A>(p_.J));
   }
