@@ -162,6 +162,22 @@ def test_minus_infinity_forbids_a_pair_of_a_weight(backend, coupling, form, pois
     assert not c[forbidden].any()
 
 
+@with_coupling
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+@pytest.mark.parametrize("form", ["jod", "od"])
+def test_a_forbidden_input_capsule_of_many_features(backend, coupling, form, outputs):
+    """Rows of so many numbers lie apart, so as not to share lines of a cache."""
+    sizes = fit(backend, (2, 9, 256, outputs, 8))
+    problem = random_problem(sizes, form=form, logits="IJ", coupling=coupling, dtype=torch.float32)
+    problem.tensors["logits"][3] = -INF
+    problem.tensors["u"][:, 3] = 0
+    expected = problem.gradients(backend)
+    problem.tensors["u"][:, 3] = NAN
+    found = problem.gradients(backend)
+    assert torch.equal(found["v"], expected["v"])
+    assert torch.equal(found["u"], expected["u"])
+
+
 def test_a_pair_that_couples_in_a_later_pass_is_not_forbidden(backend):
     """Its coupling in the first pass is exp(-300), 0 in float32, beside a pair that is forbidden."""
     weight = torch.zeros(2, 2, 2, 1)

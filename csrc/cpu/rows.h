@@ -327,7 +327,9 @@ class Rows {
   // Forbidden pairs couple with 0, but 0 * NaN is NaN: their rows must be zeros.
   void clear_forbidden(Block<A>& block, A* staged) const {
     if (layout_.shared) {
-      if (finite(staged, block.count * layout_.row)) return;
+      bool zeros_do = true;  // what lies between rows may be anything
+      for (int64_t l = 0; l < block.count; ++l) zeros_do = zeros_do && finite(staged + l * layout_.row, layout_.F);
+      if (zeros_do) return;
       spread(block, staged);
     }
     for (int64_t j = 0; j < p_.J; ++j)
@@ -344,13 +346,14 @@ class Rows {
     }
   }
 
-  // One row for every j, in place of one for all.
+  // One row for every j, in place of one for all. Rows go to where those before them do not lie; one may lie over
+  // itself.
   void spread(Block<A>& block, A* staged) const {
+    if (p_.J == 1) return;
     block.row = p_.J * layout_.F, block.column = layout_.F;
     for (int64_t l = block.count - 1; l >= 0; --l)
       for (int64_t j = p_.J - 1; j >= 0; --j)
-        for (int64_t f = 0; f < layout_.F; ++f)
-          staged[l * block.row + j * block.column + f] = staged[l * layout_.row + f];
+        std::memmove(staged + l * block.row + j * block.column, staged + l * layout_.row, layout_.F * sizeof(A));
   }
 
   static bool finite(const A* x, int64_t count) {
