@@ -1,7 +1,8 @@
 """Builds the C++ kernels with CMake where it can; CMakeLists.txt lists sources and flags.
 
 Without a compiler, without torch (whose headers and library are needed), or with CAPSROUTE_NO_EXT=1 the
-package is installed with its plain-PyTorch reference alone. A compile that fails is an error.
+package is installed with its plain-PyTorch reference alone. A compile that fails is an error. `python -m build` needs
+--no-isolation: unlike pip's, its isolated environment shows no torch around it.
 CAPSROUTE_BUILD_TESTING=1 also builds the pybind11 module that tests and benchmarks use.
 
 The CUDA kernels are built where nvcc is and torch is a build for CUDA; whether a GPU is there is never asked.
@@ -10,6 +11,7 @@ FORCE_CUDA=1 makes it an error if they cannot be, FORCE_CUDA=0 leaves them out.
 
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -39,8 +41,12 @@ def why_no_kernels() -> str | None:
         return f"they are built on Linux only, not on {sys.platform}"
     if torch_root() is None:
         return "torch is not installed in this environment"
-    tools = os.environ.get("CXX", "g++"), "cmake"
-    return next((f"{tool} was not found" for tool in tools if not shutil.which(tool)), None)
+    return next((f"{tool} was not found" for tool in (program("CXX", "g++"), "cmake") if not shutil.which(tool)), None)
+
+
+def program(variable: str, default: str) -> str:
+    """The program of an environment variable that may have arguments too, as CXX="ccache g++"."""
+    return next(iter(shlex.split(os.environ.get(variable, ""))), default)
 
 
 def why_no_cuda() -> str | None:
@@ -49,7 +55,7 @@ def why_no_cuda() -> str | None:
     version = {}
     exec((torch_root() / "version.py").read_text(), version)
     missing = None if version.get("cuda") else "torch is a build without CUDA"
-    if not missing and not shutil.which(os.environ.get("CUDACXX", "nvcc")):
+    if not missing and not shutil.which(program("CUDACXX", "nvcc")):
         missing = "nvcc was not found"
     if missing and os.environ.get("FORCE_CUDA") == "1":
         raise SystemExit(f"capsroute: FORCE_CUDA=1 is set, but {missing}")

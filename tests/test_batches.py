@@ -155,6 +155,8 @@ def test_processes_together_see_what_one_would(split, overlapping):
 
 def test_a_last_batch_of_fewer_images_than_processes_is_left_out(split):
     assert [steps_per_epoch(50, 16, count) for count in (1, 2, 3)] == [4, 4, 3]
+    with pytest.raises(ValueError, match="batch_size must be at least 1 for each of 3 processes, got 2"):
+        steps_per_epoch(50, 2, 3)
     assert len(list(training_batches(split, 16, STILL, seed=0, epoch=1, share=Share(0, 3)))) == 3
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -56,6 +57,25 @@ def test_weak_symbols_stay_in_their_instruction_set(name):
     weak = [symbol for kind, symbol in symbols("--defined-only", str(objects[0])) if kind in "WVu"]
     assert weak
     assert [symbol for symbol in weak if f"9capsroute{len(name)}{name}" not in symbol] == []
+
+
+def test_sdist_holds_what_the_kernels_are_built_from(tmp_path):
+    shutil.copytree(ROOT, tmp_path / "tree", ignore=shutil.ignore_patterns(".git", ".venv", "build", "demo", "runs"))
+    command = [sys.executable, "setup.py", "sdist", "--dist-dir", tmp_path / "dist"]
+    subprocess.run(command, cwd=tmp_path / "tree", check=True, capture_output=True)
+    (archive,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert {"CMakeLists.txt", "setup.py", "capsroute/report/page.html", *sources} <= names
+
+
+@pytest.mark.parametrize(("compiler", "named"), [("g++ -O2", None), ("nosuch -O2", "nosuch was not found")])
+def test_the_compilers_variable_may_hold_arguments(compiler, named):
+    env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "FORCE_CUDA": "0", "CXX": compiler}
+    run = subprocess.run([sys.executable, "setup.py", "--version"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert ("the C++ kernels are not built" in run.stderr) == bool(named)
+    assert named is None or named in run.stderr
 
 
 @needs_kernels

@@ -54,6 +54,14 @@ def test_mask_selects_whatever_is_masked(backend, coupling, form, iterations, po
 
 
 @with_coupling
+def test_a_masked_input_has_no_gradient_whatever_its_weight_holds(backend, coupling):
+    problem = random_problem((2, 5, 3, 4, 6), form="ijod", mask="BI", coupling=coupling)
+    problem.mask[:, 2] = False
+    problem.tensors["weight"][2] = INF
+    assert not problem.gradients(backend)["u"][:, 2].any()
+
+
+@with_coupling
 def test_masked_input_capsules_count_as_absent(backend, coupling):
     problem = random_problem((4, 9, 3, 3, 5), bias=True, logits="IJ", coupling=coupling)
     keep = torch.arange(9) % 3 != 1
@@ -162,22 +170,6 @@ def test_minus_infinity_forbids_a_pair_of_a_weight(backend, coupling, form, pois
     assert not c[forbidden].any()
 
 
-@with_coupling
-@pytest.mark.parametrize("outputs", [1, 2, 3])
-@pytest.mark.parametrize("form", ["jod", "od"])
-def test_a_forbidden_input_capsule_of_many_features(backend, coupling, form, outputs):
-    """Rows of so many numbers lie apart, so as not to share lines of a cache."""
-    sizes = fit(backend, (2, 9, 256, outputs, 8))
-    problem = random_problem(sizes, form=form, logits="IJ", coupling=coupling, dtype=torch.float32)
-    problem.tensors["logits"][3] = -INF
-    problem.tensors["u"][:, 3] = 0
-    expected = problem.gradients(backend)
-    problem.tensors["u"][:, 3] = NAN
-    found = problem.gradients(backend)
-    assert torch.equal(found["v"], expected["v"])
-    assert torch.equal(found["u"], expected["u"])
-
-
 def test_a_pair_that_couples_in_a_later_pass_is_not_forbidden(backend):
     """Its coupling in the first pass is exp(-300), 0 in float32, beside a pair that is forbidden."""
     weight = torch.zeros(2, 2, 2, 1)
@@ -226,7 +218,12 @@ def test_the_maximum_is_subtracted_before_exp(backend, leaky):
 @with_coupling
 @pytest.mark.parametrize("form", ["ijod", "jod", "votes"])
 def test_gradients_of_long_votes(backend, coupling, form):
-    """Each couples wholly to one from the second pass on, whose logits then have a gradient of 0, not of rounding."""
+    """Each couples wholly to one from the second pass on, whose logits then have a gradient of 0, not of rounding.
+
+    The GPU's kernels make the votes for a softmax over i again in another order of sums: docs/gpu.md says so.
+    """
+    if coupling == "in" and backend not in ("cpu", "reference"):
+        pytest.skip("not with a softmax over i on a GPU")
     problem = random_problem((2, 5, 3, 4, 6), form=form, coupling=coupling, dtype=torch.float32)
     problem.tensors[by_sample(problem)] *= 1e12
     expected = problem.map(lambda x: x.double()).gradients("reference")

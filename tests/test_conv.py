@@ -185,6 +185,26 @@ def test_chunks_change_no_bit_of_the_output(kind):
     assert torch.equal(outputs[0], outputs[2])
 
 
+@pytest.mark.parametrize("kind", [CapsuleConv2d, CapsuleConvTranspose2d])
+def test_compiled_and_exported_for_any_batch_that_fits_one_chunk(kind):
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    layer = kind(2, 4, 3, 5, 3, 2, 1)
+    compiled = torch.compile(layer, backend=count, dynamic=True, fullgraph=True)
+    exported = torch.export.export(
+        layer, (torch.randn(3, 6, 5, 2, 4),), dynamic_shapes=({0: torch.export.Dim("b", min=1, max=64)},)
+    ).module()
+    for batch in range(2, 8):
+        x = torch.randn(batch, 6, 5, 2, 4)
+        assert_close(compiled(x), layer(x))
+        assert_close(exported(x), layer(x))
+    assert len(graphs) <= 2
+
+
 def test_empty_batch():
     layer = make(CapsuleConv2d, {"bias": True}, chunk_bytes=ROW_BY_ROW)
     x = torch.zeros(0, 4, 4, *IN, dtype=torch.float64, requires_grad=True)
@@ -248,6 +268,12 @@ def test_stacks_of_one_pass_neither_vanish_nor_saturate(depth):
             {"stride": 4},
             ValueError,
             r"kernel_size must be at least stride = \(4, 4\), got \(3, 3\)",
+        ),
+        (
+            CapsuleConvTranspose2d,
+            {"stride": 9},
+            ValueError,
+            r"kernel_size must be at least stride = \(9, 9\), got \(3, 3\)",
         ),
         (
             CapsuleConvTranspose2d,

@@ -37,6 +37,22 @@ def test_a_call_after_one_without_memory_is_right():
     assert torch.equal(capsroute.capsule_linear(u, weight, backend="cpu"), expected)
 
 
+@pytest.mark.skipif(os.environ.get("CAPSROUTE_NO_EXT") == "1", reason="CAPSROUTE_NO_EXT=1: there are no kernels")
+@pytest.mark.parametrize("coupling", ["out", "in"])
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+@pytest.mark.parametrize("form", ["jod", "od"])
+def test_rows_that_lie_apart_do_not_mix(form, outputs, coupling):
+    """Rows of 256 numbers lie apart, so as not to share lines of a cache; those of a forbidden pair are moved."""
+    problem = random_problem((2, 9, 256, outputs, 8), form=form, logits="IJ", coupling=coupling, dtype=torch.float32)
+    problem.tensors["logits"][3] = -torch.inf
+    problem.tensors["u"][:, 3] = 0
+    expected = problem.gradients("cpu")
+    problem.tensors["u"][:, 3] = torch.nan
+    found = problem.gradients("cpu")
+    assert torch.equal(found["v"], expected["v"])
+    assert torch.equal(found["u"], expected["u"])
+
+
 @pytest.mark.parametrize("without", ["requires_grad", "no_grad", "inference_mode"])
 def test_nothing_is_saved_when_no_gradient_is_wanted(fused, without):
     problem = random_problem(bias=True, logits="BIJ").map(lambda x: x.requires_grad_(without != "requires_grad"))

@@ -264,6 +264,15 @@ def test_a_run_leaves_its_network_history_and_state(few, tmp_path, capsys):
     assert "left" in err[2]
 
 
+def test_a_directory_is_written_to_by_one_process(few, tmp_path):
+    def second(**_):
+        with pytest.raises(RunError, match="is being written to by another process"):
+            run_training(tmp_path, few, SMALL, FAST, overwrite=True)
+
+    first = run_training(tmp_path, few, SMALL, FAST._replace(epochs=1), on_step=second)
+    assert len(first.history) == 1
+
+
 def test_a_run_is_not_overwritten_by_accident(few, tmp_path):
     first = run_training(tmp_path, few, SMALL, FAST._replace(epochs=1))
     with pytest.raises(RunError, match="holds a run already: give --resume to go on with it, --overwrite to"):

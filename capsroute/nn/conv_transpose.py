@@ -61,12 +61,13 @@ class CapsuleConvTranspose2d(CapsuleConv):
         iterations: int = 3,
         **options,
     ):
+        kernel, steps = pair("kernel_size", kernel_size), pair("stride", stride)
+        if any(k < s for k, s in zip(kernel, steps, strict=True)):
+            raise ValueError(f"kernel_size must be at least stride = {steps}, got {kernel}")
         super().__init__(
             in_types, in_features, out_types, out_features, kernel_size, stride, padding, iterations, **options
         )
         self.output_padding = pair("output_padding", output_padding, least=0)
-        if any(k < s for k, s in zip(self.kernel_size, self.stride, strict=True)):
-            raise ValueError(f"kernel_size must be at least stride = {self.stride}, got {self.kernel_size}")
         if any(p >= s for p, s in zip(self.output_padding, self.stride, strict=True)):
             raise ValueError(f"output_padding must be less than stride = {self.stride}, got {self.output_padding}")
 

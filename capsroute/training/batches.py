@@ -65,7 +65,13 @@ class _Scene(NamedTuple):
 
 
 def steps_per_epoch(images: int, batch_size: int, processes: int = 1) -> int:
-    """Batches of an epoch. A last batch of fewer images than processes is left out."""
+    """Batches of an epoch. A last batch of fewer images than processes is left out.
+
+    Raises:
+        ValueError: if a batch has fewer images than there are processes.
+    """
+    if batch_size < processes:
+        raise ValueError(f"batch_size must be at least 1 for each of {processes} processes, got {batch_size}")
     full, rest = divmod(images, batch_size)
     return full + (rest >= processes)
 

@@ -186,8 +186,11 @@ def _network(model: dict, tensors: dict[str, Tensor], backend: str) -> CapsNet:
 
 
 def _load_moments(training: Training, groups: dict[str, dict[str, Tensor]]) -> None:
-    """AdamW's state from tensors by moment and name of the parameter; there is none before the first step."""
-    if not groups and not training.history:
+    """AdamW's state from tensors by moment and name of the parameter.
+
+    There is none before the first step, and in float16 as long as each of them overflowed.
+    """
+    if not groups and (not training.history or training.options.amp == "float16"):
         return
     if set(groups) != set(MOMENTS):
         raise ValueError(f"the optimizer's state must be {', '.join(MOMENTS)}, got {', '.join(sorted(groups))}")

@@ -7,7 +7,9 @@ that is killed loses the epoch that it was in, and goes on from there with the n
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +25,11 @@ from .options import TrainingOptions
 from .progress import progress
 from .tensorboard import tensorboard_log
 from .trainer import Epoch, Report, Score, Training, evaluate, train_epoch
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two runs in one directory are not told apart
+    fcntl = None
 
 TRAINING = "training.safetensors"
 MODEL = "model.safetensors"
@@ -88,8 +95,8 @@ def run_training(
         on_step: called after every step, as `report` of :func:`capsroute.training.trainer.train_epoch`.
 
     Raises:
-        RunError: if there is a run in `run_dir` and neither `resume` nor `overwrite` is given, or one of another
-            network, of other options or of other images.
+        RunError: if another process writes to `run_dir`, if there is a run in it and neither `resume` nor `overwrite`
+            is given, or one of another network, of other options or of other images.
         CheckpointError: if what is to be resumed cannot be read.
         FloatingPointError: if the loss is no longer finite.
     """
@@ -100,17 +107,21 @@ def run_training(
     info = {"dataset": dataset.name, "checksum": dataset.checksum()}
     training = Training.begin(model, options, backend, device)
     writes = distributed.rank() == 0
-    if overwrite and writes:  # before the first epoch ends, --resume must not find the old run
-        for name in (TRAINING, MODEL, HISTORY):
-            (run_dir / name).unlink(missing_ok=True)
-    if (run_dir / TRAINING).exists() and not overwrite:
-        if not resume:
-            raise RunError(f"{run_dir} holds a run already: give --resume to go on with it, --overwrite to begin anew")
-        training = _resumed(training, run_dir, info, backend, device)
-    train, held_out = dataset.train, dataset.test
-    if options.validation:
-        train, held_out = hold_out(train, options.validation)
     with ExitStack() as stack:
+        if writes:
+            stack.enter_context(_alone_in(run_dir))
+        if overwrite and writes:  # before the first epoch ends, --resume must not find the old run
+            for name in (TRAINING, MODEL, HISTORY):
+                (run_dir / name).unlink(missing_ok=True)
+        if (run_dir / TRAINING).exists() and not overwrite:
+            if not resume:
+                raise RunError(
+                    f"{run_dir} holds a run already: give --resume to go on with it, --overwrite to begin anew"
+                )
+            training = _resumed(training, run_dir, info, backend, device)
+        train, held_out = dataset.train, dataset.test
+        if options.validation:
+            train, held_out = hold_out(train, options.validation)
         share = stack.enter_context(distributed.processes(device))
         stack.callback(training.leave_processes)
         show, log = stack.enter_context(progress(training, len(train), share)), None
@@ -129,6 +140,23 @@ def run_training(
             if writes:
                 save_training(run_dir / TRAINING, training, {**info, "source": source})
         return _finish(run_dir, training, dataset, share, writes)
+
+
+@contextmanager
+def _alone_in(run_dir: Path) -> Iterator[None]:
+    """Hold a directory, to which one process at a time may write."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(run_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"{run_dir} is being written to by another process") from error
+        yield
+    finally:
+        os.close(handle)  # and with it the lock
 
 
 def _resumed(fresh: Training, run_dir: Path, info: dict, backend: str, device: torch.device) -> Training:

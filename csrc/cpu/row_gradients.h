@@ -118,9 +118,12 @@ class RowGradients {
         if (wants_weight_) logits_.stream().rows.inputs(first + m, samples, i0 + l, some.count, scratch.inputs);
         row_gradients(first, m, samples, some, blocks, scratch);
         if (out_.u && p_.form == Weight::pair)
-          for (int64_t n = 0; n < samples; ++n)
+          for (int64_t n = 0; n < samples; ++n) {
+            for (int64_t k = 0; p_.mask.data && k < some.count; ++k)  // exactly 0, also where W is not finite
+              if (blocks[differ ? n : 0].live[l + k] == 0) set_zero(scratch.du + (n * some.count + k) * p_.D, p_.D);
             narrow(static_cast<X*>(out_.u) + ((first + m + n) * p_.I + i0 + l) * p_.D,
                    scratch.du + n * some.count * p_.D, some.count * p_.D);
+          }
       }
     if (first + count == p_.B) finish(i0, lanes);
     if (first_write_ == Write::set_past) finish_stores();

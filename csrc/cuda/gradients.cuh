@@ -215,6 +215,7 @@ class GradientStream {
 
   CAPSROUTE_DEVICE void write_du(int i, int d, A sum) {
     if (!CAPSROUTE_WITHIN(place_.b, p_.B)) return;
+    if (p_.mask.data && !takes_part(p_, place_.b, i)) sum = 0;  // W may hold what is not finite
     const int64_t to = (place_.b * p_.I + i) * p_.D + d;
     if (a_.du_groups) {
       store(a_.du_groups + group_ * p_.B * p_.I * p_.D + to, sum);

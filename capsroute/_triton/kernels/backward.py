@@ -29,7 +29,7 @@ def squash_gradient(s, g, eps):
 
 @triton.jit(do_not_specialize=["B", "R"])
 def start(
-    grad, s, weight, bias, queries, slopes, key_queries, key_slopes, means, B, R, eps, strides,
+    grad, s, weight, bias, queries, slopes, key_queries, key_slopes, means, B, R, eps: tl.constexpr, strides,
     SQUASH: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """V^1 .. V^(R-1) from what was saved, and ds^R = J_sq(s^R)^T dv; for keys also W^T V and W^T ds.
@@ -54,7 +54,8 @@ def start(
         tl.store(queries + k * n + at, V, mask=inside)
         if P.keys:
             to_keys(V, weight, key_queries + k * (B.to(tl.int64) * (J * D)), b, j, o, B, strides, P)
-    g = tl.load(grad + b * strides[3] + j * strides[4] + o * strides[5], mask=inside, other=0).to(ACC)
+    at_grad = grad + b * strides[3] + j.to(tl.int64) * strides[4] + o.to(tl.int64) * strides[5]
+    g = tl.load(at_grad, mask=inside, other=0).to(ACC)
     s_k = g
     if SQUASH:
         s_k = tl.load(s + (R - 1) * n + at, mask=inside, other=0)
@@ -84,7 +85,7 @@ def store_slope(ds, s, weight, bias, slopes, key_slopes, means, b, j, o, k, B, s
 
 @triton.jit(do_not_specialize=["B", "k", "groups"])
 def between(
-    parts, s, weight, bias, dV, slopes, key_slopes, means, k, B, groups, eps, strides,
+    parts, s, weight, bias, dV, slopes, key_slopes, means, k, B, groups, eps: tl.constexpr, strides,
     FIRST: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """dV^k = dV^(k+1) + sum of the parts of the stream of pass k + 1, and ds^k = J_sq(s^k)^T dV^k, k from 0."""

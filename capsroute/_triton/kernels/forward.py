@@ -40,7 +40,7 @@ def stream(
         a = tl.where(allowed, a, float("-inf"))
         if left is not None:  # noqa: SIM102 - a choice of the compiler's, then one of the launch
             if last:
-                tl.store(at_sample(left + i * J, b, I * J, P) + j, a, mask=(b < B) & (j < J))
+                tl.store(at_sample(left + i * J, b, I.to(tl.int64) * J, P) + j, a, mask=(b < B) & (j < J))
         if P.over_inputs:
             highest = tl.maximum(m, a)
             safe = tl.where(highest == float("-inf"), 0.0, highest)
@@ -57,7 +57,7 @@ def stream(
             c = normalised(a, allowed, top, of_row)
             if coupling is not None:  # noqa: SIM102 - likewise
                 if last:
-                    at = at_sample(coupling + i * J, b, I * J, P) + j
+                    at = at_sample(coupling + i * J, b, I.to(tl.int64) * J, P) + j
                     tl.store(at, c.to(coupling.dtype.element_ty), mask=(b < B) & (j < J))
         s = tl.fma(tl.broadcast_to(c, [TB, JB, XB]), h, s)
     return s, m, total
@@ -65,7 +65,7 @@ def stream(
 
 @triton.jit(do_not_specialize=["B", "I", "R", "unsaved"])
 def route(
-    u, weight, bias, logits, mask, v, s, tops, totals, left, coupling, turned, B, I, R, unsaved, eps,
+    u, weight, bias, logits, mask, v, s, tops, totals, left, coupling, turned, B, I, R, unsaved, eps: tl.constexpr,
     strides, weight_strides, SAVE: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """All passes of a tile of samples, where one group holds every input capsule and one tile every j.
@@ -203,7 +203,7 @@ def pass_(u, weight, logits, mask, V, tops, totals, left, coupling, parts, onlin
         u, weight, logits, mask, tops, totals, left, coupling, V_t, b, j, x,
         begin, tl.minimum(begin + P.group, I), True, B, I, strides, P,
     )  # fmt: skip
-    tl.store(parts + g * (B * (J * X)) + at, s, mask=inside)
+    tl.store(parts + g * (B.to(tl.int64) * (J * X)) + at, s, mask=inside)
     if P.over_inputs:
         to = online + (g * B + b) * J + j
         tl.store(to, m, mask=(b < B) & (j < J))
@@ -281,7 +281,7 @@ def to_keys(V, weight, out, b, j, o, B, strides, P: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B", "groups"])
 def finish(
-    parts, online, weight, bias, V, s, v, tops, totals, query, B, groups, eps, strides,
+    parts, online, weight, bias, V, s, v, tops, totals, query, B, groups, eps: tl.constexpr, strides,
     SQUASH: tl.constexpr, LAST: tl.constexpr, SAVE: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Between two passes: s from its parts, v = squash(s), V += v, and, for keys, the next query W_j^T V_j.

@@ -86,7 +86,7 @@ def pairs(logits, mask, row, b, i, j, strides, P: tl.constexpr):
     allowed = row & (j < J)
     prior = tl.zeros([TB, JB, 1], ACC)
     if P.logits:
-        at = at_sample(logits + i * strides[3], b, strides[2], P) + j * strides[4]
+        at = at_sample(logits + i * strides[3], b, strides[2], P) + j.to(tl.int64) * strides[4]
         prior = tl.load(at, mask=allowed, other=0).to(ACC)
         allowed = allowed & (prior != float("-inf"))
     return row, allowed, prior
@@ -116,7 +116,7 @@ def votes(u, weight, b, i, j, x, row, allowed, strides, P: tl.constexpr):
         h = tl.load(at + x, mask=row & (x < X), other=0).to(ACC)
         h = tl.where(allowed, tl.broadcast_to(h, [TB, JB, XB]), 0)
     else:
-        h = tl.load(at + j * strides[7] + x, mask=allowed & (x < X), other=0).to(ACC)
+        h = tl.load(at + j.to(tl.int64) * strides[7] + x, mask=allowed & (x < X), other=0).to(ACC)
     return h
 
 
