@@ -220,7 +220,11 @@ class Problem:
             mask=self.mask is not None,
             logits=self.logits is not None,
             tiled=self.tiled(tile),
-            near=tile.rows * max(self.strides[0], self.strides[2], self.strides[5], self.I * self.J) < 2**31,
+            near=max(
+                tile.rows * max(self.strides[0], self.strides[2], self.strides[5], self.I * self.J),
+                self.J * max(self.strides[4], self.strides[7]),
+            )
+            < 2**31,
         )
         return static, (ceil(self.B, tile.rows), ceil(self.J, tile.outputs), groups), tile.warps
 

@@ -29,7 +29,7 @@ def squash_gradient(s, g, eps):
 
 @triton.jit(do_not_specialize=["B", "R"])
 def start(
-    grad, s, weight, bias, queries, slopes, key_queries, key_slopes, means, B, R, eps: tl.constexpr, strides,
+    grad, s, weight, bias, queries, slopes, key_queries, key_slopes, means, B, R, eps, strides,
     SQUASH: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """V^1 .. V^(R-1) from what was saved, and ds^R = J_sq(s^R)^T dv; for keys also W^T V and W^T ds.
@@ -85,7 +85,7 @@ def store_slope(ds, s, weight, bias, slopes, key_slopes, means, b, j, o, k, B, s
 
 @triton.jit(do_not_specialize=["B", "k", "groups"])
 def between(
-    parts, s, weight, bias, dV, slopes, key_slopes, means, k, B, groups, eps: tl.constexpr, strides,
+    parts, s, weight, bias, dV, slopes, key_slopes, means, k, B, groups, eps, strides,
     FIRST: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """dV^k = dV^(k+1) + sum of the parts of the stream of pass k + 1, and ds^k = J_sq(s^k)^T dV^k, k from 0."""

@@ -39,7 +39,7 @@ class Static:
     mask: bool
     logits: bool
     tiled: bool  # J takes several tiles, so the softmax over j reads its maximum and sum
-    near: bool = False  # the samples of a tile lie less than 2^31 numbers apart
+    near: bool = False  # the samples of a tile, and output capsules, lie less than 2^31 numbers apart
     query: bool = True
     slope: bool = False  # rows hold T as well
     width: int = 256  # of a tile of rows
@@ -72,6 +72,15 @@ def at_sample(pointer, b, stride, P: tl.constexpr):
 
 
 @triton.jit
+def at_output(j, stride, P: tl.constexpr):
+    """j stride, likewise."""
+    if P.near:
+        return j * stride
+    else:
+        return j.to(tl.int64) * stride
+
+
+@triton.jit
 def pairs(logits, mask, row, b, i, j, strides, P: tl.constexpr):
     """Which rows are not masked, of those that exist; which of their pairs take part [TB, JB, 1]; prior logits.
 
@@ -86,7 +95,7 @@ def pairs(logits, mask, row, b, i, j, strides, P: tl.constexpr):
     allowed = row & (j < J)
     prior = tl.zeros([TB, JB, 1], ACC)
     if P.logits:
-        at = at_sample(logits + i * strides[3], b, strides[2], P) + j.to(tl.int64) * strides[4]
+        at = at_sample(logits + i * strides[3], b, strides[2], P) + at_output(j, strides[4], P)
         prior = tl.load(at, mask=allowed, other=0).to(ACC)
         allowed = allowed & (prior != float("-inf"))
     return row, allowed, prior
@@ -116,7 +125,7 @@ def votes(u, weight, b, i, j, x, row, allowed, strides, P: tl.constexpr):
         h = tl.load(at + x, mask=row & (x < X), other=0).to(ACC)
         h = tl.where(allowed, tl.broadcast_to(h, [TB, JB, XB]), 0)
     else:
-        h = tl.load(at + j.to(tl.int64) * strides[7] + x, mask=allowed & (x < X), other=0).to(ACC)
+        h = tl.load(at + at_output(j, strides[7], P) + x, mask=allowed & (x < X), other=0).to(ACC)
     return h
 
 
