@@ -67,6 +67,25 @@ def saved_training(tmp_path, begun) -> Path:
     return path
 
 
+@pytest.mark.parametrize("amp", ["float16", "off"])
+def test_an_epoch_in_which_each_step_overflowed(tmp_path, amp):
+    """In float16 it leaves no moments to store; otherwise they are missed."""
+    training = Training.begin(SMALL, OPTIONS._replace(amp=amp))
+    dataset = few()
+    if amp == "float16":
+        training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
+    train_epoch(training, dataset.train, dataset.test)
+    if amp == "off":
+        training.optimizer.state.clear()
+    assert not training.optimizer.state
+    save_training(tmp_path / TRAINING, training, {})
+    if amp == "float16":
+        assert len(load_training(tmp_path / TRAINING)[0].history) == 1
+    else:
+        with pytest.raises(CheckpointError, match="the optimizer's state must be"):
+            load_training(tmp_path / TRAINING)
+
+
 def test_a_network_round_trip(saved):
     path, content = saved
     state = torch.get_rng_state()
