@@ -42,8 +42,9 @@ def check_positive(name: str, value: float) -> None:
 
 def check_eps(eps: float) -> None:
     check_positive("eps", eps)
-    if eps < torch.finfo(torch.float32).tiny:
-        raise ValueError(f"eps must be at least 1.2e-38, the least normal float32, got {eps}: squash divides by it")
+    least = torch.finfo(torch.float32).tiny  # a smaller one is 0 to most processors, and squash divides by its root
+    if eps < least:
+        raise ValueError(f"eps must be at least {least:.3g}, the least normal float32, got {eps}")
 
 
 def check_flag(name: str, value: object) -> None:

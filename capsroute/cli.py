@@ -10,11 +10,13 @@ import torch
 
 from . import __version__, backends
 from ._console import add_backend, complain, emit, number, say
+from ._optional import optional
 
 DEMO_ACCURACY = 0.985  # that the demo must reach on the test split
 
 # What the package raises for what a user can put right.
 EXPECTED = (ImportError, OSError, ValueError, FloatingPointError, torch.OutOfMemoryError)
+NO_MEMORY = ("allocate memory", "no memory for")  # on a CPU torch has no class of its own for that
 INTERRUPTED = 130  # as a shell reports it
 
 
@@ -29,12 +31,12 @@ def main(argv: list[str] | None = None) -> int:
         complain(args, error)
         return 2
     except RuntimeError as error:
-        if "memory" not in str(error):  # torch has no class of its own for that on a CPU
+        if not any(words in str(error) for words in NO_MEMORY):
             raise
         complain(args, error)
         return 2
     except KeyboardInterrupt as interrupt:
-        complain(args, f"interrupted{interrupt}")
+        complain(args, ": ".join(("interrupted", *interrupt.args)))
         return INTERRUPTED
 
 
@@ -98,6 +100,7 @@ def _demo(args: argparse.Namespace) -> int:
     from .training import cli as training
     from .training import data
 
+    optional("matplotlib")  # that of the report, before anything takes long
     result = training.train_as_asked(args, data.digits(), {}, overwrite=True)
     try:
         result |= write_report(args, args.out, speed=True)

@@ -112,6 +112,11 @@ def can_run(backend: str) -> str:
 
 
 @pytest.fixture
+def cpu() -> str:
+    return can_run("cpu")
+
+
+@pytest.fixture
 def fused(request) -> str:
     return can_run(request.param)
 

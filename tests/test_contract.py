@@ -220,12 +220,11 @@ def test_the_maximum_is_subtracted_before_exp(backend, leaky):
 def test_gradients_of_long_votes(backend, coupling, form):
     """Each couples wholly to one from the second pass on, whose logits then have a gradient of 0, not of rounding.
 
-    The GPU's kernels make the votes for a softmax over i again in another order of sums: docs/gpu.md says so.
+    How long they may be where the softmax runs over i, docs/gpu.md says for each backend.
     """
-    if coupling == "in" and backend not in ("cpu", "reference"):
-        pytest.skip("not with a softmax over i on a GPU")
+    shorter = {"triton": 1.0, "cuda": 1e8, "emulated": 1e8} if coupling == "in" else {}
     problem = random_problem((2, 5, 3, 4, 6), form=form, coupling=coupling, dtype=torch.float32)
-    problem.tensors[by_sample(problem)] *= 1e12
+    problem.tensors[by_sample(problem)] *= shorter.get(backend, 1e12)
     expected = problem.map(lambda x: x.double()).gradients("reference")
     for name, value in problem.gradients(backend).items():
         assert_close(value.double(), expected[name], rtol=0, atol=1e-5 * expected[name].abs().max().item(), msg=name)

@@ -135,7 +135,7 @@ WRONG = [
         ({"eps": float("nan")}, ValueError, "positive", "nan"),
         ({"eps": float("inf")}, ValueError, "finite", "inf"),
         ({"eps": 10**400}, ValueError, "finite", "1000"),
-        ({"eps": 1e-50}, ValueError, "1.2e-38", "1e-50"),
+        ({"eps": 1e-50}, ValueError, "1.18e-38", "1e-50"),
         ({"eps": "1e-9"}, TypeError, "float", "str"),
         ({"eps": True}, TypeError, "float", "bool"),
     ]),

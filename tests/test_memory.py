@@ -27,28 +27,26 @@ class Calls(TorchDispatchMode):
         return out
 
 
-@pytest.mark.skipif(os.environ.get("CAPSROUTE_NO_EXT") == "1", reason="CAPSROUTE_NO_EXT=1: there are no kernels")
-def test_a_call_after_one_without_memory_is_right():
+def test_a_call_after_one_without_memory_is_right(cpu):
     u, weight = torch.randn(3, 5, 4), torch.randn(5, 3, 16, 4)
-    expected = capsroute.capsule_linear(u, weight, backend="cpu")
+    expected = capsroute.capsule_linear(u, weight, backend=cpu)
     zeros = torch.zeros(1)
     with pytest.raises(RuntimeError, match="bytes of scratch"):
-        capsroute.capsule_linear(zeros.expand(1, 10**4, 10**4), zeros.expand(10**4, 1000, 1000, 10**4), backend="cpu")
-    assert torch.equal(capsroute.capsule_linear(u, weight, backend="cpu"), expected)
+        capsroute.capsule_linear(zeros.expand(1, 10**4, 10**4), zeros.expand(10**4, 1000, 1000, 10**4), backend=cpu)
+    assert torch.equal(capsroute.capsule_linear(u, weight, backend=cpu), expected)
 
 
-@pytest.mark.skipif(os.environ.get("CAPSROUTE_NO_EXT") == "1", reason="CAPSROUTE_NO_EXT=1: there are no kernels")
 @pytest.mark.parametrize("coupling", ["out", "in"])
 @pytest.mark.parametrize("outputs", [1, 2, 3])
 @pytest.mark.parametrize("form", ["jod", "od"])
-def test_rows_that_lie_apart_do_not_mix(form, outputs, coupling):
+def test_rows_that_lie_apart_do_not_mix(cpu, form, outputs, coupling):
     """Rows of 256 numbers lie apart, so as not to share lines of a cache; those of a forbidden pair are moved."""
     problem = random_problem((2, 9, 256, outputs, 8), form=form, logits="IJ", coupling=coupling, dtype=torch.float32)
     problem.tensors["logits"][3] = -torch.inf
     problem.tensors["u"][:, 3] = 0
-    expected = problem.gradients("cpu")
+    expected = problem.gradients(cpu)
     problem.tensors["u"][:, 3] = torch.nan
-    found = problem.gradients("cpu")
+    found = problem.gradients(cpu)
     assert torch.equal(found["v"], expected["v"])
     assert torch.equal(found["u"], expected["u"])
 

@@ -290,7 +290,7 @@ def test_sweep_measures_and_draws(capsys, tmp_path, monkeypatch):
 
 def test_what_is_shown_instead_of_times_cannot_be_compared(capsys):
     assert main(["bench", "--explain", "--save", "base.json"]) == 2
-    assert "--save and --compare are for times" in capsys.readouterr().err
+    assert "--save, --compare and --memory are for implementations" in capsys.readouterr().err
 
 
 def test_a_plot_needs_the_measurement(capsys):

@@ -59,7 +59,7 @@ def test_reports_that_cannot_be_compared_are_refused(tmp_path):
         (("--save", "."), "--save must be a file in a directory that is there, got ."),
         (("--roofline", "--plot", "nowhere/roof.png"), "--plot must be a file in a directory that is there"),
         (("--roofline", "--plot", "roof.xyz"), "--plot must end in .png, .pdf, .svg, got roof.xyz"),
-        (("--roofline", "--memory"), "--memory is for implementations"),
+        (("--roofline", "--memory"), "--memory are for implementations"),
         (("--explain", "--device", "cuda"), "are of the CPU kernels, got --device cuda"),
         (("--compare", "base.json", "--dtype", "float64"), "reports of one dtype can be compared"),
         (("--compare", "base.json", "--threads", "1", "--case", "comirec"), "share no case that fused was measured in"),

@@ -60,15 +60,14 @@ def test_same_bits_on_any_number_of_threads_at_large_sizes(fused, threads, sizes
         assert_same_bits(results(problem, fused), expected)
 
 
-@pytest.mark.skipif(os.environ.get("CAPSROUTE_NO_EXT") == "1", reason="CAPSROUTE_NO_EXT=1: there are no kernels")
-def test_same_bits_where_more_threads_make_the_coupling_anew_than_stream(threads):
+def test_same_bits_where_more_threads_make_the_coupling_anew_than_stream(cpu, threads):
     """One group of input capsules, streamed by one thread, has four blocks or more, shared out by four."""
     problem = random_problem((1, 64, 1, 25000, 1), dtype=torch.float32, iterations=4)
     threads(1)
-    expected = results(problem, "cpu")
+    expected = results(problem, cpu)
     for count in (2, 3, 8):
         threads(count)
-        assert_same_bits(results(problem, "cpu"), expected)
+        assert_same_bits(results(problem, cpu), expected)
 
 
 @pytest.mark.not_interpreted

@@ -78,35 +78,38 @@ def test_several_tiles_in_each_direction(with_tuning, form, options):
     assert_as_exact_as_the_reference(problem, "triton")
 
 
-def spread_out(x: torch.Tensor, dim: int, far: int) -> torch.Tensor:
-    """x with a stride of `far`, in memory that is not touched but for it."""
-    strides = list(x.stride())
-    strides[dim] = far
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        memory = torch.empty(far * (x.shape[dim] - 1) + x.numel(), dtype=x.dtype)
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = True
-    return memory.as_strided(x.shape, strides).copy_(x)
+@pytest.fixture
+def spread_out(device):
+    """x with a stride of `far` in a dimension, in memory that is not touched but for it."""
+    if device != "cpu":
+        pytest.skip("4 GiB that are never touched cost nothing on the CPU alone")
+
+    def spread(x: torch.Tensor, dim: int, far: int) -> torch.Tensor:
+        strides = list(x.stride())
+        strides[dim] = far
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        try:
+            memory = torch.empty(far * (x.shape[dim] - 1) + x.numel(), dtype=x.dtype)
+        finally:
+            torch.utils.deterministic.fill_uninitialized_memory = True
+        return memory.as_strided(x.shape, strides).copy_(x)
+
+    return spread
 
 
 @pytest.mark.parametrize(
     ("form", "name", "dim", "far"),
     [("ijod", "u", 0, 2**31 + 5), ("votes", "votes", 2, 2**30 + 8), ("votes", "logits", 2, 2**30 + 8)],
 )
-def test_offsets_beyond_31_bits(device, form, name, dim, far):
+def test_offsets_beyond_31_bits(spread_out, form, name, dim, far):
     """Samples that lie more than 2^31 numbers apart, output capsules of which the third does."""
-    if device != "cpu":
-        pytest.skip("4 GiB that are never touched cost nothing on the CPU alone")
     problem = random_problem((2, 3, 2, 3, 4), form=form, dtype=torch.float16, logits="BIJ")
     expected = problem.run("triton")
     problem.tensors[name] = spread_out(problem.tensors[name], dim, far)
     assert torch.equal(problem.run("triton"), expected)
 
 
-def test_offsets_of_a_gradient_beyond_31_bits(device):
-    if device != "cpu":
-        pytest.skip("4 GiB that are never touched cost nothing on the CPU alone")
+def test_offsets_of_a_gradient_beyond_31_bits(spread_out):
     votes = torch.randn(1, 2, 3, 4, requires_grad=True)
     v = capsroute.dynamic_routing(votes, backend="triton")
     gradients = [

@@ -201,6 +201,7 @@ class Problem:
         group = tuning.group(self.tuning, self.I, self.J, self.X, self.D if self.form == "pair" else 1)
         groups = max(1, ceil(self.I, group))
         tile = tuning.tile(self.tuning, shape, self.B, self.J, self.X, self.itemsize, groups)
+        of_samples = max(self.strides[0], self.strides[2], self.strides[5], self.I * self.J)
         static = Static(
             acc=ACCUMULATION[self.dtype],
             J=self.J,
@@ -220,11 +221,7 @@ class Problem:
             mask=self.mask is not None,
             logits=self.logits is not None,
             tiled=self.tiled(tile),
-            near=max(
-                tile.rows * max(self.strides[0], self.strides[2], self.strides[5], self.I * self.J),
-                self.J * max(self.strides[4], self.strides[7]),
-            )
-            < 2**31,
+            near=max(tile.rows * of_samples, self.J * max(self.strides[4], self.strides[7])) < 2**31,
         )
         return static, (ceil(self.B, tile.rows), ceil(self.J, tile.outputs), groups), tile.warps
 

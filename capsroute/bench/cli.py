@@ -101,20 +101,7 @@ def run(args: argparse.Namespace) -> int:
     cases = [case._replace(seed=args.seed or 0) for case in cases]
     if args.batches:
         cases = [case._replace(batch=batch) for case in cases for batch in args.batches]
-    if args.plot and not (args.roofline or args.sweep):
-        raise ValueError("--plot draws what --roofline or --sweep measures: give both")
-    if (args.save or args.compare) and (args.traffic or args.explain or args.roofline or args.sweep):
-        raise ValueError("--save and --compare are for times, not for --traffic, --explain, --roofline or --sweep")
-    if args.memory and (args.traffic or args.explain or args.roofline or args.sweep):
-        raise ValueError("--memory is for implementations, not for --traffic, --explain, --roofline or --sweep")
-    if args.device == "cuda" and (args.explain or args.roofline or args.sweep):
-        raise ValueError("--explain, --roofline and --sweep are of the CPU kernels, got --device cuda")
-    check_writable("--save", args.save)
-    check_writable("--plot", args.plot)
-    if args.plot:
-        optional("matplotlib")
-        if args.plot.suffix.lower() not in PICTURES:
-            raise ValueError(f"--plot must end in {', '.join(PICTURES)}, got {args.plot}")
+    _check(args)
     if args.traffic:
         return _traffic(args, cases, dtype)
     if args.explain or args.roofline or args.sweep:
@@ -162,6 +149,24 @@ def run(args: argparse.Namespace) -> int:
         say(args, "\n".join(f"- {change.describe()}" for change in changes))
     emit(args, {**report, "changes": [change._asdict() for change in changes]} if base else report)
     return int(any(change.slower or change.larger for change in changes))
+
+
+def _check(args: argparse.Namespace) -> None:
+    """That options go together and files can be written, before anything takes long."""
+    if args.plot and not (args.roofline or args.sweep):
+        raise ValueError("--plot draws what --roofline or --sweep measures: give both")
+    if args.traffic or args.explain or args.roofline or args.sweep:
+        if args.save or args.compare or args.memory:
+            instead = "--traffic, --explain, --roofline or --sweep"
+            raise ValueError(f"--save, --compare and --memory are for implementations, not for {instead}")
+        if args.device == "cuda" and not args.traffic:
+            raise ValueError("--explain, --roofline and --sweep are of the CPU kernels, got --device cuda")
+    check_writable("--save", args.save)
+    check_writable("--plot", args.plot)
+    if args.plot:
+        optional("matplotlib")
+        if args.plot.suffix.lower() not in PICTURES:
+            raise ValueError(f"--plot must end in {', '.join(PICTURES)}, got {args.plot}")
 
 
 def _traffic(args: argparse.Namespace, cases: list[Case], dtype: torch.dtype) -> int:

@@ -49,7 +49,7 @@ def load(path: Path) -> dict:
         report = json.loads(path.read_text())
         if report["command"] != "bench":
             raise KeyError("command")
-        _rows(report), report["dtype"], report["machine"]["threads"]
+        _rows(report), report["dtype"], report["machine"]["threads"]  # all that is read of it
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not what `capsroute bench --save` writes") from error
     return report

@@ -107,7 +107,7 @@ def train(args: argparse.Namespace) -> int:
     try:
         result = train_as_asked(args, dataset, source, resume=args.resume, overwrite=args.overwrite)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f": go on with: capsroute train --out {args.out} --resume") from None
+        raise KeyboardInterrupt(f"go on with: capsroute train --out {args.out} --resume") from None
     say(args, f"wrote {args.out}; look at it with: capsroute report {args.out}")
     emit(args, result)
     return 0
@@ -199,8 +199,8 @@ def evaluate_run(args: argparse.Namespace) -> int:
     """Run `capsroute eval`."""
     loaded, dataset = load_run(args, args.path)
     net = loaded.net.to(distributed.pick_device(args.device))
-    score = evaluate(net, dataset.test, overlapping=loaded.info["options"]["overlap"])
-    samples = TrainingOptions(**loaded.info["options"]).samples
-    say(args, f"test accuracy {score.accuracy:.2%} on {len(dataset.test)} {samples}, loss {score.loss:.4f}")
+    options = TrainingOptions(**loaded.info["options"])
+    score = evaluate(net, dataset.test, overlapping=options.overlap)
+    say(args, f"test accuracy {score.accuracy:.2%} on {len(dataset.test)} {options.samples}, loss {score.loss:.4f}")
     emit(args, {"dataset": dataset.name, "test_accuracy": score.accuracy, "test_loss": score.loss})
     return 0

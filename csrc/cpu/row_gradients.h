@@ -82,7 +82,7 @@ class RowGradients {
     s.prior = carver.take<A>(layout_.lanes());
     s.uniform = carver.take<A>(sub_batch_ * layout_.lanes());
     s.pairs = carver.take<A>(plan_.keep_pairs ? 0 : kSubBatch * kept_.block_pairs());
-    if (!plan_.keep_pairs) s.stream = logits_.stream().carve_scratch(carver);  // that has its own for other shares
+    if (!plan_.keep_pairs) s.stream = logits_.stream().carve_scratch(carver);  // the stream's may be fewer
     s.coefficient = carver.take<Coefficient<A>>(plan_.terms);
     s.dh = carver.take<A>(kSubLanes<A> * sub_batch_ * layout_.sums());
     s.inputs = carver.take<A>(sub_batch_ * lanes_ * p_.D);

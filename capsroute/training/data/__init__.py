@@ -52,7 +52,7 @@ def load(data_dir: str | Path | None = None, image_size: int | None = None) -> D
 
 
 def _of_one_size(what: object, dataset: Dataset, image_size: int | None) -> Dataset:
-    """Images that have their own size, which none may be asked for."""
+    """A dataset whose images have one size, unless another is asked for."""
     own = dataset.image_shape[1:]
     if image_size and own != (image_size, image_size):
         raise DataError(f"--image-size resizes images of folders, {what} are {own[0]} x {own[1]}, got {image_size}")
