@@ -75,6 +75,15 @@ def test_threads_share_out_groups_where_one_would_have_too_many_samples():
     assert planned(43, 64, 3, 10, 16, threads=2)[2:6] == (32, 2, 1, False)  # there is one group
 
 
+@pytest.mark.parametrize(
+    ("threads", "tile", "by_group"), [(1, 32, False), (2, 16, False), (8, 16, True), (16, 8, True)]
+)
+def test_threads_share_out_groups_of_several_tiles_where_groups_are_few(threads, tile, by_group):
+    """Three groups of 192 input capsules: of one tile they would be work for three threads."""
+    path = planned(32, 192, 2, 1000, 16, threads=threads)
+    assert (path.tile, path.groups, path.by_group) == (tile, 3, by_group)
+
+
 @pytest.mark.parametrize(("batch", "by_group"), [(4, True), (8, False)])
 def test_threads_share_out_groups_where_tiles_are_few(batch, by_group):
     two, one = (planned(batch, 130, 12, 3, 5, threads=threads) for threads in (2, 1))
@@ -170,8 +179,9 @@ def test_votes_by_samples_are_kept_up_to_96_kib_for_each_term():
     assert planned(16, 48, 2, 4, 16).kept_inputs == 48
     assert planned(16, 64, 2, 4, 16).kept_inputs == 0
     assert planned(16, 64, 4, 4, 16).kept_inputs == 64
-    assert planned(16, 80, 64, 4, 64)[1:3] == (80, 32)  # all, whatever else could be kept by fours
-    assert planned(64, 48, 2, 4, 16)[2:4] == (32, 2)  # two vectors' samples read a weight together
+    assert planned(32, 80, 64, 4, 64)[1:3] == (80, 32)  # all, whatever else could be kept by fours
+    assert planned(64, 48, 2, 4, 16)[2:4] == (32, 2)  # two vectors' samples read a weight together,
+    assert planned(64, 48, 2, 4, 16, threads=4)[2:4] == (16, 4)  # unless a thread would have nothing to do
     assert planned(100, 80, 2, 4, 16)[2:4] == (112, 1)  # whole vectors
 
 

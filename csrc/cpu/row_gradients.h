@@ -31,10 +31,11 @@ class RowGradients {
   RowGradients(const BackwardPlan<X>& plan, const Kept<X>& kept, const LogitStream<X>& logits, Carver& carver,
                const Parallel& parallel)
       : plan_(plan), layout_(plan.layout), p_(plan.p), out_(plan.out), kept_(kept), logits_(logits) {
-    const int64_t parts = minimum(parallel.threads, maximum(1, layout_.blocks));
     const int64_t weights = 2 * p_.D * layout_.sums() * int64_t(sizeof(A));  // W_i and dW_i
     lanes_ = p_.form == Weight::pair && plan.keep_pairs && weights * W<A> > kOwnedWeights ? kSubLanes<A> : W<A>;
     sub_batch_ = few_inputs() ? kLongSubBatch : kSubBatch;
+    share_ = p_.over_inputs ? W<A> : lanes_;
+    const int64_t parts = minimum(parallel.threads, maximum(1, divide_up(p_.I, share_)));
     wants_weight_ = out_.weight && p_.form == Weight::pair;
     // A whole batch in one write: nothing of dW is needed again.
     const bool once = p_.B <= sub_batch_, aligned = uintptr_t(out_.weight) % CAPSROUTE_VECTOR_BYTES == 0;
@@ -52,9 +53,10 @@ class RowGradients {
   void run(int64_t first, int64_t count, const Parallel& parallel) {
     const bool rows = out_.u || (out_.weight && p_.form == Weight::pair);
     if (!rows && !plan_.logits_by_row) return;
-    parallel_for(parallel, layout_.blocks, [&](int64_t index, int64_t part) {
+    parallel_for(parallel, divide_up(p_.I, share_), [&](int64_t index, int64_t part) {
       Carver carver = scratch_.at(part);
-      block_gradients(first, count, index * W<A>, rows, carve_scratch(carver));
+      const int64_t i = index * share_, begin = i % W<A>;
+      share_gradients(first, count, {i - begin, begin, minimum(share_, p_.I - i)}, rows, carve_scratch(carver));
     });
   }
 
@@ -62,7 +64,7 @@ class RowGradients {
   // Input capsules i0 + begin .. i0 + begin + count of the block at i0.
   struct Lanes {
     int64_t i0, begin, count;
-    bool differ;  // from sample to sample, in which are live and in p^1
+    bool differ = false;  // from sample to sample, in which are live and in p^1
   };
 
   struct Scratch {
@@ -91,10 +93,11 @@ class RowGradients {
     return s;
   }
 
-  void block_gradients(int64_t first, int64_t count, int64_t i0, bool rows, const Scratch& scratch) {
-    const int64_t lanes = minimum(W<A>, p_.I - i0);
-    if (wants_weight_ && in_place_ && first == 0) ask_for_weight(i0, lanes);
-    if (dlogits_ && first == 0) set_zero(dlogits_ + i0 * p_.J, layout_.lanes());
+  // What the logits of a whole block give is the business of its first share.
+  void share_gradients(int64_t first, int64_t count, const Lanes& share, bool rows, const Scratch& scratch) {
+    const int64_t i0 = share.i0, end = share.begin + share.count;
+    if (wants_weight_ && in_place_ && first == 0) ask_for_weight(share);
+    if (dlogits_ && first == 0 && share.begin == 0) set_zero(dlogits_ + i0 * p_.J, layout_.lanes());
     const bool differ = logits_.stream().rows.lanes_differ() || p_.over_inputs;  // else those of one serve all samples
     Block<A> blocks[kLongSubBatch];
     auto set_lanes = [&](int64_t m, int64_t n) {
@@ -103,9 +106,9 @@ class RowGradients {
       if (!plan_.queried(1)) logits_.couple_again(m + n, 1, blocks[n], uniform, layout_.F);
     };
     if (!differ) set_lanes(0, 0);
-    for (int64_t l = 0; l < lanes; l += lanes_)
+    for (int64_t l = share.begin; l < end; l += lanes_)
       for (int64_t m = 0; m < count; m += sub_batch_) {
-        const Lanes some{i0, l, minimum(lanes_, lanes - l), differ};
+        const Lanes some{i0, l, minimum(lanes_, end - l), differ};
         const int64_t samples = minimum(sub_batch_, count - m);
         if (l == 0 && !plan_.keep_pairs) make_pairs(first, m, samples, i0, scratch);
         for (int64_t n = 0; differ && n < samples; ++n) {
@@ -125,7 +128,7 @@ class RowGradients {
                    scratch.du + n * some.count * p_.D, some.count * p_.D);
           }
       }
-    if (first + count == p_.B) finish(i0, lanes);
+    if (first + count == p_.B) finish(share);
     if (first_write_ == Write::set_past) finish_stores();
   }
 
@@ -283,19 +286,21 @@ class RowGradients {
       for (int64_t j = 0; j < p_.J; ++j) write_as(out_.logits, p_.logits.dtype, (row + l) * p_.J + j, db[j * W<A> + l]);
   }
 
-  void ask_for_weight(int64_t i0, int64_t lanes) const {
+  void ask_for_weight(const Lanes& share) const {
     const int64_t each = p_.D * p_.J * p_.O;
-    if (out_.ask_for_pages) out_.ask_for_pages(static_cast<X*>(out_.weight) + i0 * each, lanes * each * sizeof(X));
+    X* own = static_cast<X*>(out_.weight) + (share.i0 + share.begin) * each;
+    if (out_.ask_for_pages) out_.ask_for_pages(own, share.count * each * sizeof(X));
   }
 
   // After the last chunk: sums over the batch, to their own dtype and shape.
-  void finish(int64_t i0, int64_t lanes) const {
+  void finish(const Lanes& share) const {
+    const int64_t start = share.i0 + share.begin;
     if (dW_) {
-      ask_for_weight(i0, lanes);
-      for (int64_t row = i0 * p_.D * p_.J; row < (i0 + lanes) * p_.D * p_.J; ++row)
+      ask_for_weight(share);
+      for (int64_t row = start * p_.D * p_.J; row < (start + share.count) * p_.D * p_.J; ++row)
         narrow(static_cast<X*>(out_.weight) + row * p_.O, dW_ + row * layout_.O, p_.O);
     }
-    if (dlogits_) write_logits(dlogits_ + i0 * p_.J, i0, i0);
+    if (dlogits_ && share.begin == 0) write_logits(dlogits_ + share.i0 * p_.J, share.i0, share.i0);
   }
 
   const BackwardPlan<X>& plan_;
@@ -305,6 +310,7 @@ class RowGradients {
   const Kept<X>& kept_;
   const LogitStream<X>& logits_;
   int64_t lanes_, sub_batch_;  // of a block, and samples, that are taken together
+  int64_t share_;              // of a block that one thread takes: all where its pairs are corrected in place
   bool wants_weight_, in_place_;
   A* dW_ = nullptr;  // [I, D, J, O], where it is not made in place
   Write first_write_ = Write::set;

@@ -74,20 +74,32 @@ struct Way {
     return fits && numbers >= kLargeWeight ? Keep::tile : Keep::none;
   }
 
-  // Few where their votes are kept in the cache, else as many as keep V and sums there, so that the weight comes from
-  // memory as seldom as can be. Each thread has a share of the tiles. If those were short, or the busiest thread had
-  // more than 5/4 of its share, there is one long tile, of which threads share out the groups, if it has several.
+  // As many as give the busiest thread the least to do, which is counted in groups of so many samples. To read the
+  // weight of a group takes as long as kSamples samples do, measured where it comes from memory; where threads share
+  // out the groups of a tile, rather than tiles, each step waits for the last of them, and its sums are added up: an
+  // eighth more.
   int64_t tile_size(const Layout<X>& layout, int64_t batch, int64_t threads) const {
-    const int64_t some = !by_samples ? kSamples : keep ? 2 * W<A> : W<A>;
-    if (keep || layout.p.form != Weight::pair) return some;
-    const int64_t samples = maximum(1, batch), most = kTileStates / (2 * layout.outputs() * int64_t(sizeof(A)));
-    const int64_t longest = minimum(kLongTile, maximum(kShortTile, most / some * some));
-    const int64_t tiles = divide_up(divide_up(samples, longest), threads) * threads;
-    const int64_t even = divide_up(divide_up(samples, tiles), some) * some;
-    const int64_t busiest = divide_up(divide_up(samples, even), threads) * (even / some);
-    const bool uneven = samples <= longest && 4 * busiest * threads > 5 * divide_up(samples, some);
-    if (layout.groups == 1 || (even >= kShortTile && !uneven)) return even;
-    return minimum(longest, divide_up(samples, some) * some);
+    const int64_t some = by_samples ? W<A> : kSamples, samples = maximum(1, batch);
+    const int64_t longest = longest_tile(layout, some), fewest = divide_up(samples, longest);
+    int64_t best = 0, least = 0;
+    for (int64_t tiles = fewest; tiles < fewest + 2 * threads; ++tiles) {
+      const int64_t tile = divide_up(divide_up(samples, tiles), some) * some;
+      const Schedule shared(samples, tile, layout.groups, threads);
+      const int64_t items = shared.by_group ? shared.tiles * layout.groups : shared.tiles;
+      const int64_t busiest = divide_up(items, threads) * (shared.by_group ? 9 : 8 * layout.groups);
+      const int64_t cost = busiest * (tile + kSamples);
+      if (best == 0 || cost < least) best = tile, least = cost;
+      if (tile == some) break;
+    }
+    return best;
+  }
+
+  // Where votes are kept in the cache, as many samples as they are made of together; else as many as keep V and sums
+  // there, so that the weight comes from memory as seldom as can be.
+  int64_t longest_tile(const Layout<X>& layout, int64_t some) const {
+    if (layout.p.form != Weight::pair || keep) return by_samples ? 2 * some : some;
+    const int64_t most = kTileStates / (2 * layout.outputs() * int64_t(sizeof(A)));
+    return minimum(kLongTile, maximum(kShortTile, most / some * some));
   }
 };
 
