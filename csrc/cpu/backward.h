@@ -29,6 +29,7 @@ class BatchSums {
     if (dlogits_ && out_.logits_B == 1) add(dlogits_, kept_.logit_sums, J, count, J);
     if (dlogits_ && out_.logits_B > 1)
       for (int64_t n = 0; n < count; ++n) write_logits(kept_.logit_sums + n * J, first + n);
+    if (dW_ && p_.logits.data) clear_forbidden(count);
     if (dW_) weight_gradient(count, parallel);
     if (first + count == p_.B) finish();
   }
@@ -45,6 +46,16 @@ class BatchSums {
       const int64_t end = minimum(count, n0 + kSumBlock);
       for (int64_t n = n0; n < end; ++n) fold_sum(block_, from + n * stride, size, n == n0);
       fold_sum(to, block_, size, false);
+    }
+  }
+
+  // An output capsule whose pairs are all forbidden adds nothing to dW, also where its vector is NaN.
+  void clear_forbidden(int64_t count) const {
+    for (int64_t n = 0; n < count * plan_.terms * p_.J; ++n) {
+      const A* sum = kept_.sums + n * layout_.F;
+      int64_t f = 0;
+      while (f < layout_.F && sum[f] == 0) ++f;
+      if (f == layout_.F) set_zero(kept_.outputs + n * layout_.O, layout_.O);
     }
   }
 

@@ -211,12 +211,12 @@ class ForwardStream {
 
   // The sums over i of exp(logit - highest) h_ij become those of c_ij h_ij; an output capsule without inputs gets 0.
   void normalise(const Online<A>& online, int64_t step, int64_t b) const {
-    A* norm = static_cast<A*>(out_.norm) + (saved(step) * p_.B + b) * p_.J;
+    A* norm = out_.norm && saved(step) >= 0 ? static_cast<A*>(out_.norm) + (saved(step) * p_.B + b) * p_.J : nullptr;
     for (int64_t j = 0; j < p_.J; ++j) {
       const A scale = online.total[j] == 0 ? 0 : 1 / online.total[j];
       for (int64_t f = j * layout_.F; f < (j + 1) * layout_.F; f += W<A>)
         store(online.sums + f, load(online.sums + f) * scale);
-      if (!out_.norm || saved(step) < 0) continue;
+      if (!norm) continue;
       norm[j] = online.total[j] == 0 ? 0 : online.highest[j];
       norm[out_.saved * p_.B * p_.J + j] = online.total[j];
     }

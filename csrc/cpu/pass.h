@@ -192,7 +192,8 @@ void couple_backward(const Lanes block, const A* c, const A* e, int64_t J, Size 
   Vec<A> mean = all<A>(0);
   for (int64_t j = 0; j < J; ++j) {
     const Vec<A> t = dot(block, e, j, F);
-    mean += load(c + j * W<A>) * t;
+    const Vec<A> share = load(c + j * W<A>);
+    mean = share == 0 ? mean : mean + share * t;  // not 0 * NaN
     store(db + j * W<A>, t);
   }
   for (int64_t j = 0; j < J; ++j) {

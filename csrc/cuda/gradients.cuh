@@ -112,13 +112,16 @@ class GradientStream {
       if (active && (k > 0 || p_.query.data)) load_slice(q, a_.states.query + k * state, at, place_.lane);
       A logit[N], target[N];
       CAPSROUTE_UNROLL
-      for (int n = 0; n < N; ++n) logit[n] = dot(h[n], q), target[n] = dot(h[n], e);
+      for (int n = 0; n < N; ++n) {  // added in the order of pass(), as its softmax is taken again
+        logit[n] = place_.slice == 0 ? prior[n] : A(0);
+        logit[n] += dot(h[n], q), target[n] = dot(h[n], e);
+      }
       if (a_.layout.row_slices > 1) add_slices(logit, target);
       CAPSROUTE_UNROLL
       for (int n = 0; n < N; ++n) {
         if (!live[n]) continue;
         A p, db;
-        couple_again(k, i + n, logit[n] + prior[n], target[n], p, db);
+        couple_again(k, i + n, logit[n], target[n], p, db);
         dlogits[n] += db;
         CAPSROUTE_UNROLL
         for (int f = 0; f < K; ++f) dh[n][f] += p * e[f] + db * q[f];

@@ -129,6 +129,8 @@ def coupling_and_slope(h, prior, allowed, V, ds, tops, totals, means, k, row, b,
     if P.moves:
         a += tl.sum(h * V, 2, keep_dims=True)
         t = tl.sum(h * ds, 2, keep_dims=True)
+        if P.logits:  # of a forbidden pair ds may be NaN
+            t = tl.where(allowed, t, 0.0)
     a = tl.where(allowed, a, float("-inf"))
     if P.over_inputs or P.tiled:
         sample = k * B.to(tl.int64) + b
@@ -163,7 +165,8 @@ def rows(u, weight, logits, mask, queries, slopes, parts, k, B, I, strides, P: t
         h = votes(u, weight, b, i, j, x, row, allowed, strides, P)
         a = tl.where(allowed, prior + tl.sum(h * V, 2, keep_dims=True), float("-inf"))
         m, total = softmax_parts(a, P)
-        T = tl.sum(tl.exp(a - m) * tl.sum(h * ds, 2, keep_dims=True), 1, keep_dims=True)
+        t = tl.where(allowed, tl.sum(h * ds, 2, keep_dims=True), 0.0)
+        T = tl.sum(tl.exp(a - m) * t, 1, keep_dims=True)
         m = tl.where(total == 0, float("-inf"), m)
         to = parts + (tl.program_id(1) * 3 * B.to(tl.int64) + b) * I + i
         tl.store(to, m, mask=b < B)
