@@ -18,11 +18,12 @@ from capsroute import backends
 from capsroute.bench.cli import describe_machine
 
 LINES = 25  # of each step's output in the report
+ON_CPU = ("batches", "checkpoint", "cli", "data", "report", "training")  # tests of what makes its tensors there
 PYTEST = (sys.executable, "-m", "pytest", "--device", "cuda", "-q", "--no-header", "-p", "no:cacheprovider")
 
 
 def steps() -> Iterator[tuple[str, list[str]]]:
-    yield "tests", [*PYTEST, "tests"]
+    yield "tests", [*PYTEST, "tests", *(f"--ignore=tests/test_{name}.py" for name in ON_CPU)]
     yield "benchmarks", [sys.executable, "-m", "capsroute", "bench", "--device", "cuda", "--case", "all", "--memory"]
     for tool in ("memcheck", "racecheck", "initcheck") if shutil.which("compute-sanitizer") else ():
         few = [*PYTEST, "tests/test_triton.py", "tests/test_routing.py", "-x"]

@@ -24,11 +24,11 @@ from capsroute.cli import main
 
 @pytest.fixture
 def with_tuning(monkeypatch):
-    """Tiles by other numbers than the table's."""
+    """Tiles by other numbers than the table's, on a GPU too."""
     from capsroute._triton import tuning
 
     def use(**numbers):
-        monkeypatch.setattr(tuning, "DEFAULT", tuning.Tuning(**numbers))
+        monkeypatch.setattr(tuning, "for_shape", lambda *layer: tuning.Tuning(**numbers))
 
     return use
 
