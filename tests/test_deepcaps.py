@@ -80,11 +80,20 @@ def test_it_learns_its_batch(backend):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"features": ()}, ValueError, "cells must be at least 1, got 0"),
+        ({"features": ()}, ValueError, "features must have a number for each of at least one cell, got none"),
         ({"types": 0}, ValueError, "types must be at least 1, got 0"),
-        ({"features": (4, 0)}, ValueError, "out_features must be at least 1, got 0"),
+        ({"class_features": 0}, ValueError, "class_features must be at least 1, got 0"),
+        ({"features": 4}, TypeError, "features must be a tuple of ints, got int"),
+        ({"hidden": (0,)}, ValueError, r"hidden\[0\] must be at least 1, got 0"),
+        ({"features": (4, 0)}, ValueError, r"features\[1\] must be at least 1, got 0"),
     ],
 )
 def test_wrong_arguments_are_named(options, error, message):
     with pytest.raises(error, match=message):
         small(**options)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 7, 7), (2, 1, 8, 16), (2, 3, 8, 8)])
+def test_images_of_another_size(shape):
+    with pytest.raises(ValueError, match=r"images must be \[B, C, H, W\] with C = 1, H = 8 and W = 8, got"):
+        small()(torch.rand(shape))

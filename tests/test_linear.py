@@ -121,6 +121,32 @@ def test_a_lazy_layer_that_was_loaded_knows_its_sizes():
     assert (lazy.in_capsules, lazy.in_features) == (7, 3)
 
 
+def test_a_lazy_layer_that_was_loaded_in_part():
+    lazy = LazyCapsuleLinear(4, 5, bias=True)
+    with torch.no_grad():
+        lazy.bias.fill_(777)  # as memory that nobody set
+    lazy = LazyCapsuleLinear(4, 5, bias=True)
+    lazy.load_state_dict(CapsuleLinear(7, 3, 4, 5).state_dict(), strict=False)
+    lazy.reset_parameters()  # before it knows how many inputs there are
+    lazy(torch.randn(2, 7, 3))
+    assert not lazy.bias.any()
+
+
+def test_a_lazy_layer_of_no_inputs():
+    assert not LazyCapsuleLinear(4, 5)(torch.randn(2, 0, 3)).any()
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 10])
+def test_a_leaky_layer_starts_as_long_as_one_without(outputs):
+    u = torch.randn(64, 1152, 8)
+
+    def length(**options):
+        weight = CapsuleLinear(1152, 8, outputs, 16, 1, **options).logical_weight()
+        return capsroute.routing_pass(u, weight, None, **options).norm(dim=-1).mean().item()
+
+    assert length(leaky=True) == pytest.approx(length(), rel=0.15)
+
+
 @pytest.mark.parametrize(
     ("logits", "error", "message"),
     [

@@ -33,7 +33,7 @@ def test_spread_loss_is_equation_3():
     loss.margin = 0.05  # as a schedule sets it
     assert loss(activations[:1], torch.tensor([0])).item() == 0
     assert repr(loss) == "SpreadLoss(margin=0.05)"
-    with pytest.raises(ValueError, match="margin must be positive, got 0"):
+    with pytest.raises(ValueError, match="margin must be a positive finite number, got 0"):
         SpreadLoss(0)
     with pytest.raises(ValueError, match=r"activations must be \[B, J\], got \[3\]"):
         loss(activations[0], torch.tensor([0, 1]))

@@ -312,6 +312,21 @@ def test_low_precision(dtype):
         assert module(u, lengths=LENGTHS).dtype == dtype
 
 
+@pytest.mark.parametrize("options", [{"adaptive": True}, {"detach_coupling": True}])
+def test_cosines_of_nothing_in_float16(options):
+    """A vote of zeros, masked or not, has no direction; what F.normalize adds to its length is 0 in float16."""
+    module, u = MultiInterest(CLICKS, FEATURES, INTERESTS, OUT, cosine_scale=5.0, **options), histories().float().detach()
+    u[:, 0] = 0
+    for half in (False, True):
+        own = copy.deepcopy(module).half() if half else module
+        with torch.autocast("cpu", torch.float16, enabled=not half):
+            v = own(u.half() if half else u, lengths=LENGTHS)
+        v.float().square().sum().backward()
+        assert v.isfinite().all()
+        assert own.weight.grad.isfinite().all()
+        assert own.weight.grad.any()
+
+
 def test_repr():
     assert repr(MultiInterest(50, 64, 4, 32, adaptive=True)) == (
         "MultiInterest(length=50, in_features=64, interests=4, out_features=32, iterations=3, shared='pairs', "

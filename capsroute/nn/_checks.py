@@ -35,6 +35,23 @@ def check_image_shape(image_shape: tuple[int, int, int]) -> None:
     check_sizes(**dict(zip(("image_shape[0]", "image_shape[1]", "image_shape[2]"), image_shape, strict=True)))
 
 
+def check_widths(name: str, widths: tuple[int, ...]) -> None:
+    """A tuple or list of sizes; it may be empty."""
+    if not isinstance(widths, (tuple, list)):
+        raise TypeError(f"{name} must be a tuple of ints, got {type(widths).__name__}")
+    check_sizes(**{f"{name}[{k}]": width for k, width in enumerate(widths)})
+
+
+def check_images(images: Tensor, image_shape: tuple[int, int, int]) -> None:
+    """A batch of images of a known size."""
+    check_tensor("images", images, "[B, C, H, W]")
+    if images.dim() != 4 or tuple(images.shape[1:]) != image_shape:
+        channels, height, width = image_shape
+        raise ValueError(
+            f"images must be [B, C, H, W] with C = {channels}, H = {height} and W = {width}, got {list(images.shape)}"
+        )
+
+
 def for_outputs(logits: Tensor, outputs: int) -> Tensor:
     """Prior logits [*, I, J] from what broadcasts to that: a weight [O, D] takes J from them."""
     check_tensor("logits", logits, "[*, I, J]")

@@ -79,7 +79,7 @@ def _chunks(x: Tensor, windows: Windows, chunk_bytes: int) -> list[Chunk]:
     height, width = windows.positions(height, width)
     row = width * windows.kernel[0] * windows.kernel[1] * types * features * x.element_size()
     rows = max(chunk_bytes // row, 1)
-    if batch * height <= rows:  # asked first, so that a compiled batch may be of any size that fits
+    if batch <= rows // height:  # asked first, so that a compiled batch may be of any size that fits
         return [(slice(0, batch), slice(0, height))]
     return list(itertools.product(_cut(batch, max(rows // height, 1)), _cut(height, min(rows, height))))
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_image_shape, check_sizes
+from ._checks import check_image_shape, check_images, check_sizes
 from ._lengths import capsule_lengths
 from .decoder import Decoder
 from .linear import CapsuleLinear
@@ -63,7 +63,8 @@ class CapsNet(nn.Module):
     ):
         super().__init__()
         check_image_shape(image_shape)
-        check_sizes(classes=classes, channels=channels)
+        check_sizes(classes=classes, channels=channels, types=types)
+        check_sizes(primary_features=primary_features, class_features=class_features)
         self.image_shape = tuple(image_shape)
         factory = {"device": device, "dtype": dtype}
         kernel, stride, grid = zip(*map(_scale, image_shape[1:]), strict=True)
@@ -77,12 +78,7 @@ class CapsNet(nn.Module):
 
     def primary_capsules(self, images: Tensor) -> Tensor:
         """The input of the routing, ``[B, I, D]``, I = height * width * types of ``grid``."""
-        if images.dim() != 4 or tuple(images.shape[1:]) != self.image_shape:
-            channels, height, width = self.image_shape
-            raise ValueError(
-                f"images must be [B, C, H, W] with C = {channels}, H = {height} and W = {width}, "
-                f"got {list(images.shape)}"
-            )
+        check_images(images, self.image_shape)
         return self.primary(F.relu(self.conv(images)))
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> CapsNetOutput:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .. import _checks
+from .. import _autocast, _checks
 from ._checks import check_sizes, pair
 from ._windows import Windows, route_windows
 from .linear import first_pass_gain
@@ -79,11 +79,11 @@ class CapsuleConv(nn.Module):
         """Draw the weight anew and set the bias to 0."""
         inputs = self._window_capsules()
         if self.iterations > 1:
-            gain = first_pass_gain(inputs, self.out_types, self.coupling)
+            gain = first_pass_gain(inputs, self.out_types + self.leaky, self.coupling)
         else:
             # Nothing is routed, so votes may be long, and such layers are stacked: |s| = 3 |u| makes 0.87 the length
             # that squash maps to itself. At |s| = |u| a few layers would squash everything to 0.
-            c = 1 / (self.out_types if self.coupling == "out" else inputs)
+            c = 1 / (self.out_types + self.leaky if self.coupling == "out" else inputs)
             gain = 3 / (c * math.sqrt(inputs))
         nn.init.normal_(self.weight, std=gain / math.sqrt(self.out_features))
         if self.bias is not None:
@@ -96,6 +96,8 @@ class CapsuleConv(nn.Module):
             raise ValueError(
                 f"x must be [B, H, W, C, D] with C = {self.in_types} and D = {self.in_features}, got {list(x.shape)}"
             )
+        if x.dtype != self.weight.dtype and not _autocast.is_on(x):
+            raise TypeError(f"x must have the dtype of the weight, {self.weight.dtype}, got {x.dtype}")
         if mask is None:
             return None
         _checks.check_mask(mask, x.shape[:4], x)
@@ -136,8 +138,7 @@ class CapsuleConv2d(CapsuleConv):
         bias: learn a bias ``[J, O]``, added to s in every pass.
         coupling, leaky, detach_coupling, eps, backend: as in :func:`capsroute.capsule_linear`.
         chunk_bytes: the size of the unfolded input that is made at once. Where it takes more than one chunk, the
-            backward routes each chunk a second time. The result does not hang on it, the weight's gradient only by
-            rounding.
+            backward routes each chunk a second time. The result does not hang on it, gradients only by rounding.
         device, dtype: of the parameters.
 
     Attributes:

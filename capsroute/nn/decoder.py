@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_image_shape, check_labels, check_sizes, is_labelled
+from .._checks import check_tensor
+from ._checks import check_image_shape, check_labels, check_sizes, check_widths, is_labelled
 from ._lengths import capsule_lengths
 
 
@@ -41,7 +42,8 @@ class Decoder(nn.Module):
         super().__init__()
         check_sizes(capsules=capsules, features=features)
         check_image_shape(image_shape)
-        self.image_shape = tuple(image_shape)
+        check_widths("hidden", hidden)
+        self.capsules, self.features, self.image_shape = capsules, features, tuple(image_shape)
         widths = (capsules * features, *hidden, math.prod(image_shape))
         layers = []
         for before, after in itertools.pairwise(widths):
@@ -56,6 +58,12 @@ class Decoder(nn.Module):
             labels: the capsules to draw, int64 ``[B]`` (training); None draws the longest (prediction).
                 With ``[B, K]`` each of K capsules is drawn alone: ``[B, K, C, H, W]``.
         """
+        check_tensor("capsules", capsules, "[B, J, O]")
+        if capsules.dim() != 3 or capsules.shape[1:] != (self.capsules, self.features):
+            raise ValueError(
+                f"capsules must be [B, J, O] with J = {self.capsules} and O = {self.features}, "
+                f"got {list(capsules.shape)}"
+            )
         if labels is None:
             labels = capsule_lengths(capsules).argmax(-1)
         check_labels(labels, capsules.shape[0])

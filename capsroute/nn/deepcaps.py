@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_image_shape, check_labels, check_sizes
+from ._checks import check_image_shape, check_images, check_labels, check_sizes, check_widths
 from ._lengths import capsule_lengths
 from .capsnet import CapsNetOutput
 from .conv import CapsuleConv2d
@@ -19,7 +19,7 @@ class CapsuleCell(nn.Module):
 
     Rajasegaran et al., "DeepCaps: Going Deeper with Capsule Networks", 2019. All four are 3 x 3
     :class:`CapsuleConv2d`; ``down`` halves height and width. Only ``skip`` routes, and only with more than one
-    iteration: the paper's last cell. A sum of capsules is not squashed again, so lengths reach 2.
+    iteration, in the place of the routing by 3D convolution of the paper's last cell. A sum of capsules is not squashed again, so lengths reach 2.
 
     Args:
         in_types: C, the capsules at an input position.
@@ -59,7 +59,7 @@ class DeepCapsNet(nn.Module):
     which it was ("class independent").
 
     Args:
-        image_shape: (channels, height, width), at least 2 x 2 pixels.
+        image_shape: (channels, height, width).
         classes: J, the number of classes.
         channels: channels of the first convolution.
         types: capsules at each position of each cell.
@@ -91,7 +91,10 @@ class DeepCapsNet(nn.Module):
     ):
         super().__init__()
         check_image_shape(image_shape)
-        check_sizes(classes=classes, channels=channels, types=types, cells=len(features))
+        check_sizes(classes=classes, channels=channels, types=types, class_features=class_features)
+        check_widths("features", features)
+        if not features:
+            raise ValueError("features must have a number for each of at least one cell, got none")
         self.image_shape = tuple(image_shape)
         factory = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(image_shape[0], channels, 3, padding=1, **factory)
@@ -118,6 +121,7 @@ class DeepCapsNet(nn.Module):
             labels: int64 ``[B]``: reconstruct from these capsules (training). None: from the longest
                 (prediction). They reach nothing but the reconstruction.
         """
+        check_images(images, self.image_shape)
         x = F.relu(self.norm(self.conv(images)))
         x = x.permute(0, 2, 3, 1).unsqueeze(-1)  # [B, H, W, channels, 1]
         maps = []

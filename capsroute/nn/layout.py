@@ -32,6 +32,11 @@ def from_layout(weight: Tensor, layout: str, **sizes: int) -> Tensor:
     axes = _parse(layout)
     check_sizes(**sizes)
     letters = [letter for axis in axes for letter in axis]
+    unknown = sorted(set(sizes) - set(letters))
+    if unknown:
+        raise ValueError(f"sizes must be of letters of the layout {layout}, got {', '.join(unknown)}")
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor {layout}, got {type(weight).__name__}")
     if weight.dim() != len(axes):
         raise ValueError(f"weight must be {layout}, got {list(weight.shape)}")
     shape = []

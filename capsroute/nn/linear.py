@@ -89,7 +89,7 @@ class CapsuleLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the weight anew and set the bias to 0."""
-        gain = first_pass_gain(self.in_capsules, self.out_capsules, self.coupling)
+        gain = first_pass_gain(self.in_capsules, self.out_capsules + self.leaky, self.coupling)
         nn.init.normal_(self.weight, std=gain / math.sqrt(self.out_features))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -107,12 +107,15 @@ class CapsuleLinear(nn.Module):
                 None: as :func:`capsroute.capsule_linear` takes it.
 
         Raises:
-            ValueError: for a layout or a shape that does not fit.
+            TypeError, ValueError: for no tensor, a layout or a shape that does not fit.
         """
         if layout is not None:
             sizes = {"I": self.in_capsules, "J": self.out_capsules, "O": self.out_features, "D": self.in_features}
-            weight = from_layout(weight, layout, **{letter: n for letter, n in sizes.items() if letter in layout and n})
+            known = {letter: n for letter, n in sizes.items() if letter in str(layout) and n}
+            weight = from_layout(weight, layout, **known)
         own = self.logical_weight()
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
         if weight.shape != own.shape:
             raise ValueError(f"weight must be {list(own.shape)}, got {list(weight.shape)}")
         with torch.no_grad():
@@ -175,6 +178,9 @@ class LazyCapsuleLinear(LazyModuleMixin, CapsuleLinear):
         super().__init__(1, 1, out_capsules, out_features, iterations, **options)
         self.in_capsules = self.in_features = 0
 
+        if self.bias is not None:  # a weight that is loaded without one is not drawn
+            nn.init.zeros_(self.bias)
+
     def _empty_weight(self, **factory) -> nn.Parameter:
         return nn.UninitializedParameter(**factory)
 
@@ -201,9 +207,10 @@ def first_pass_gain(inputs: int | None, outputs: int, coupling: str) -> float:
 
     The first pass couples all pairs with the same c, and votes of random direction add up as sqrt(I): |s| is about
     |u| for votes 1 / (c sqrt(I)) as long as u. A smaller s vanishes in squash, n2 / (1 + n2); a larger one saturates
-    it. Votes longer than u would let the first agreement decide the softmax at once, so they are not made longer.
+    it. Votes longer than u would let the first agreement decide the softmax at once, so they are not made longer. A
+    leak counts as an output.
     """
-    if inputs is None:
+    if not inputs:  # not known, or none
         return 1.0
     c = 1 / (outputs if coupling == "out" else inputs)
     return min(1 / (c * math.sqrt(inputs)), 1.0)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import check_positive
 from ._checks import is_labelled
 from .capsnet import CapsNetOutput
 
@@ -55,13 +56,12 @@ class SpreadLoss(nn.Module):
         margin: m. The paper raises it from 0.2 to 0.9 while training: set the attribute ``margin`` between epochs.
 
     Raises:
-        ValueError: for a margin that is not positive.
+        TypeError, ValueError: for a margin that is not a positive number.
     """
 
     def __init__(self, margin: float = 0.9):
         super().__init__()
-        if not margin > 0:
-            raise ValueError(f"margin must be positive, got {margin}")
+        check_positive("margin", margin)
         self.margin = margin
 
     def forward(self, activations: Tensor, labels: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _checks
+from .. import _autocast, _checks
 from ..functional import capsule_linear, routing_pass, squash
+from ..reference import accumulation_dtype
 from ._checks import check_sizes, for_outputs
 from .linear import SHARED, first_pass_gain
 
@@ -207,8 +208,10 @@ class MultiInterest(nn.Module):
         """cosine_scale * cos(h_i, s_j), [*, I, J]; a pair that was forbidden stays so."""
         if mask is not None:
             u = u.masked_fill(~mask.unsqueeze(-1), 0)
-        votes = F.normalize(F.linear(u, self.weight), dim=-1)  # [*, I, O]
-        cosine = votes @ F.normalize(s, dim=-1).transpose(-1, -2)  # [*, I, J]
+        compute = accumulation_dtype(u.dtype)  # the least length that normalize divides by is 0 in float16
+        votes = F.normalize(F.linear(u, self.weight).to(compute), dim=-1)  # [*, I, O]
+        with _autocast.off(u):
+            cosine = votes @ F.normalize(s.to(compute), dim=-1).transpose(-1, -2)  # [*, I, J]
         return torch.where(logits == -torch.inf, -torch.inf, self.cosine_scale * cosine)
 
     def extra_repr(self) -> str:

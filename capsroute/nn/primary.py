@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .._checks import check_eps, check_flag
 from ..functional import squash
-from ._checks import check_sizes
+from ._checks import check_sizes, pair
 
 
 class PrimaryCapsules(nn.Module):
@@ -21,7 +21,7 @@ class PrimaryCapsules(nn.Module):
         in_channels: channels of the input.
         types: capsules at each position.
         features: D, the features of a capsule.
-        kernel_size, stride, padding: of the convolution, one int or (height, width).
+        kernel_size, stride, padding: of the convolution, one int or (height, width); padding also "same" or "valid".
         flatten: one list of capsules ``[B, I, D]`` for :class:`CapsuleLinear`; False: a map of them
             ``[B, height, width, types, D]`` for :class:`CapsuleConv2d`.
         eps: as in :func:`capsroute.squash`.
@@ -38,7 +38,7 @@ class PrimaryCapsules(nn.Module):
         features: int,
         kernel_size: int | tuple[int, int],
         stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
+        padding: int | tuple[int, int] | str = 0,
         *,
         flatten: bool = True,
         eps: float = 1e-9,
@@ -49,6 +49,9 @@ class PrimaryCapsules(nn.Module):
         check_sizes(in_channels=in_channels, types=types, features=features)
         check_flag("flatten", flatten)
         check_eps(eps)
+        kernel_size, stride = pair("kernel_size", kernel_size), pair("stride", stride)
+        if padding not in ("same", "valid"):
+            padding = pair("padding", padding, least=0)
         self.types, self.features, self.flatten, self.eps = types, features, flatten, eps
         self.conv = nn.Conv2d(in_channels, types * features, kernel_size, stride, padding, device=device, dtype=dtype)
 
