@@ -1,4 +1,4 @@
-"""Fused capsule routing for PyTorch: routing by agreement without ever storing the votes."""
+"""Fused capsule routing for PyTorch: routing by agreement without storing all the votes."""
 
 from . import acceleration, nn
 from ._backends import backends
