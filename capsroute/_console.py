@@ -16,21 +16,24 @@ from ._backends import BACKENDS, backends
 from .reference import Options
 
 
-def silent() -> bool:
-    """Whether another process of the same torchrun speaks for this one."""
-    return os.environ.get("RANK", "0") != "0"
+def rank() -> int:
+    """This process's number among those that torchrun started: the first one, 0, speaks and writes for all.
+
+    It is 0 without torchrun: a RANK that something else has set silences nobody.
+    """
+    return int(os.environ.get("RANK", "0")) if "WORLD_SIZE" in os.environ else 0
 
 
 def say(args: argparse.Namespace, *words: object) -> None:
     """Print for people: to stderr where stdout is for JSON."""
-    if not silent():
+    if rank() == 0:
         print(*words, file=sys.stderr if args.json else sys.stdout, flush=True)
 
 
 def emit(args: argparse.Namespace, result: dict) -> None:
     """Print one JSON object, alone on the last line, if it is asked for."""
-    if args.json and not silent():
-        print(json.dumps({"command": args.command, **result}), flush=True)
+    if args.json and rank() == 0:
+        print(json.dumps({"command": args.command, **result}, allow_nan=False), flush=True)
 
 
 def complain(args: argparse.Namespace, error: object) -> None:
@@ -55,9 +58,9 @@ def number(kind: type, least: float = 0, *, above: bool = False, most: float = 2
     return parse
 
 
-def add_backend(parser: argparse.ArgumentParser) -> None:
+def add_backend(parser: argparse.ArgumentParser, default: str | None = "auto") -> None:
     """Add --backend; what it names is to go through :func:`checked_backend`."""
-    parser.add_argument("--backend", choices=("auto", *backends()), default="auto", help="default: %(default)s")
+    parser.add_argument("--backend", choices=("auto", *backends()), default=default, help="default: auto")
 
 
 def checked_backend(name: str, device: torch.device | str = "cpu") -> str:

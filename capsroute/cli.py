@@ -99,9 +99,13 @@ def _demo(args: argparse.Namespace) -> int:
     from .report.cli import write_report
     from .training import cli as training
     from .training import data
+    from .training.run import RunError, found_in, stored
 
     optional("matplotlib")  # that of the report, before anything takes long
-    result = training.train_as_asked(args, data.digits(), {}, overwrite=True)
+    known = stored(args.out)
+    if found_in(args.out) and not (known and known[1].get("demo")):
+        raise RunError(f"{args.out} holds a run that is not the demo's: choose another --out")
+    result = training.train_as_asked(args, data.digits(), {"demo": True}, overwrite=True)
     try:
         result |= write_report(args, args.out, speed=True)
     except DisagreementError as error:

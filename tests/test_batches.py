@@ -5,7 +5,7 @@ import torch
 
 from capsroute.training import data, overlap
 from capsroute.training.augment import Augmentation, warp
-from capsroute.training.batches import Share, evaluation_batches, steps_per_epoch, training_batches
+from capsroute.training.batches import Batch, Share, evaluation_batches, steps_per_epoch, training_batches
 from capsroute.training.data import Split
 
 pytest.importorskip("sklearn")
@@ -157,6 +157,8 @@ def test_a_last_batch_of_fewer_images_than_processes_is_left_out(split):
     assert [steps_per_epoch(50, 16, count) for count in (1, 2, 3)] == [4, 4, 3]
     with pytest.raises(ValueError, match="batch_size must be at least 1 for each of 3 processes, got 2"):
         steps_per_epoch(50, 2, 3)
+    with pytest.raises(ValueError, match="there must be a training image for each of 3 processes, got 2"):
+        steps_per_epoch(2, 16, 3)
     assert len(list(training_batches(split, 16, STILL, seed=0, epoch=1, share=Share(0, 3)))) == 3
 
 
@@ -172,3 +174,18 @@ def test_overlapping_test_pairs_are_the_same_always(split):
     assert (labels[:, 0] != labels[:, 1]).all()
     assert torch.equal(labels[:, 0], split.labels)  # every image is tested
     torch.testing.assert_close(parts.sum(1).clamp(max=1), images)
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_batches_are_where_the_images_are(split, overlapping):
+    """Whatever torch's default device is; their random numbers are the CPU's."""
+
+    def batches() -> list[Batch]:
+        training = training_batches(split, 16, Augmentation(rotation=20), seed=0, epoch=1, overlapping=overlapping)
+        return [*training, *evaluation_batches(split, overlapping=overlapping)]
+
+    expected = batches()
+    with torch.device("meta"):
+        found = batches()
+    for batch, same in zip(found, expected, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(batch[:3], same[:3], strict=True))

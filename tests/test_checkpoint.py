@@ -328,7 +328,7 @@ def start_training():
 
 def epochs_stored(run_dir: Path) -> int:
     path = run_dir / TRAINING
-    return len(load_training(path)[0].history) if path.exists() else 0
+    return len(load_training(path)[0].history) if path.exists() else -1
 
 
 def wait_for(condition, process) -> None:
@@ -343,7 +343,7 @@ def test_killed_at_any_instant_a_run_loses_one_epoch_at_most(tmp_path, uninterru
     generator = random.Random(0)
     kinds = ["start"] * 4 + ["train"] * 8 + ["write", "fsync", "replace"] * 4
     generator.shuffle(kinds)
-    stored, killed_in_training = 0, 0
+    stored, killed_in_training = -1, 0
     for kind in kinds:
         process, begun = start_training(tmp_path, kind)
         if kind == "start":
@@ -376,9 +376,10 @@ def test_resuming_gives_the_numbers_of_an_uninterrupted_run(tmp_path, uninterrup
         if epoch == at:
             raise Interruption
 
-    for at in (2, 2, 17):  # once at the same place without progress
+    for at in (1, 2, 2, 17):  # once before any epoch was done, once at the same place without progress
         with pytest.raises(Interruption):
             run_training(tmp_path, few(), SMALL, OPTIONS, resume=True, on_step=partial(interrupt, at))
+        assert epochs_stored(tmp_path) == at - 1
     run = run_training(tmp_path, few(), SMALL, OPTIONS, resume=True)
     expected = uninterrupted[1]
     assert [epoch._replace(seconds=0) for epoch in run.history] == [e._replace(seconds=0) for e in expected.history]

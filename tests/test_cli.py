@@ -1,5 +1,6 @@
 """The command `capsroute`: what each command prints, its exit status, and its JSON."""
 
+import argparse
 import filecmp
 import gzip
 import json
@@ -10,10 +11,13 @@ import sys
 
 import pytest
 import torch
+from test_data import make_images
 
 import capsroute
 from capsroute import _console, cli
 from capsroute.training import cli as training_cli
+from capsroute.training import distributed
+from capsroute.training import run as training_run
 from capsroute.training.options import TrainingOptions
 from capsroute.training.run import HISTORY, MODEL, TRAINING
 
@@ -83,6 +87,12 @@ def test_help(capsys, command):
     assert out.startswith(f"usage: capsroute {command}")
     assert "--json" in out
     assert "--seed" in out
+
+
+@pytest.mark.parametrize(("command", "words"), [("train", "CAPSROUTE_DATA, else"), ("eval", "run's own; of a file")])
+def test_help_says_whose_images_are_the_default(capsys, command, words):
+    out = " ".join(run(capsys, command, "--help")[1].split())
+    assert f"(default: {'$' if command == 'train' else 'the '}{words}" in out
 
 
 def test_train_leaves_a_run_that_eval_can_read(capsys, run_dir):
@@ -241,16 +251,120 @@ def test_a_backend_of_another_device_is_refused_before_any_work(capsys, monkeypa
         assert err.endswith("error: --backend cpu cannot run here: the input capsules are elsewhere\n")
 
 
-def test_an_interrupted_training_says_how_to_go_on(capsys, monkeypatch, tmp_path):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
 
+
+def test_an_interrupted_training_says_how_to_go_on(capsys, monkeypatch, mnist_dir):
+    """In the first epoch already, and what it says goes on with the same images and options."""
+    begin = ("train", "--data-dir", mnist_dir, *TINY, "--seed", 3)
+    assert run(capsys, *begin, "--out", mnist_dir / "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "train_epoch", interrupt)
+        status, _, err = run(capsys, *begin, "--out", mnist_dir / "run")
+    assert status == 130
+    go_on = f"train --out {mnist_dir / 'run'} --resume"
+    assert err == f"capsroute train: error: interrupted: go on with: capsroute {go_on}\n"
+    assert run(capsys, "eval", mnist_dir / "run")[2] == (
+        f"capsroute eval: error: the training in {mnist_dir / 'run'} is not finished; go on with: capsroute {go_on}\n"
+    )
+    assert run(capsys, *go_on.split())[0] == 0
+    assert filecmp.cmp(mnist_dir / "run" / MODEL, mnist_dir / "whole" / MODEL, shallow=False)
+
+
+def test_a_training_that_has_not_begun_has_nothing_to_go_on_with(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(training_cli, "run_training", interrupt)
     status, _, err = run(capsys, "train", "--out", tmp_path / "run", *TINY)
-    assert status == 130
-    assert (
-        err == f"capsroute train: error: interrupted: go on with: capsroute train --out {tmp_path / 'run'} --resume\n"
-    )
+    assert (status, err) == (130, "capsroute train: error: interrupted\n")
+
+
+def test_resume_begins_a_run_only_if_something_says_which(capsys, monkeypatch, mnist_dir):
+    argv = ("train", "--out", mnist_dir / "run", "--resume")
+    status, _, err = run(capsys, *argv)
+    assert status == 2
+    assert f"{mnist_dir / 'run'} holds no run to go on with: say which images and options" in err
+    assert not (mnist_dir / "run").exists()
+    assert run(capsys, *argv, *TINY)[0] == 0
+    monkeypatch.setenv("CAPSROUTE_DATA", str(mnist_dir))
+    monkeypatch.setattr(training_cli, "MODEL_DEFAULTS", {"channels": 4, "types": 1, "iterations": 3})
+    assert run(capsys, "train", "--out", mnist_dir / "other", "--resume")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(("--validation", 0.99), "cannot be held out"), (("--overlap",), "images of at least two classes")],
+)
+def test_a_run_is_not_overwritten_by_one_that_cannot_begin(capsys, mnist_dir, run_dir, words, message):
+    shutil.copytree(run_dir, mnist_dir / "run")
+    for prefix in ("train", "t10k"):
+        (mnist_dir / f"{prefix}-labels-idx1-ubyte").write_bytes(bytes((0, 0, 8, 1, 0, 0, 0, 12)) + bytes(12))
+    argv = ("train", "--out", mnist_dir / "run", "--overwrite", "--data-dir", mnist_dir, *TINY, *words)
+    status, _, err = run(capsys, *argv)
+    assert status == 2
+    assert message in err
+    names = [MODEL, HISTORY, TRAINING]
+    assert filecmp.cmpfiles(mnist_dir / "run", run_dir, names, shallow=False) == (names, [], [])
+
+
+def test_a_resumed_run_computes_as_before_and_goes_on_logging(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("tensorboard")
+    told = []
+
+    def watched(*args, **how):
+        told.append((how["backend"], how["tensorboard"]))
+        return training_run.run_training(*args, **how)
+
+    def pick(name):
+        told.append(name)
+        return torch.device("cpu")
+
+    monkeypatch.setattr(training_cli, "run_training", watched)
+    monkeypatch.setattr(distributed, "pick_device", pick)
+    run(capsys, "train", "--out", tmp_path, *TINY, "--backend", "reference", "--tensorboard", "--device", "cpu")
+    run(capsys, "train", "--out", tmp_path, "--resume")
+    run(capsys, "train", "--out", tmp_path, "--resume", "--backend", "auto", "--device", "auto")
+    run(capsys, "train", "--out", tmp_path / "other", *TINY)
+    before, other = ["cpu", ("reference", True)], ["auto", ("auto", False)]
+    assert told == [*before, *before, "auto", ("auto", True), *other]
+
+
+def test_a_network_of_nan_is_no_result(capsys, tmp_path):
+    """The only step is taken with a finite loss, and breaks the network."""
+    words = ("--batch-size", 2000, "--learning-rate", 2e9)
+    status, out, err = run(capsys, "train", "--out", tmp_path, *TINY, *words, "--json")
+    assert (status, out) == (2, "")
+    assert "the loss of the trained network is nan" in err
+    assert not (tmp_path / MODEL).exists()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        _console.emit(argparse.Namespace(command="train", json=True), {"loss": float("nan")})
+
+
+def test_a_rank_that_torchrun_did_not_set_loses_no_run(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    status, out, _ = run(capsys, "train", "--out", tmp_path, *TINY, "--json")
+    assert (status, last_json(out)["out"]) == (0, str(tmp_path))
+    assert (tmp_path / MODEL).exists()
+
+
+def test_images_are_named_by_who_named_them(capsys, monkeypatch, mnist_dir):
+    """Errors do not speak of options that were not given."""
+    photos = mnist_dir / "photos"
+    for name in ("ant", "bee"):
+        make_images(photos / name, 10, (10, 200, 30), size=(9, 9))
+    out_dir = mnist_dir / "run"
+    assert run(capsys, "train", "--data-dir", photos, "--image-size", 8, "--out", out_dir, *TINY)[0] == 0
+    status, _, err = run(capsys, "eval", out_dir, "--data-dir", mnist_dir)
+    assert status == 2
+    assert "is for images (3, 8, 8) of 2 classes, idx:" in err
+    photos.rename(mnist_dir / "moved")
+    assert run(capsys, "eval", out_dir)[2] == f"capsroute eval: error: images of the run: {photos} is no directory\n"
+    assert run(capsys, "eval", out_dir, "--data-dir", mnist_dir / "moved")[0] == 0  # resized as before
+    monkeypatch.setenv("CAPSROUTE_DATA", "/nope")
+    err = run(capsys, "train", "--out", mnist_dir / "other")[2]
+    assert err == "capsroute train: error: CAPSROUTE_DATA: /nope is no directory\n"
+    err = run(capsys, "train", "--out", mnist_dir / "other", "--data-dir", "/none")[2]
+    assert err == "capsroute train: error: /none is no directory\n"
 
 
 def test_too_little_memory_is_told_in_one_line(capsys, monkeypatch, tmp_path):
@@ -282,6 +396,7 @@ def test_a_run_goes_on_and_is_judged_where_its_images_are_now(capsys, mnist_dir,
     assert run(capsys, "train", "--data-dir", before, "--out", out_dir, *TINY)[0] == 0
     before.rename(moved)
     assert run(capsys, "train", "--data-dir", moved, "--out", out_dir, "--resume")[0] == 0
+    assert run(capsys, "eval", out_dir)[0] == 0  # the new place is kept, though no epoch was left
     (out_dir / TRAINING).write_bytes(b"damaged")
     assert run(capsys, "eval", out_dir)[0] == 2
     assert run(capsys, "eval", out_dir, "--data-dir", moved)[0] == 0  # that asks the network alone
@@ -328,3 +443,17 @@ def test_demo_compares_and_judges(capsys, monkeypatch, tmp_path, mnist_dir, need
     assert result["training_step"][0]["images_per_second"] == 12_800
     assert result["files"][0] == str(tmp_path / "demo" / "report.html")
     assert (tmp_path / "demo" / "report.html").exists()
+
+
+def test_demo_overwrites_no_run_but_its_own(capsys, monkeypatch, tmp_path, run_dir):
+    monkeypatch.setattr("capsroute.report.cli.write_report", lambda *_, **__: {})
+    monkeypatch.setattr(cli, "DEMO_ACCURACY", 0)
+    for _ in range(2):
+        assert run(capsys, "demo", "--out", tmp_path / "demo", *TINY)[0] == 0
+    shutil.copytree(run_dir, tmp_path / "mine")
+    for name in (TRAINING, MODEL):
+        status, _, err = run(capsys, "demo", "--out", tmp_path / "mine", *TINY)
+        assert status == 2
+        assert err.endswith(f"{tmp_path / 'mine'} holds a run that is not the demo's: choose another --out\n")
+        assert filecmp.cmp(tmp_path / "mine" / name, run_dir / name, shallow=False)
+        (tmp_path / "mine" / name).unlink()

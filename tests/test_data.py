@@ -93,6 +93,15 @@ def test_idx_files_plain_and_gzipped(mnist_dir, names):
     assert dataset.test.labels.tolist() == [3, 0]
 
 
+def test_of_an_idx_file_that_is_there_both_ways_the_plain_one_is_read(mnist_dir):
+    for kind, dims in (("images-idx3", (6, 5, 7)), ("labels-idx1", (6,))):
+        other = gzip.compress(idx(*dims, values=bytes(math.prod(dims))))
+        (mnist_dir / f"train-{kind}-ubyte.gz").write_bytes(other)
+    dataset = data.load(mnist_dir)
+    assert dataset.train.labels.tolist() == [0, 1, 2, 3, 2, 1]
+    assert dataset.train.images[0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
 def test_half_of_an_idx_data_set_is_split_itself(tmp_path):
     (tmp_path / "t10k-images-idx3-ubyte").write_bytes(idx(20, 5, 5))
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(20, values=bytes(k % 2 for k in range(20))))
@@ -223,6 +232,21 @@ def test_a_folder_with_train_and_test_and_other_sizes(tmp_path):
     assert dataset.image_shape == (1, 7, 7)  # grey stays grey
     assert dataset.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert dataset.test.images[:, 0, 3, 3].tolist() == [10, 10, 20, 20]
+
+
+@pytest.mark.parametrize(("colour", "channels"), [((70, 70, 70), 1), ((70, 70, 71), 3)])
+def test_a_palette_decides_whether_an_image_is_grey(tmp_path, colour, channels):
+    from PIL import Image
+
+    for name in ("a", "b"):
+        make_images(tmp_path / name, 5, 70, mode="L")
+    image = Image.new("P", (6, 5), 3)
+    image.putpalette([*bytes(9), *colour])
+    image.save(tmp_path / "b" / "palette.png")
+    dataset = data.load(tmp_path)
+    assert dataset.image_shape == (channels, 5, 6)
+    values = torch.cat([dataset.train.images, dataset.test.images]).unique().tolist()
+    assert values == ([70] if channels == 1 else [70, 71])
 
 
 def test_images_of_one_size_are_not_resized():

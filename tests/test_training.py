@@ -1,5 +1,6 @@
 """capsroute.training: options, the trainer, several processes, and what a run leaves behind."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 from capsroute.nn import CapsNet, CapsNetLoss
-from capsroute.training import data, overlap
+from capsroute.training import data, distributed, overlap
+from capsroute.training.batches import Share
 from capsroute.training.checkpoint import load
 from capsroute.training.options import TrainingOptions
-from capsroute.training.run import HISTORY, MODEL, TRAINING, RunError, image_shape, run_training
+from capsroute.training.run import HISTORY, MODEL, TRAINING, RunError, image_shape, run_training, stored
 from capsroute.training.trainer import Score, Training, count_correct, evaluate, predict, train_epoch
 
 pytest.importorskip("sklearn")
@@ -279,13 +281,55 @@ def test_a_run_is_not_overwritten_by_accident(few, tmp_path):
         run_training(tmp_path, few, SMALL, FAST)
     again = run_training(tmp_path, few, SMALL, FAST._replace(epochs=1, seed=1), overwrite=True)
     assert again.test.loss != first.test.loss
+    (tmp_path / "report").mkdir()
+    for name in ("report/curves.png", "report.html", "mine.txt"):
+        (tmp_path / name).touch()
 
     def stop(**_):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_training(tmp_path, few, SMALL, FAST, overwrite=True, on_step=stop)
-    assert list(tmp_path.iterdir()) == []  # nothing of the old run to go on with
+        run_training(tmp_path, few, SMALL, FAST._replace(seed=5), overwrite=True, on_step=stop)
+    assert {path.name for path in tmp_path.iterdir()} == {TRAINING, "mine.txt"}  # nothing of the old run to go on with
+    begun, _ = stored(tmp_path)
+    assert (begun.options.seed, begun.history) == (5, [])
+
+
+def test_too_many_processes_overwrite_nothing(few, tmp_path, monkeypatch):
+    run_training(tmp_path, few, SMALL, FAST._replace(epochs=1))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(distributed, "processes", lambda _: contextlib.nullcontext(Share(0, 257)))
+    with pytest.raises(ValueError, match="there must be a training image for each of 257 processes, got 256"):
+        run_training(tmp_path, few, SMALL, FAST._replace(batch_size=512), overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_network_without_its_training_is_not_overwritten_by_accident(few, tmp_path, resume):
+    options = FAST._replace(epochs=1)
+    run_training(tmp_path, few, SMALL, options)
+    (tmp_path / TRAINING).unlink()
+    for name in (MODEL, HISTORY):
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(RunError, match=f"holds {name}, but no {TRAINING} to go on from: --overwrite begins anew"):
+            run_training(tmp_path, few, SMALL, options, resume=resume)
+        assert (tmp_path / name).read_bytes() == before
+        (tmp_path / name).unlink()
+
+
+def test_a_run_keeps_where_its_images_came_from(few, tmp_path):
+    options = FAST._replace(epochs=1)
+    run_training(tmp_path, few, SMALL, options, source={"data_dir": "here"})
+    for source in (None, {"data_dir": "there"}):
+        run_training(tmp_path, few, SMALL, options, resume=True, source=source)
+        assert stored(tmp_path)[1] == (source or {"data_dir": "here"})
+
+
+def test_a_network_that_fails_on_the_test_split_alone_is_not_kept(few, tmp_path):
+    broken = few._replace(test=data.Split(few.test.images * float("nan"), few.test.labels))
+    with pytest.raises(FloatingPointError, match="the loss of the trained network is nan"):
+        run_training(tmp_path, broken, SMALL, FAST._replace(epochs=1, validation=0.2))
+    assert {path.name for path in tmp_path.iterdir()} == {TRAINING}
 
 
 @pytest.mark.parametrize("change", ["option", "model", "images"])

@@ -30,7 +30,7 @@ class Augmentation(NamedTuple):
 
         x and y are in units of half the height, from the centre; shifts in units of half a side.
         """
-        *move, rotation, scale, shear = 2 * torch.rand(5, count, generator=generator) - 1
+        *move, rotation, scale, shear = 2 * torch.rand(5, count, generator=generator, device=generator.device) - 1
         rotation, shear = rotation * math.radians(self.rotation), (shear * math.radians(self.shear)).tan()
         zoom = (scale * math.log1p(self.scale)).exp()
         cos, sin = rotation.cos() * zoom, rotation.sin() * zoom
@@ -43,6 +43,6 @@ def warp(images: Tensor, maps: Tensor) -> Tensor:
     """Images ``[B, C, H, W]`` under maps ``[B, 2, 3]`` as :meth:`Augmentation.draw` gives them; zeros come in."""
     height, width = images.shape[2:]
     # affine_grid counts both axes from -1 to 1: a rotation of an image that is not square would shear it.
-    aspect = torch.tensor([[1, height / width, 1], [width / height, 1, 1]], dtype=maps.dtype)
+    aspect = torch.tensor([[1, height / width, 1], [width / height, 1, 1]], dtype=maps.dtype, device=maps.device)
     grid = F.affine_grid((maps * aspect).to(images), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)

@@ -68,10 +68,12 @@ def steps_per_epoch(images: int, batch_size: int, processes: int = 1) -> int:
     """Batches of an epoch. A last batch of fewer images than processes is left out.
 
     Raises:
-        ValueError: if a batch has fewer images than there are processes.
+        ValueError: if a batch, or the epoch, has fewer images than there are processes.
     """
     if batch_size < processes:
         raise ValueError(f"batch_size must be at least 1 for each of {processes} processes, got {batch_size}")
+    if images < processes:
+        raise ValueError(f"there must be a training image for each of {processes} processes, got {images}")
     full, rest = divmod(images, batch_size)
     return full + (rest >= processes)
 
@@ -88,7 +90,7 @@ def training_batches(
 ) -> Iterator[Batch]:
     """The batches of one epoch, in random order, augmented; with `overlapping` each image with a random partner."""
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-    order = torch.randperm(len(split), generator=generator)
+    order = torch.randperm(len(split), generator=generator, device=generator.device)
     for first in order.split(batch_size)[: steps_per_epoch(len(split), batch_size, share.count)]:
         scene = _draw(split, first, generator, overlapping)
         maps = augmentation.draw(scene.chosen.numel(), generator).unflatten(0, scene.chosen.shape)
@@ -99,8 +101,9 @@ def evaluation_batches(
     split: Split, *, overlapping: bool = False, share: Share = WHOLE, batch_size: int = 256
 ) -> Iterator[Batch]:
     """The split in its own order; with `overlapping` each image with one partner, always the same."""
-    whole = _draw(split, torch.arange(len(split)), torch.Generator().manual_seed(TEST_SEED), overlapping)
-    for of in torch.arange(len(split)).split(batch_size):
+    every = torch.arange(len(split), device=split.images.device)
+    whole = _draw(split, every, torch.Generator().manual_seed(TEST_SEED), overlapping)
+    for of in every.split(batch_size):
         moves = None if whole.moves is None else whole.moves[of]
         yield _Scene(whole.chosen[of], None, moves).make(split, share)
 

@@ -11,28 +11,30 @@ from pathlib import Path
 from .._console import add_backend, checked_backend, emit, number, say
 from . import checkpoint, data, distributed
 from .options import AMP_DTYPES, SCHEDULES, TrainingOptions
-from .run import MODEL, RunError, image_shape, run_training, stored
+from .run import MODEL, TRAINING, RunError, image_shape, run_training, stored
 from .trainer import evaluate
 
 DATA_VARIABLE = "CAPSROUTE_DATA"
+ENVIRONMENT = f"${DATA_VARIABLE}, else the digits of scikit-learn"
 MODEL_DEFAULTS = {"channels": 64, "types": 32, "iterations": 3}
+WHERE_DEFAULTS = {"backend": "auto", "device": "auto", "tensorboard": False}  # kept with a run, beside its options
 
 
-def add_data(parser: argparse.ArgumentParser) -> None:
+def add_data(parser: argparse.ArgumentParser, default: str = f"the run's own; of a file alone {ENVIRONMENT}") -> None:
     """Add what says which images."""
     parser.add_argument(
         "--data-dir",
         type=Path,
         help="IDX files (MNIST and its kin), CIFAR-10's binary files, or folders of images, one a class "
-        f"(default: ${DATA_VARIABLE}, else the digits of scikit-learn)",
+        f"(default: {default})",
     )
     parser.add_argument("--image-size", type=number(int, 1), metavar="N", help="resize images of folders to N x N")
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
+def add_device(parser: argparse.ArgumentParser, default: str | None = "auto") -> None:
     """Add --device."""
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if torch sees one"
+        "--device", choices=("auto", "cpu", "cuda"), default=default, help="default: a GPU if torch sees one"
     )
 
 
@@ -77,11 +79,11 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         help="go on with the run in RUN_DIR after its last whole epoch; options that are not given are that run's",
     )
     start.add_argument("--overwrite", action="store_true", help="begin anew, whatever is in RUN_DIR")
-    parser.add_argument("--tensorboard", action="store_true", help="also log to RUN_DIR/tensorboard")
-    add_data(parser)
+    parser.add_argument("--tensorboard", action="store_true", default=None, help="also log to RUN_DIR/tensorboard")
+    add_data(parser, ENVIRONMENT)
     add_training(parser)
-    add_backend(parser)
-    add_device(parser)
+    add_backend(parser, None)
+    add_device(parser, None)
 
 
 def load_data(args: argparse.Namespace, run: dict | None = None) -> tuple[data.Dataset, dict]:
@@ -89,11 +91,18 @@ def load_data(args: argparse.Namespace, run: dict | None = None) -> tuple[data.D
 
     Returns them and where they came from, to be given as `run` another time.
     """
+    whose = "images of the run"
     if run is None:
-        run = {"data_dir": os.environ.get(DATA_VARIABLE) or None, "image_size": None}
-    data_dir = args.data_dir or run.get("data_dir")
-    size = args.image_size or run.get("image_size")
-    return data.load(data_dir, size), {"data_dir": data_dir and str(Path(data_dir).resolve()), "image_size": size}
+        run, whose = {"data_dir": os.environ.get(DATA_VARIABLE)}, DATA_VARIABLE
+    data_dir = args.data_dir or run.get("data_dir") or None
+    size = args.image_size or (run.get("image_size") if data.resizes(data_dir) else None)
+    try:
+        dataset = data.load(data_dir, size)
+    except data.DataError as error:
+        if args.data_dir or data_dir is None:
+            raise
+        raise data.DataError(f"{whose}: {error}") from error  # the command line does not name them
+    return dataset, {"data_dir": data_dir and str(Path(data_dir).resolve()), "image_size": size}
 
 
 def train(args: argparse.Namespace) -> int:
@@ -103,14 +112,29 @@ def train(args: argparse.Namespace) -> int:
             raise RunError("--resume needs --out, the run to go on with")
         args.out = Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     known = stored(args.out) if args.resume else None
+    if args.resume and known is None and not _says_what(args):
+        raise RunError(f"{args.out} holds no run to go on with: say which images and options one is to begin with")
     dataset, source = load_data(args, known and known[1])
     try:
         result = train_as_asked(args, dataset, source, resume=args.resume, overwrite=args.overwrite)
     except KeyboardInterrupt:
+        if not (args.out / TRAINING).exists():
+            raise
         raise KeyboardInterrupt(f"go on with: capsroute train --out {args.out} --resume") from None
     say(args, f"wrote {args.out}; look at it with: capsroute report {args.out}")
     emit(args, result)
     return 0
+
+
+def _given(args: argparse.Namespace) -> dict:
+    """The arguments that were given: the others leave it to a run, or to the defaults."""
+    return {name: value for name, value in vars(args).items() if value is not None}
+
+
+def _says_what(args: argparse.Namespace) -> bool:
+    """Whether images or options are named, so that a training can begin where there is no run to take them from."""
+    names = {"data_dir", "image_size", *TrainingOptions._fields, *MODEL_DEFAULTS}
+    return bool(os.environ.get(DATA_VARIABLE) or names & _given(args).keys())
 
 
 def train_as_asked(
@@ -118,26 +142,28 @@ def train_as_asked(
 ) -> dict:
     """Train as the arguments of :func:`add_training` say, and tell what came of it."""
     known = stored(args.out) if resume else None
-    options, model = TrainingOptions(), dict(MODEL_DEFAULTS)
+    options, model, where = TrainingOptions(), dict(MODEL_DEFAULTS), dict(WHERE_DEFAULTS)
     if known:
         options, model = known[0].options, dict(known[0].model)
-    given = {name: value for name, value in vars(args).items() if value is not None}
+        where |= {name: known[1][name] for name in where if name in known[1]}
+    given = _given(args)
+    where |= {name: given[name] for name in where if name in given}
     options = options._replace(**{name: given[name] for name in options._fields if name in given}).check()
     model |= {name: given[name] for name in MODEL_DEFAULTS if name in given}
     model |= {"image_shape": image_shape(dataset, options), "classes": dataset.classes}
     start = time.perf_counter()
-    device = distributed.pick_device(args.device)
+    device = distributed.pick_device(where["device"])
     run = run_training(
         args.out,
         dataset,
         model,
         options,
-        backend=checked_backend(args.backend, device),
+        backend=checked_backend(where["backend"], device),
         device=device,
         resume=resume,
         overwrite=overwrite,
-        tensorboard=getattr(args, "tensorboard", False),
-        source=source,
+        tensorboard=where["tensorboard"],
+        source={**source, **where},
     )
     seconds = time.perf_counter() - start
     say(
@@ -170,9 +196,13 @@ def load_run(args: argparse.Namespace, run_dir: Path) -> tuple[checkpoint.Checkp
     """The network of a run, or of a file, and its images.
 
     Raises:
-        ValueError: if the network is not for such images.
+        ValueError: if the network is not for such images, or the training has not come to its end.
     """
     path = run_dir / MODEL if run_dir.is_dir() else run_dir
+    if not path.exists() and (run_dir / TRAINING).exists():
+        raise RunError(
+            f"the training in {run_dir} is not finished; go on with: capsroute train --out {run_dir} --resume"
+        )
     device = getattr(args, "device", "cpu")
     loaded = checkpoint.load(path, backend=checked_backend(args.backend, distributed.pick_device(device)))
     try:

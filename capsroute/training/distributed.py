@@ -12,11 +12,6 @@ import torch.distributed as dist
 from .batches import WHOLE, Share
 
 
-def rank() -> int:
-    """This process's number as torchrun gives it; 0 without torchrun, and then too it is the one that writes."""
-    return int(os.environ.get("RANK", "0"))
-
-
 @contextmanager
 def processes(device: torch.device) -> Iterator[Share]:
     """Join the processes that torchrun started, while the context lasts; yields this one's share of each batch."""
@@ -25,6 +20,7 @@ def processes(device: torch.device) -> Iterator[Share]:
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
+        total(0, device=device)  # until every process is here: the first one writes, where the others may still look
         yield Share(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()

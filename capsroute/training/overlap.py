@@ -22,33 +22,43 @@ def canvas(image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
     return channels, height + 2 * reach(height), width + 2 * reach(width)
 
 
-def draw_partners(labels: Tensor, of: Tensor, generator: torch.Generator) -> Tensor:
-    """For each of the images `of` ``[B]`` another one, of another class: int64 ``[B]``, indices into `labels`.
+def check(labels: Tensor) -> None:
+    """That every image finds a partner.
 
     Raises:
         ValueError: if there is but one class.
     """
     if bool((labels == labels[0]).all()):
         raise ValueError("overlapping digits need images of at least two classes")
+
+
+def draw_partners(labels: Tensor, of: Tensor, generator: torch.Generator) -> Tensor:
+    """For each of the images `of` ``[B]`` another one, of another class: int64 ``[B]``, indices into `labels`.
+
+    Raises:
+        ValueError: as :func:`check`.
+    """
+    check(labels)
     partners = of.clone()
     while len(same := (labels[partners] == labels[of]).nonzero().flatten()):
-        partners[same] = torch.randint(len(labels), (len(same),), generator=generator)
+        partners[same] = torch.randint(len(labels), (len(same),), generator=generator, device=labels.device)
     return partners
 
 
 def draw_moves(count: int, image_shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
     """Whole pixels that digits move down and right on the canvas, int64 ``[count, 2]``, from 0 to 2 reach."""
-    limits = torch.tensor([2 * reach(side) + 1 for side in image_shape[1:]])
-    return (torch.rand(count, 2, generator=generator) * limits).long()
+    limits = torch.tensor([2 * reach(side) + 1 for side in image_shape[1:]], device=generator.device)
+    return (torch.rand(count, 2, generator=generator, device=generator.device) * limits).long()
 
 
 def place(images: Tensor, moves: Tensor) -> Tensor:
     """Images ``[B, C, H, W]``, moved down and right by `moves` ``[B, 2]``, on the canvas ``[B, C, H', W']``."""
     _, height, width = canvas(tuple(images.shape[1:]))
     padded = F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]))
-    rows = (torch.arange(height) - moves[:, :1]) % height  # [B, H']: what is pushed out is padding, and comes in above
-    columns = (torch.arange(width) - moves[:, 1:]) % width
-    chosen = padded.permute(0, 2, 3, 1)[torch.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None]]
+    every, y, x = (torch.arange(n, device=moves.device) for n in (len(images), height, width))
+    rows = (y - moves[:, :1]) % height  # [B, H']: what is pushed out is padding, and comes in above
+    columns = (x - moves[:, 1:]) % width
+    chosen = padded.permute(0, 2, 3, 1)[every[:, None, None], rows[:, :, None], columns[:, None]]
     return chosen.permute(0, 3, 1, 2)
 
 

@@ -1,13 +1,15 @@
 """A training run and the directory that it leaves behind.
 
-`training.safetensors` is written after every epoch, whole or not at all, and everything else follows from it: a run
-that is killed loses the epoch that it was in, and goes on from there with the numbers it would have had.
+`training.safetensors` is written before the first epoch and after every one, whole or not at all, and everything else
+follows from it: a run that is killed loses the epoch that it was in, and goes on from there with the numbers it would
+have had.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,10 +17,11 @@ from typing import NamedTuple
 
 import torch
 
+from .._console import rank
 from .._optional import optional
 from ..nn import CapsNet
 from . import distributed, overlap
-from .batches import Share
+from .batches import Share, steps_per_epoch
 from .checkpoint import Checkpoint, history_to_json, load_training, save, save_training, write_atomically
 from .data import Dataset, hold_out
 from .options import TrainingOptions
@@ -34,10 +37,11 @@ except ImportError:  # not on Windows, where two runs in one directory are not t
 TRAINING = "training.safetensors"
 MODEL = "model.safetensors"
 HISTORY = "history.json"
+REPORT = "report.html", "report"  # that `capsroute report` writes beside them
 
 
 class RunError(ValueError):
-    """A directory holds another run than the one that is asked for."""
+    """A directory holds another run than the one that is asked for, or none."""
 
 
 class Run(NamedTuple):
@@ -54,8 +58,13 @@ def image_shape(dataset: Dataset, options: TrainingOptions) -> tuple[int, int, i
     return overlap.canvas(dataset.image_shape) if options.overlap else dataset.image_shape
 
 
+def found_in(run_dir: Path) -> list[str]:
+    """Which files of a run a directory holds."""
+    return [name for name in (TRAINING, MODEL, HISTORY) if (run_dir / name).exists()]
+
+
 def stored(run_dir: Path) -> tuple[Training, dict] | None:
-    """The training in a directory and where its images came from; None if no epoch has come to its end."""
+    """The training in a directory and the `source` that it was begun with; None if none was begun."""
     path = run_dir / TRAINING
     if not path.exists():
         return None
@@ -89,15 +98,17 @@ def run_training(
         backend: of the routing.
         device: to train on.
         resume: go on with the run in `run_dir` after its last whole epoch, if there is one.
-        overwrite: begin anew, whatever is in `run_dir`.
+        overwrite: begin anew, whatever is in `run_dir`; the old run is left alone until the new one can begin.
         tensorboard: also log to `run_dir/tensorboard`.
-        source: where the images came from, to be kept with the state.
+        source: where the images came from, and whatever else is to be known where :func:`stored` finds the run again.
+            None: what a resumed run has.
         on_step: called after every step, as `report` of :func:`capsroute.training.trainer.train_epoch`.
 
     Raises:
         RunError: if another process writes to `run_dir`, if there is a run in it and neither `resume` nor `overwrite`
-            is given, or one of another network, of other options or of other images.
+            is given, or one of another network, of other options or of other images, or nothing to go on from.
         CheckpointError: if what is to be resumed cannot be read.
+        ValueError: if there are fewer images than processes, or than can be held out or be laid over each other.
         FloatingPointError: if the loss is no longer finite.
     """
     options.check()
@@ -106,24 +117,28 @@ def run_training(
     device = torch.device(device)
     info = {"dataset": dataset.name, "checksum": dataset.checksum()}
     training = Training.begin(model, options, backend, device)
-    writes = distributed.rank() == 0
+    writes = rank() == 0
     with ExitStack() as stack:
         if writes:
             stack.enter_context(_alone_in(run_dir))
-        if overwrite and writes:  # before the first epoch ends, --resume must not find the old run
-            for name in (TRAINING, MODEL, HISTORY):
-                (run_dir / name).unlink(missing_ok=True)
-        if (run_dir / TRAINING).exists() and not overwrite:
+        if (found := found_in(run_dir)) and not overwrite:
+            if TRAINING not in found:
+                raise RunError(f"{run_dir} holds {found[0]}, but no {TRAINING} to go on from: --overwrite begins anew")
             if not resume:
                 raise RunError(
                     f"{run_dir} holds a run already: give --resume to go on with it, --overwrite to begin anew"
                 )
-            training = _resumed(training, run_dir, info, backend, device)
+            training, known = _resumed(training, run_dir, info, backend, device)
+            source = known if source is None else source
         train, held_out = dataset.train, dataset.test
         if options.validation:
             train, held_out = hold_out(train, options.validation)
+        if options.overlap:
+            for split in (train, held_out, dataset.test):
+                overlap.check(split.labels)
         share = stack.enter_context(distributed.processes(device))
         stack.callback(training.leave_processes)
+        steps_per_epoch(len(train), options.batch_size, share.count)  # can all processes train?
         show, log = stack.enter_context(progress(training, len(train), share)), None
         if tensorboard and writes:
             log = stack.enter_context(tensorboard_log(run_dir / "tensorboard", len(training.history)))
@@ -132,13 +147,19 @@ def run_training(
             on_step(**fields)
             show.step(**fields)
 
+        def keep() -> None:
+            if writes:
+                save_training(run_dir / TRAINING, training, {**info, "source": source})
+
+        keep()  # --resume is to find this run, its images and its options, whatever becomes of the first epoch
+        if overwrite and writes:
+            _remove_results(run_dir)
         while not training.finished:
             train_epoch(training, train, held_out, share=share, report=report)
             show.epoch(training.history)
             if log:
                 log(training)
-            if writes:
-                save_training(run_dir / TRAINING, training, {**info, "source": source})
+            keep()
         return _finish(run_dir, training, dataset, share, writes)
 
 
@@ -159,8 +180,20 @@ def _alone_in(run_dir: Path) -> Iterator[None]:
         os.close(handle)  # and with it the lock
 
 
-def _resumed(fresh: Training, run_dir: Path, info: dict, backend: str, device: torch.device) -> Training:
-    """The training in a directory, if it is one of the same network, options and images as a fresh one."""
+def _remove_results(run_dir: Path) -> None:
+    """What an older run made, which would pass for results of the one that has begun."""
+    for name in (MODEL, HISTORY, *REPORT):
+        path = run_dir / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _resumed(
+    fresh: Training, run_dir: Path, info: dict, backend: str, device: torch.device
+) -> tuple[Training, dict | None]:
+    """The training in a directory, and its source, if its network, options and images are those of a fresh one."""
     training, found = load_training(run_dir / TRAINING, backend=backend, device=device)
     asked = {**fresh.model, **fresh.options._asdict(), **info}
     stored = {**training.model, **training.options._asdict(), **{name: found.get(name) for name in info}}
@@ -170,7 +203,7 @@ def _resumed(fresh: Training, run_dir: Path, info: dict, backend: str, device: t
     for name in sorted({*asked, *stored}):
         if asked.get(name) != stored.get(name):
             raise RunError(f"{run_dir} holds a run with {name} {stored.get(name)}, asked for is {asked.get(name)}")
-    return training
+    return training, found.get("source")
 
 
 def _finish(run_dir: Path, training: Training, dataset: Dataset, share: Share, writes: bool) -> Run:

@@ -114,6 +114,9 @@ def train_epoch(
         share: of this process, one of several inside :func:`capsroute.training.distributed.processes`.
         report: called after every step with `epoch` (from 1), `step` (from 1 in the whole training), `images`,
             `loss` and `correct`, the last two of this process's own images.
+
+    Raises:
+        FloatingPointError: if the loss is no longer finite, in a step or after the last one.
     """
     start = time.perf_counter()
     options = training.options
@@ -170,6 +173,9 @@ def evaluate(net: CapsNet, split: Split, *, overlapping: bool = False, share: Sh
 
     The loss is that of training, whose reconstructions are of the labelled capsules; the labels reach nothing of
     the accuracy.
+
+    Raises:
+        FloatingPointError: if the loss is not finite: what the last step broke shows here first.
     """
     net.eval()
     device = next(net.parameters()).device
@@ -184,6 +190,10 @@ def evaluate(net: CapsNet, split: Split, *, overlapping: bool = False, share: Sh
         correct += count_correct(output.lengths, labels)
         count += len(images)
     loss_sum, correct, count = total(loss_sum, correct, count, device=device)
+    if not math.isfinite(loss_sum):
+        raise FloatingPointError(
+            f"the loss of the trained network is {loss_sum / count}: train with a lower learning_rate, or clip"
+        )
     return Score(loss_sum / count, correct / count)
 
 

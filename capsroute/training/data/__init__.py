@@ -22,7 +22,10 @@ __all__ = [
     "load",
     "make_dataset",
     "read_idx",
+    "resizes",
 ]
+
+READERS = (has_idx_files, idx_files), (has_cifar10, cifar10)
 
 
 def load(data_dir: str | Path | None = None, image_size: int | None = None) -> Dataset:
@@ -40,7 +43,7 @@ def load(data_dir: str | Path | None = None, image_size: int | None = None) -> D
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise DataError(f"{data_dir} is no directory")
-    for found, read in ((has_idx_files, idx_files), (has_cifar10, cifar10)):
+    for found, read in READERS:
         if found(data_dir):
             return _of_one_size(data_dir, read(data_dir), image_size)
     if any(path.is_dir() for path in data_dir.iterdir()):
@@ -49,6 +52,11 @@ def load(data_dir: str | Path | None = None, image_size: int | None = None) -> D
         f"{data_dir} holds neither IDX files (train-images-idx3-ubyte ...), nor CIFAR-10's binary files "
         "(data_batch_1.bin ...), nor folders of images, one a class"
     )
+
+
+def resizes(data_dir: str | Path | None) -> bool:
+    """Whether images from there can be resized: those of folders, which need not have one size."""
+    return data_dir is not None and not any(found(Path(data_dir)) for found, _ in READERS)
 
 
 def _of_one_size(what: object, dataset: Dataset, image_size: int | None) -> Dataset:

@@ -85,8 +85,9 @@ def hold_out(split: Split, fraction: float) -> tuple[Split, Split]:
         DataError: if there are too few images to take the same share of every class.
     """
     try:
+        every = torch.arange(len(split), device=split.labels.device)
         kept, held = optional("sklearn.model_selection").train_test_split(
-            torch.arange(len(split)), test_size=fraction, stratify=split.labels, random_state=0
+            every, test_size=fraction, stratify=split.labels, random_state=0
         )
     except ValueError as error:
         raise DataError(f"{fraction:g} of {len(split)} images cannot be held out, stratified: {error}") from error

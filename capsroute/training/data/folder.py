@@ -12,6 +12,7 @@ from .dataset import DataError, Dataset, Split, hold_out, make_dataset
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 GREY_MODES = {"1", "L", "LA"}  # of Pillow
+PALETTE_MODES = {"P", "PA"}  # grey or not: the palette decides
 DEEP_MODES = ("I", "F")  # "I;16" too: Pillow would clip them to 8 bits
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 
@@ -35,7 +36,7 @@ def image_folder(data_dir: Path, image_size: int | None = None) -> Dataset:
     name = f"images:{data_dir.resolve().name}"
     if test_dir is None:
         class_names, files = _list(data_dir)
-        whole = Split(_read(list(files), image_size), torch.tensor(list(files.values())))
+        whole = Split(_read(list(files), image_size), torch.tensor(list(files.values()), device="cpu"))
         return make_dataset(name, *hold_out(whole, 0.2), class_names)
     class_names, train = _list(train_dir)
     test_names, test = _list(test_dir)
@@ -43,7 +44,7 @@ def image_folder(data_dir: Path, image_size: int | None = None) -> Dataset:
         odd = sorted(set(class_names) ^ set(test_names))
         raise DataError(f"{train_dir} and {test_dir} must have the same classes, only one has {', '.join(odd)}")
     images = _read([*train, *test], image_size)  # together: all grey or all in colour
-    labels = torch.tensor([*train.values(), *test.values()])
+    labels = torch.tensor([*train.values(), *test.values()], device="cpu")
     whole = Split(images, labels)
     return make_dataset(name, whole[: len(train)], whole[len(train) :], class_names)
 
@@ -68,13 +69,20 @@ def _read(paths: list[Path], image_size: int | None) -> Tensor:
     """Images [N, C, H, W], uint8."""
     pil = optional("PIL.Image")
     numpy = optional("numpy")
+
+    def is_grey(file) -> bool:
+        if file.mode in PALETTE_MODES:
+            pixels = numpy.array(file.convert("RGB"))
+            return bool((pixels == pixels[..., :1]).all())
+        return file.mode in GREY_MODES
+
     opened = []
     for path in paths:
         try:
             with pil.open(path) as file:
                 if file.mode.startswith(DEEP_MODES):
                     raise DataError(f"{path} must have 8 bits a channel, got Pillow's mode {file.mode}")
-                image = file.convert("L" if file.mode in GREY_MODES else "RGB")
+                image = file.convert("L" if is_grey(file) else "RGB")
         except DataError:
             raise
         except (OSError, ValueError, SyntaxError, pil.DecompressionBombError) as error:

@@ -26,8 +26,8 @@ def has_idx_files(data_dir: Path) -> bool:
 def idx_files(data_dir: Path) -> Dataset:
     """The files of MNIST's names, gzipped or not: `train-images-idx3-ubyte` and so on, `t10k-` or `test-`.
 
-    EMNIST puts its own name before them. If there is only one of the two pairs, a fixed, stratified 20 % of it
-    is the test split.
+    EMNIST puts its own name before them. Of a file that is there both ways the plain one is read. If there is only
+    one of the two pairs, a fixed, stratified 20 % of it is the test split.
 
     Raises:
         DataError: if a file is missing, cut off, of another format, or does not fit the others.
@@ -72,13 +72,16 @@ def read_idx(path: Path, dims: int) -> Tensor:
 
 def _split(data_dir: Path, prefixes: tuple[str, ...]) -> Split | None:
     """The images and labels under one of the prefixes; None if there are no such images."""
-    found = [path for prefix in prefixes for path in sorted(data_dir.glob(f"*{prefix}-images*idx3-ubyte*"))]
+    found: dict[str, Path] = {}
+    for prefix in prefixes:
+        for path in sorted(data_dir.glob(f"*{prefix}-images*idx3-ubyte*")):  # "NAME" comes before "NAME.gz"
+            found.setdefault(path.name.removesuffix(".gz"), path)
     if not found:
         return None
     if len(found) > 1:
-        raise DataError(f"{data_dir} must hold one data set, got {', '.join(path.name for path in found)}")
-    images_path = found[0]
-    stem = images_path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+        raise DataError(f"{data_dir} must hold one data set, got {', '.join(path.name for path in found.values())}")
+    ((name, images_path),) = found.items()
+    stem = name.replace("images", "labels").replace("idx3", "idx1")
     labels_path = next((p for p in (data_dir / stem, data_dir / f"{stem}.gz") if p.is_file()), None)
     if labels_path is None:
         raise DataError(f"{data_dir} has no file {stem} or {stem}.gz")
