@@ -4,13 +4,16 @@ import itertools
 import json
 import os
 import re
+import subprocess
+import sys
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from capsroute.bench import compare, measure, plain, registry, table
+from capsroute.bench import cli, compare, measure, plain, registry, regression, roofline, sweep, table
 from capsroute.bench.measure import Result
 from capsroute.bench.registry import CASES, IMPLEMENTATIONS, Implementation
 from capsroute.cli import main
@@ -86,6 +89,13 @@ def test_another_routing_is_not_compared():
     assert prepared.left_out == {"torch-rechub": "another routing"}
     assert registry.names_for([TINY]) == ["fused", "reference", "compiled", "matmul"]
     assert registry.names_for([TINY, CASES["mind-rechub"]])[-1] == "torch-rechub"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_dtype_that_is_not_computed_in_is_told(dtype):
+    case = CASES["comirec-rechub"]._replace(batch=2)
+    prepared = compare.prepare(case, False, ["fused", "torch-rechub"], dtype)
+    assert prepared.left_out == {"torch-rechub": "float32 only"}
 
 
 def test_compiling_needs_a_compiler(monkeypatch):
@@ -246,6 +256,19 @@ def bench(*arguments):
     return main(["bench", *arguments])
 
 
+def test_what_was_measured_before_a_failure_is_saved(tmp_path, monkeypatch):
+    def fails(case, backward, *_, **__):
+        if backward:
+            raise MemoryError
+        return [Result("fused", 1.0, 1.0, 1.0, 3)]
+
+    monkeypatch.setattr(cli, "compare", fails)
+    with pytest.raises(MemoryError):
+        bench("--case", "efficient", "--save", str(tmp_path / "base.json"))
+    (row,) = regression.load(tmp_path / "base.json")["results"]
+    assert (row["pass"], row["seconds"]) == ("forward", 1.0)
+
+
 def test_command_prints_json_last_and_alone(capsys):
     names = ["fused", "reference", "matmul"]
     assert bench("--case", "efficient", "--batch", "2", "--implementations", *names, "--seconds", "0", "--json") == 0
@@ -298,6 +321,74 @@ def test_command_sets_threads_and_dtype(capsys):
     assert "- threads: 2\n" in out
     assert "| bfloat16" in out
     assert "backward" not in out
+
+
+def test_traffic_is_of_the_pass_that_is_asked_for(capsys):
+    pytest.importorskip("triton")
+    assert bench("--traffic", "--case", "efficient", "--pass", "forward", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [row["backward"] for row in told["results"]] == [False]
+    assert bench("--traffic", "--case", "efficient", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [row["backward"] for row in told["results"]] == [False, True]
+
+
+def test_every_case_under_the_roof_has_its_own_marker(monkeypatch, tmp_path):
+    drawn = []
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    plot = axes.plot
+    monkeypatch.setattr(axes, "plot", lambda self, *args, **kw: drawn.append(plot(self, *args, **kw)[0]) or drawn[-1:])
+    machine = roofline.Machine(1e11, 1e10)
+    for passes in (["forward"], ["forward", "forward + backward"]):
+        labels = [f"{case}, {name}" for case in ("mnist", "comirec", "mind B=2") for name in passes]
+        drawn.clear()
+        points = [roofline.Point(label, 1.0, 10**9, 10**8, "") for label in labels]
+        roofline.plot(machine, points, tmp_path / "roof.png")
+        looks = {(line.get_color(), line.get_marker(), line.get_markerfacecolor()) for line in drawn[1:]}
+        assert len(looks) == len(labels)
+        assert len({(line.get_color(), line.get_marker()) for line in drawn[1:]}) == 3
+
+
+@pytest.mark.parametrize(("dtype", "peak"), [("bfloat16", "float32"), ("float64", "float64")])
+def test_the_roof_says_of_which_dtype_it_is(dtype, peak, monkeypatch, capsys):
+    for name, value in (("SIZE", 64), ("BYTES", 1 << 20), ("SECONDS", 0.0)):
+        monkeypatch.setattr(roofline, name, value)
+    assert bench("--roofline", "--case", "efficient", "--dtype", dtype, "--seconds", "0", "--pass", "forward") == 0
+    out = capsys.readouterr().out
+    assert f"(a product of {peak} matrices)" in out
+    assert f"| of {peak}'s peak |" in out
+
+
+def test_a_sweep_leaves_out_what_does_not_fit(monkeypatch):
+    case = TINY._replace(batch=2)
+    one = sum(x.nbytes for x in registry.make_problem(case._replace(batch=1)) if isinstance(x, torch.Tensor))
+    monkeypatch.setattr(sweep, "available_memory", lambda: 8 * one)
+    curve = sweep.measure(case, "batch", False, torch.float32, 0)
+    assert [step.size for step in curve.steps] == sweep.sizes("batch")[: len(curve.steps)]
+    held = sum(
+        x.nbytes
+        for step in curve.steps
+        for x in registry.make_problem(case._replace(batch=step.size))
+        if isinstance(x, torch.Tensor)
+    )
+    assert held < 8 * one
+    assert f"do not fit into memory: {curve.left_out[0]} to {sweep.MOST['batch']}\n" in sweep.rows(curve)
+    assert curve.label == "efficient, forward"  # of no batch of its own
+    monkeypatch.setattr(sweep, "available_memory", lambda: 0)
+    assert sweep.measure(case, "batch", False, torch.float32, 0).steps == []
+
+
+def test_a_sweep_of_batches_takes_none(capsys):
+    assert bench("--sweep", "batch", "--batch", "4", "8") == 2
+    assert "--sweep batch goes through all batches itself, got --batch 4 8" in capsys.readouterr().err
+
+
+def test_one_case_of_the_benchmarks_can_be_chosen():
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "-q", "-k", "case:mnist-forward"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    found = re.findall(r"^\S+\[(.*)\]$", done.stdout, re.MULTILINE)
+    assert found == [f"case:mnist-forward-{name}" for name in IMPLEMENTATIONS]
 
 
 @pytest.mark.parametrize("arguments", [("--case", "imagined"), ("--batch", "0"), ("--implementations", "slow")])

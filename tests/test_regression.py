@@ -26,24 +26,54 @@ def test_a_slower_machine_is_no_regression():
     before, now = saved(fused=1.0, reference=10.0, compiled=5.0), saved(fused=2.0, reference=20.1, compiled=9.9)
     (change,) = regression.changes(before, now)
     assert not change.slower
-    assert change.describe() == "mnist-1, forward: time 1.00x, noise ±3%, memory 1.00x"
+    assert change.describe() == "mnist-1, forward: time 1.00x, noise ±4%, memory 1.00x"
 
 
 def test_a_slower_kernel_is_a_regression():
     before, now = saved(fused=1.0, reference=10.0), saved(fused=1.05, reference=10.0)
     (change,) = regression.changes(before, now)
     assert change.slower
-    assert change.describe() == "mnist-1, forward: time 1.05x, noise ±3%, memory 1.00x: SLOWER"
+    assert change.describe() == "mnist-1, forward: time 1.05x, noise ±4%, memory 1.00x: SLOWER"
     now["results"][0]["peak_bytes"] = 2**24
     assert regression.changes(before, now)[0].describe().endswith("memory 4.00x: SLOWER AND LARGER")
+
+
+def test_a_noisy_bystander_hides_no_regression():
+    before = saved(fused=1.0, reference=10.0, compiled=5.0, matmul=3.0)
+    now = saved(fused=1.05, reference=10.0, compiled=5.0, matmul=6.0)
+    now["results"][3] |= {"lower": 3.0, "upper": 9.0}
+    assert regression.changes(before, now)[0].slower
+    for row in now["results"][1:]:  # but the drift is no better known than most of the others
+        row |= {"lower": 0.95 * row["seconds"], "upper": 1.05 * row["seconds"]}
+    (change,) = regression.changes(before, now)
+    assert not change.slower
+    assert change.noise == pytest.approx(3 * (0.01**2 + 0.05**2) ** 0.5)
+
+
+def test_memory_that_grows_from_nothing_is_a_regression():
+    before, now = saved(fused=1.0), saved(fused=1.0)
+    before["results"][0]["peak_bytes"] = 0
+    (change,) = regression.changes(before, now)
+    assert (change.larger, change.memory) == (True, None)
+    assert change.describe() == "mnist-1, forward: time 1.00x, noise ±3%, memory from nothing: LARGER"
+    now["results"][0]["peak_bytes"] = 2**20  # pages of code
+    assert not regression.changes(before, now)[0].larger
+    before["results"][0]["peak_bytes"] = None
+    assert not regression.changes(before, now)[0].larger
 
 
 def test_reports_that_cannot_be_compared_are_refused(tmp_path):
     now = saved(fused=1.0)
     with pytest.raises(ValueError, match="one number of threads can be compared, got 2 and 1"):
         regression.changes({**now, "machine": {"threads": 2}}, now)
+    other = json.loads(json.dumps(now))
+    other["results"][0]["case"]["seed"] = 7
+    with pytest.raises(ValueError, match="reports of one seed can be compared, got 0 and 7"):
+        regression.changes(now, other)
     with pytest.raises(ValueError, match="share no case that fused was measured in"):
         regression.changes(saved(reference=1.0), now)
+    with pytest.raises(ValueError, match="share no case that fused was measured in"):
+        regression.changes({**now, "results": []}, now)
     unknown = {"case": {"size": 3}, "pass": "forward", "seconds": 1.0}
     nameless = json.dumps({"command": "bench", "results": []})
     for text in ("{", "[]", '{"command": "eval"}', nameless, json.dumps({"command": "bench", "results": [unknown]})):

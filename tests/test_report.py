@@ -9,16 +9,20 @@ import re
 import shutil
 import subprocess
 import threading
+import warnings
 
 import pytest
 import torch
 
+from capsroute.bench.compare import DisagreementError
 from capsroute.bench.measure import Result
 from capsroute.cli import main
 from capsroute.nn import CapsNet
 from capsroute.report import build, coupling, curves, images
+from capsroute.report.style import short, stacked, styled
 from capsroute.training import data
 from capsroute.training.batches import evaluation_batches
+from capsroute.training.checkpoint import Checkpoint, load, save
 from capsroute.training.data import Split, make_dataset
 from capsroute.training.options import TrainingOptions
 from capsroute.training.run import image_shape, run_training
@@ -55,15 +59,18 @@ def run_dir(request, tmp_path_factory, digits):
 def report(run_dir, digits):
     """The directory of a run with its report, and the text of the page."""
 
-    def compare(model_factory, pixels, labels, *, seconds):
-        output = model_factory("reference")(pixels, labels)  # what tests/test_step.py times
-        assert output.reconstruction.shape == pixels.shape == (64, *pixels.shape[1:])
+    def compare(model_factory, parts, labels, *, seconds):
+        output = model_factory("reference")(parts, labels)  # what tests/test_step.py times
+        things = 2 if "overlap" in run_dir.name else 1
+        assert output.reconstruction.shape == parts.shape == (64, things, *parts.shape[2:])
+        assert labels.shape == (64, things)
         assert seconds == 10
         rows = Result("fused", 0.01, 0.01, 0.01, 3, 2**20), Result("reference", 0.1, 0.1, 0.1, 3, 2**24)
         return [row._asdict() for row in (*rows, Result("compiled", note="no compiler"))]
 
+    long = digits._replace(class_names=["long" * 40 + name for name in digits.class_names])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "load", lambda *_: digits)
+        patch.setattr(data, "load", lambda *_: long)
         patch.setattr(build, "compare_training_step", compare)
         assert main(["report", str(run_dir)]) == 0
     return run_dir, (run_dir / "report.html").read_text()
@@ -112,6 +119,76 @@ def test_the_page_says_what_matters_first(report):
     assert f"<dd>{accuracy:.2%}</dd>" in text
     assert "pairs of overlapping digits" in text if "overlap" in path.name else "64 test images" in text
     assert "compiled: no compiler" in text  # why there is no bar
+
+
+def report_on(path, dataset, *words):
+    """The exit status of `capsroute report` on a directory, with other images than it was trained on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load", lambda *_: dataset)
+        return main(["report", str(path), *words])
+
+
+@pytest.fixture
+def alone(tmp_path, digits):
+    """A directory with nothing but a network, and of that nothing but what a report asks for."""
+    model = {**SMALL, "image_shape": digits.image_shape, "classes": 10}
+    info = {"options": TrainingOptions()._asdict()}
+    save(tmp_path / "model.safetensors", Checkpoint(CapsNet(**model), model, info))
+    return tmp_path
+
+
+def test_a_network_is_judged_by_the_images_that_are_given(run_dir, digits, tmp_path):
+    path = shutil.copytree(run_dir, tmp_path / run_dir.name)
+    half = digits._replace(test=digits.test[:32], name="others")
+    assert report_on(path, half, "--no-speed") == 0
+    overlapping = "overlap" in run_dir.name
+    loaded = build.judge(build_net(run_dir), half, overlapping=overlapping)
+    named = loaded.lengths.topk(1 + overlapping, -1).indices.sort(-1).values
+    share = (named == loaded.labels.sort(-1).values).all(-1).double().mean().item()
+    text = (path / "report.html").read_text()
+    assert f"amed in {share:.2%} of 32 " in text
+    assert f"<td>{html.escape(NASTY, quote=False)}" in text.replace("&#34;", '"')  # what it was made with
+
+
+def build_net(run_dir):
+    return load(run_dir / "model.safetensors").net
+
+
+def test_a_report_needs_no_more_than_the_options(alone, digits):
+    assert report_on(alone, digits, "--no-speed") == 0
+    (alone / "history.json").write_text(json.dumps({"epochs": [], "best_epoch": 1}))
+    assert report_on(alone, digits, "--no-speed") == 2
+
+
+def test_a_wrong_training_step_is_told(alone, digits, monkeypatch, capsys):
+    def compare(*_, **__):
+        raise DisagreementError("fused: result 0 is wrong")
+
+    monkeypatch.setattr(build, "compare_training_step", compare)
+    assert report_on(alone, digits) == 1
+    assert capsys.readouterr().err == "capsroute report: error: fused: result 0 is wrong\n"
+
+
+@pytest.mark.parametrize("amp", ["off", "bfloat16"])
+def test_the_step_is_that_of_the_training(digits, monkeypatch, amp):
+    options = TrainingOptions(batch_size=100, overlap=True, amp=amp)
+    model = {**SMALL, "image_shape": image_shape(digits, options), "classes": 10}
+    report = build.Report(Checkpoint(None, model, {"options": options._asdict()}), digits, [], 0, [])
+    batch = first_batch(digits, overlapping=True)
+
+    def compare(model_factory, parts, labels, *, seconds):
+        assert parts.shape == (100, *batch.parts.shape[1:])
+        net = model_factory("reference")
+        output = net(batch.parts, batch.labels)
+        assert output.capsules.dtype == (torch.float32 if amp == "off" else torch.bfloat16)
+        if amp == "off":
+            expected = CapsNet(**model, backend="reference")
+            expected.load_state_dict(net.state_dict())
+            torch.testing.assert_close(output, expected(batch.images, batch.labels))
+        return []
+
+    monkeypatch.setattr(build, "compare_training_step", compare)
+    assert build.training_step_rows(report, batch, 0) == []
 
 
 PROBE = """<!doctype html><body><pre id="result">not loaded</pre><script>
@@ -206,6 +283,8 @@ def test_speed_is_drawn_as_measured():
     rate, memory = curves.speed(rows, 64).axes
     assert [bar.get_width() for bar in rate.patches] == [6400, 640]
     assert [text.get_text() for text in memory.texts] == ["2 MiB", "32 MiB"]
+    rows[1]["peak_bytes"] = None  # its process was killed
+    assert [text.get_text() for text in curves.speed(rows, 64).axes[1].texts] == ["2 MiB", "not measured"]
 
 
 def test_coupling_is_shown_pass_by_pass(digits):
@@ -257,7 +336,7 @@ def test_figures_of_more_classes_than_fit_and_of_colour():
     split = Split(torch.rand(26, 3, 8, 9), torch.arange(26) % 13)
     dataset = make_dataset("colour", split, split)
     net = CapsNet((3, 8, 9), 13, channels=4, types=2, hidden=(4,))
-    shown = images.reconstructions(net, first_batch(dataset), dataset.class_names)
+    shown = images.reconstructions(net, dataset.test, dataset.class_names)
     pictures = [axes for axes in shown.axes if axes.images]
     assert len(pictures) == 2 * 10
     torch.testing.assert_close(torch.tensor(pictures[3].images[0].get_array()), split.images[3].permute(1, 2, 0))
@@ -265,3 +344,39 @@ def test_figures_of_more_classes_than_fit_and_of_colour():
     assert "to 12" in [axes.get_ylabel() for axes in figure.axes]
     counts = torch.randint(0, 9, (40, 40))
     assert len(curves.confusion_matrix(counts, [str(j) for j in range(40)]).axes[0].texts) == 0
+
+
+def test_an_image_of_each_class_is_shown_though_they_come_in_order():
+    split = Split(torch.rand(600, 1, 8, 9), torch.arange(600) // 300)
+    net = CapsNet((1, 8, 9), 2, channels=4, types=2, hidden=(4,))
+    shown = images.reconstructions(net, split, ["ant", "bee"])
+    assert [axes.get_title() for axes in shown.axes[:2]] == ["ant", "bee"]
+    torch.testing.assert_close(torch.tensor(shown.axes[1].images[0].get_array()), split.images[300, 0])
+
+
+ODD = [r"a$\x$b", "costs $5 or $_6", "two\nlines", "\U0001f600 \u732b", "\udcff", "Egyptian_Mau_of_the_Nile"]
+
+
+def test_any_name_of_a_class_can_be_drawn(tmp_path, digits):
+    split = Split(digits.test.images, digits.test.labels % len(ODD))
+    options = {name: TrainingOptions(overlap=name == "overlap") for name in ("single", "overlap")}
+    dataset = make_dataset("odd\udcff", split, split, ODD)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for option in options.values():
+            model = {**SMALL, "image_shape": image_shape(dataset, option), "classes": len(ODD)}
+            loaded = Checkpoint(CapsNet(**model), model, {"options": option._asdict()})
+            report = build.Report(loaded, dataset, [], 0, [])
+            build.write(tmp_path, report, build.judge(loaded.net, dataset, overlapping=option.overlap))
+    with styled():
+        (axes,) = curves.confusion_matrix(torch.ones(6, 6).long(), ODD).axes
+    labels = axes.get_yticklabels()
+    assert [label.get_text() for label in labels[:3]] == [r"a$\x$b", "costs $5 or $_6"[:11] + "…", "two lines"]
+    assert not any(label.get_parse_math() for label in labels)
+
+
+def test_long_names_are_cut():
+    assert short("Egyptian_Mau") == "Egyptian_Mau"
+    assert short("Egyptian_Mau_of_the_Nile") == "Egyptian_Ma…"
+    assert stacked("as", "Mau") == "as Mau"
+    assert stacked("as", "Egyptian_Mau") == "as\nEgyptian_Mau"

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
 import pytest
@@ -47,6 +48,33 @@ def test_training_steps_without_a_compiler(batch, monkeypatch):
     rows = step.compare_training_step(network, *batch, seconds=0)
     assert [(row["name"], row["note"]) for row in rows][-1] == ("compiled", "needs no-such-compiler")
     assert "needs no-such-compiler" in step.format_rows(rows)
+
+
+def test_a_process_that_dies_is_told(batch, monkeypatch):
+    def dies(*_):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(step, "in_fresh_process", dies)
+    rows = step.compare_training_step(network, *batch, seconds=0)
+    assert [(row["peak_bytes"], row["note"]) for row in rows] == [(None, "its process was killed")] * 2
+
+
+class Rounded(CapsNet):
+    """In mixed precision; the reference's result is off by what that rounds."""
+
+    def forward(self, images, labels):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = super().forward(images, labels)
+        factor = 1.01 if self.routing.backend == "reference" else 1.0
+        return output._replace(reconstruction=output.reconstruction * factor)
+
+
+def rounded(backend):
+    return Rounded((1, 10, 10), 3, channels=4, types=2, hidden=(8,), backend=backend)
+
+
+def test_mixed_precision_may_round_more(batch):
+    assert len(step.compare_training_step(rounded, *batch, seconds=0)) == 2
 
 
 def test_wrong_training_step_is_refused(batch):

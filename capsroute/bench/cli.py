@@ -15,6 +15,7 @@ import torch
 from .. import __version__, _ops
 from .._console import check_writable, complain, emit, number, say
 from .._optional import optional
+from ..reference import accumulation_dtype
 from . import path, regression, roofline, sweep, table
 from .compare import DisagreementError, compare
 from .registry import CASES, IMPLEMENTATIONS, Case, fused_backend, make_problem, names_for, pass_name
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         dest="batches",
         metavar="B",
-        help="one or several, instead of each case's own",
+        help="one or several, instead of each case's own; --sweep batch has its own",
     )
     parser.add_argument(
         "--threads", type=number(int, 1, most=MOST_THREADS), metavar="N", help="of torch (default: its own choice)"
@@ -60,13 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=IMPLEMENTATIONS,
         metavar="NAME",
-        help=f"{', '.join(IMPLEMENTATIONS)} (default: all that compute one of the cases); ratios are to the first",
+        help=f"{', '.join(IMPLEMENTATIONS)} (default: all that compute one of the cases); ratios are to the "
+        "first; --traffic, --explain, --roofline and --sweep are of the kernels alone",
     )
     parser.add_argument(
         "--seconds",
         type=number(float),
         default=10.0,
-        help="to time each case and pass, once warm (default: %(default)g)",
+        help="to time each case and pass, once warm (default: %(default)g); --traffic and --explain time nothing",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: also AMD's GPUs (default: cpu)")
     instead = parser.add_mutually_exclusive_group()
@@ -122,7 +124,8 @@ def run(args: argparse.Namespace) -> int:
         keys = [(case, pass_name(backward)) for case in cases for backward in _passes(args)]
         regression.check(base, args.dtype, about["threads"], keys, names[0])
     say(args, "\n" + table.head(f"{args.dtype}, ± half the quartile distance", names))
-    measured = []
+    measured, rows = [], []
+    report = {"dtype": args.dtype, "machine": about, "results": rows}
     for case in cases:
         for backward in _passes(args):
             label = case.label(backward)
@@ -133,16 +136,11 @@ def run(args: argparse.Namespace) -> int:
                 return 1
             say(args, table.rows(label, results))
             measured.append((case, backward, results))
+            rows += [{"case": case._asdict(), "pass": pass_name(backward), **result._asdict()} for result in results]
+            if args.save:  # at once: the next case may fail
+                args.save.write_text(json.dumps({"command": args.command, **report}))
     if found := table.narrowest((case.label(backward), results) for case, backward, results in measured):
         say(args, found)
-    rows = [
-        {"case": case._asdict(), "pass": pass_name(backward), **result._asdict()}
-        for case, backward, results in measured
-        for result in results
-    ]
-    report = {"dtype": args.dtype, "machine": about, "results": rows}
-    if args.save:
-        args.save.write_text(json.dumps({"command": args.command, **report}))
     changes = regression.changes(base, report) if base else []
     if changes:
         say(args, f"\nAgainst {args.compare}, beside the other implementations:")
@@ -161,6 +159,10 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--save, --compare and --memory are for implementations, not for {instead}")
         if args.device == "cuda" and not args.traffic:
             raise ValueError("--explain, --roofline and --sweep are of the CPU kernels, got --device cuda")
+    if args.sweep == "batch" and len(args.batches) > 1:
+        raise ValueError(
+            f"--sweep batch goes through all batches itself, got --batch {' '.join(map(str, args.batches))}"
+        )
     check_writable("--save", args.save)
     check_writable("--plot", args.plot)
     if args.plot:
@@ -177,7 +179,7 @@ def _traffic(args: argparse.Namespace, cases: list[Case], dtype: torch.dtype) ->
         raise ValueError(f"--traffic reads the launches of the Triton backend: {why}")
     from . import traffic
 
-    found = [(case, backward, traffic.traffic(case, backward, dtype)) for case in cases for backward in (False, True)]
+    found = [(case, backward, traffic.traffic(case, backward, dtype)) for case in cases for backward in _passes(args)]
     say(args, traffic.rows(found))
     results = [{"case": case._asdict(), "backward": backward, **moved._asdict()} for case, backward, moved in found]
     emit(args, {"dtype": args.dtype, "results": results})
@@ -203,7 +205,7 @@ def _explain(args: argparse.Namespace, cases: list[Case], dtype: torch.dtype) ->
 
 
 def _roofline(args: argparse.Namespace, cases: list[Case], dtype: torch.dtype) -> int:
-    machine = roofline.measure_machine()
+    machine = roofline.measure_machine(accumulation_dtype(dtype))
     points = [roofline.measure(case, backward, dtype, args.seconds) for case in cases for backward in _passes(args)]
     say(args, roofline.rows(machine, points))
     if args.plot:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..reference import accumulation_dtype
-from .measure import Result, alternate, available_memory, in_fresh_process, peak_growth
+from .measure import KILLED, Result, alternate, available_memory, in_fresh_process, peak_growth
 from .registry import IMPLEMENTATIONS, Case, Forward, Problem, make_problem, run
 
 # |x - reference| / |reference| that rounding may explain, over a whole tensor
@@ -66,6 +66,11 @@ def prepare(case: Case, backward: bool, names: Sequence[str], dtype: torch.dtype
     needs = {name: bytes_held(name, case, backward, dtype) for name in IMPLEMENTATIONS}
     left_out = {name: f"needs ~{needs[name] / 2**30:.0f} GiB" for name in names if needs[name] > room}
     left_out |= {name: reason for name in names if (reason := IMPLEMENTATIONS[name].missing())}
+    left_out |= {
+        name: f"{str(only).removeprefix('torch.')} only"
+        for name in names
+        if (only := IMPLEMENTATIONS[name].only) not in (None, dtype)
+    }
     left_out |= {name: "another routing" for name in names if not IMPLEMENTATIONS[name].computes(case)}
     forwards = {name: IMPLEMENTATIONS[name].make() for name in names if name not in left_out}
     check(forwards, checked_part(problem, needs["reference"], room), backward)
@@ -91,15 +96,18 @@ def check(forwards: dict[str, Forward], problem: Problem, backward: bool) -> Non
             check_equal(name, run(forward, problem, backward), expected)
 
 
-def check_equal(name: str, results: list[Tensor], expected: list[Tensor]) -> None:
-    """Raise DisagreementError unless every result is close to what is expected, by the norm of the difference."""
+def check_equal(name: str, results: list[Tensor], expected: list[Tensor], rounding: float = 0.0) -> None:
+    """Raise DisagreementError unless every result is close to what is expected, by the norm of the difference.
+
+    Rounding explains a share of that norm: what its dtype does, or more.
+    """
     for index, (x, y) in enumerate(zip(results, expected, strict=True)):
         if x.shape != y.shape or x.dtype != y.dtype:
             raise DisagreementError(
                 f"{name}: result {index} is {x.dtype} {list(x.shape)}, the reference's {y.dtype} {list(y.shape)}"
             )
         norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
-        difference, limit = norm(x - y).item(), TOLERANCE[y.dtype] * norm(y).item()
+        difference, limit = norm(x - y).item(), max(rounding, TOLERANCE[y.dtype]) * norm(y).item()
         if not difference <= limit:  # nor is it, if it is NaN
             raise DisagreementError(
                 f"{name}: result {index} is {difference:.1e} from the reference's, at most {limit:.1e} is rounding"
@@ -112,7 +120,7 @@ def _with_memory(result: Result, case: Case, backward: bool, dtype: torch.dtype)
             _case_memory, case, backward, result.name, dtype, torch.get_num_threads(), str(torch.get_default_device())
         )
     except BrokenProcessPool:
-        return result._replace(note="its process was killed")
+        return result._replace(note=KILLED)
     return result._replace(peak_bytes=peak)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 MIN_ROUNDS = 3
+KILLED = "its process was killed"  # the note of a result without memory
 T = TypeVar("T")
 
 

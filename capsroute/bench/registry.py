@@ -193,6 +193,7 @@ class Implementation(NamedTuple):
         compiles: the first call with a new shape compiles.
         computes: whether a case is what it computes.
         missing: what it needs and is not here, or nothing.
+        only: the dtype that it is confined to, if it is.
     """
 
     make: Callable[[], Forward]
@@ -200,6 +201,7 @@ class Implementation(NamedTuple):
     compiles: bool = False
     computes: Callable[[Case], bool] = lambda case: True
     missing: Callable[[], str] = lambda: ""
+    only: torch.dtype | None = None
 
 
 def is_rechub(case: Case) -> bool:
@@ -217,7 +219,11 @@ IMPLEMENTATIONS = {
     "matmul": Implementation(lambda: lambda problem: matmul(*problem[:4], *problem[5:]), (0.7, 3.5)),
     # More where each pair has its own weight: it then makes D numbers for each of a vote.
     "torch-rechub": Implementation(
-        lambda: lambda problem: rechub(*problem[:3]), (3, 6), computes=is_rechub, missing=no_rechub
+        lambda: lambda problem: rechub(*problem[:3]),
+        (3, 6),
+        computes=is_rechub,
+        missing=no_rechub,
+        only=torch.float32,
     ),
 }
 

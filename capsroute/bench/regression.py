@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +22,7 @@ class Change(NamedTuple):
         label: the case and the pass.
         time: seconds over those of before, by the same ratio of the other implementations, which did not change.
         noise: by how much that may differ from 1 for no reason.
-        memory: peak bytes over those of before, or None.
+        memory: peak bytes over those of before; None where they were not measured, or none before.
         slower, larger: whether that is a regression.
     """
 
@@ -33,7 +34,8 @@ class Change(NamedTuple):
     larger: bool
 
     def describe(self) -> str:
-        memory = "" if self.memory is None else f", memory {self.memory:.2f}x"
+        grown = ", memory from nothing" if self.larger else ""
+        memory = grown if self.memory is None else f", memory {self.memory:.2f}x"
         regressed = " and ".join(word for word, is_so in (("slower", self.slower), ("larger", self.larger)) if is_so)
         verdict = f": {regressed.upper()}" if regressed else ""
         return f"{self.label}: time {self.time:.2f}x, noise ±{self.noise:.0%}{memory}{verdict}"
@@ -59,15 +61,16 @@ def check(base: dict, dtype: str, threads: int, keys: Iterable[tuple[Case, str]]
     """That what will be measured can be compared with a report.
 
     Raises:
-        ValueError: if they share no case and pass, or are of different dtypes or numbers of threads.
+        ValueError: if they share no case and pass, or are of different dtypes, numbers of threads or seeds.
     """
+    rows, keys = _rows(base), list(keys)
     for name, before, now in (
         ("dtype", base["dtype"], dtype),
         ("number of threads", base["machine"]["threads"], threads),
+        ("seed", *(" and ".join(sorted({str(case.seed) for case, _ in found})) for found in (rows or keys, keys))),
     ):
         if before != now:
             raise ValueError(f"reports of one {name} can be compared, got {before} and {now}")
-    rows = _rows(base)
     if not any(first in rows.get(key, {}) for key in keys):
         raise ValueError(f"the reports share no case that {first} was measured in")
 
@@ -96,16 +99,18 @@ def _rows(report: dict) -> dict[tuple, dict[str, dict]]:
 
 
 def _change(label: str, first: str, before: dict[str, dict], now: dict[str, dict]) -> Change:
-    def spread(row: dict) -> float:
-        return (row["upper"] - row["lower"]) / 2 / row["seconds"]
+    def spread(name: str) -> float:
+        return max((row["upper"] - row["lower"]) / 2 / row["seconds"] for row in (before[name], now[name]))
 
     ratios = {name: now[name]["seconds"] / before[name]["seconds"] for name in now if name in before}
     own = ratios.pop(first)
     machine = statistics.median(ratios.values()) if ratios else 1.0
-    noise = SPREADS * max(spread(rows[name]) for rows in (before, now) for name in (first, *ratios))
+    # The drift is a median, so one noisy bystander does not move it, nor what is allowed.
+    noise = SPREADS * math.hypot(spread(first), statistics.median(map(spread, ratios)) if ratios else 0.0)
     memory, larger = None, False
-    if now[first]["peak_bytes"] is not None and before[first]["peak_bytes"]:
-        memory = now[first]["peak_bytes"] / before[first]["peak_bytes"]
-        larger = now[first]["peak_bytes"] > MEMORY[0] * before[first]["peak_bytes"] + MEMORY[1]
+    was, is_now = before[first]["peak_bytes"], now[first]["peak_bytes"]
+    if was is not None and is_now is not None:
+        memory = is_now / was if was else None
+        larger = is_now > MEMORY[0] * was + MEMORY[1]
     time = own / machine
     return Change(label, time, noise, memory, time > 1 + noise, larger)

@@ -20,10 +20,11 @@ SIZE, BYTES, SECONDS = 1024, 256 << 20, 2.0
 
 
 class Machine(NamedTuple):
-    """Floating-point operations and bytes read, a second, with the threads that torch has."""
+    """Floating-point operations of a dtype and bytes read, a second, with the threads that torch has."""
 
     flops: float
     bandwidth: float
+    dtype: str = "float32"
 
 
 class Point(NamedTuple):
@@ -34,6 +35,10 @@ class Point(NamedTuple):
     operations: int
     bytes: int
     path: str
+
+    @property
+    def case(self) -> str:
+        return self.label.rpartition(", ")[0]
 
     @property
     def flops(self) -> float:
@@ -49,13 +54,16 @@ class Point(NamedTuple):
         return min(machine.flops, self.intensity * machine.bandwidth)
 
 
-def measure_machine() -> Machine:
-    """By torch's own product of matrices, in float32, and by adding up more than a cache holds: the lower quartile."""
-    a, b = torch.randn(SIZE, SIZE), torch.randn(SIZE, SIZE)
-    product = torch.empty(SIZE, SIZE)
+def measure_machine(dtype: torch.dtype = torch.float32) -> Machine:
+    """By torch's own product of matrices, and by adding up more than a cache holds: the lower quartile.
+
+    The dtype is the one to accumulate in: kernels with instructions for bfloat16 may go beyond the peak of float32.
+    """
+    a, b = torch.randn(SIZE, SIZE, dtype=dtype), torch.randn(SIZE, SIZE, dtype=dtype)
+    product = torch.empty(SIZE, SIZE, dtype=dtype)
     large = torch.ones(BYTES // 4)
     timings = alternate({"mm": partial(torch.mm, a, b, out=product), "sum": partial(torch.sum, large)}, SECONDS)
-    return Machine(2 * SIZE**3 / timings["mm"].lower, BYTES / timings["sum"].lower)
+    return Machine(2 * SIZE**3 / timings["mm"].lower, BYTES / timings["sum"].lower, str(dtype).removeprefix("torch."))
 
 
 def measure(case: Case, backward: bool, dtype: torch.dtype, seconds: float) -> Point:
@@ -73,10 +81,11 @@ def measure(case: Case, backward: bool, dtype: torch.dtype, seconds: float) -> P
 def rows(machine: Machine, points: Sequence[Point]) -> str:
     """A table of the points against the machine, and the path of each below."""
     lines = [
-        f"{machine.flops / 1e9:.4g} GFLOP/s (a product of matrices), {machine.bandwidth / 1e9:.3g} GB/s (a sum), with "
-        f"{torch.get_num_threads()} threads",
+        f"{machine.flops / 1e9:.4g} GFLOP/s (a product of {machine.dtype} matrices), "
+        f"{machine.bandwidth / 1e9:.3g} GB/s (a sum), with {torch.get_num_threads()} threads",
         "",
-        "| operations, and the fewest bytes | time | GFLOP/s | of the peak | MB | of the bandwidth | of the roof |",
+        f"| operations, and the fewest bytes | time | GFLOP/s | of {machine.dtype}'s peak | MB | of the bandwidth | "
+        "of the roof |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for p in points:
@@ -98,12 +107,14 @@ def plot(machine: Machine, points: Sequence[Point], file: File) -> None:
     ridge = machine.flops / machine.bandwidth
     axes.plot([least, ridge, most], [least * machine.bandwidth, machine.flops, machine.flops], color="black")
     markers = "os^vD<>Pp*Xh8dH1234"
-    for index, p in enumerate(points):
-        marker = markers[index // 2 % len(markers)]
-        filled = f"C{index // 2 % 10}" if "backward" not in p.label else "none"
-        axes.plot(p.intensity, p.flops, marker, color=f"C{index // 2 % 10}", markerfacecolor=filled, label=p.label)
+    cases = list(dict.fromkeys(p.case for p in points))
+    for p in points:
+        index = cases.index(p.case)
+        colour, marker = f"C{index % 10}", markers[index % len(markers)]
+        filled = "none" if "backward" in p.label else colour
+        axes.plot(p.intensity, p.flops, marker, color=colour, markerfacecolor=filled, label=p.label)
     axes.set(xscale="log", yscale="log", xlabel="operations for each byte that must be moved", ylabel="operations / s")
-    axes.set_title("capsroute's CPU kernels below the roof of this machine")
+    axes.set_title(f"capsroute's CPU kernels below the roof of this machine, its peak in {machine.dtype}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file, dpi=150)

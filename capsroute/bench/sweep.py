@@ -8,11 +8,12 @@ from pathlib import Path as File
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .._optional import optional
-from .measure import alternate
+from .measure import alternate, available_memory
 from .path import path_of
-from .registry import Case, Problem, make_problem, routed, run
+from .registry import Case, Problem, make_problem, pass_name, routed, run
 from .table import format_seconds
 
 MOST = {"batch": 256, "inputs": 4096, "outputs": 128}
@@ -35,11 +36,12 @@ class Step(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """The steps of a case and pass."""
+    """The steps of a case and pass, and the sizes that do not fit into memory."""
 
     label: str
     axis: str
     steps: list[Step]
+    left_out: Sequence[int] = ()
 
     def cliffs(self) -> list[Step]:
         return [step for step in self.steps if step.growth > CLIFF]
@@ -54,12 +56,28 @@ def sizes(axis: str) -> list[int]:
 
 def measure(case: Case, axis: str, backward: bool, dtype: torch.dtype, seconds: float) -> Curve:
     """Time the fused kernels at all sizes, in turns: the forward with no gradient wanted, or forward and backward."""
-    problems = {size: make_problem(case._replace(**{axis: size}), dtype) for size in sizes(axis)}
+    fit = fitting(case, axis, dtype)
+    problems = {size: make_problem(case._replace(**{axis: size}), dtype) for size in fit}
     kernels = partial(routed, backend="cpu")
     calls = {str(size): partial(run, kernels, problem, backward) for size, problem in problems.items()}
     times = {int(name): timing.lower for name, timing in alternate(calls, seconds).items()}
     tiles = {size: _tile(problem, axis, backward) for size, problem in problems.items()}
-    return Curve(case.label(backward), axis, steps(times, tiles))
+    label = f"{case.name}, {pass_name(backward)}" if axis == "batch" else case.label(backward)
+    return Curve(label, axis, steps(times, tiles), sizes(axis)[len(fit) :])
+
+
+def fitting(case: Case, axis: str, dtype: torch.dtype) -> list[int]:
+    """The sizes whose problems fit into memory: all at once, since they are timed in turns, and gradients of one."""
+    room, fit = available_memory(), []
+    for size in sizes(axis):
+        with torch.device("meta"):
+            problem = make_problem(case._replace(**{axis: size}), dtype)
+        needed = sum(x.nbytes for x in problem if isinstance(x, Tensor))
+        room -= needed
+        if room < needed:
+            break
+        fit.append(size)
+    return fit
 
 
 def steps(times: dict[int, float], tiles: dict[int, int]) -> list[Step]:
@@ -89,6 +107,8 @@ def rows(curve: Curve) -> str:
     ]
     cliffs = ", ".join(f"at {step.size} ({step.growth:.2f}x)" for step in curve.cliffs())
     verdict = f"steps up of more than {CLIFF - 1:.0%} beyond what a tile that is not full explains: {cliffs or 'none'}"
+    if curve.left_out:
+        verdict += f"; left out, as they do not fit into memory: {curve.left_out[0]} to {curve.left_out[-1]}"
     return "\n".join([*lines, "", f"{curve.label}: {verdict}\n"])
 
 

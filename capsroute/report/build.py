@@ -13,15 +13,16 @@ from torch import Tensor
 
 from .. import __version__
 from ..bench.step import compare_training_step
-from ..nn import CapsNet
+from ..nn import CapsNet, CapsNetOutput
 from ..training.batches import Batch, evaluation_batches
 from ..training.checkpoint import Checkpoint, write_atomically
 from ..training.data import Dataset
-from ..training.options import TrainingOptions
-from ..training.trainer import Epoch
+from ..training.options import AMP_DTYPES, TrainingOptions
+from ..training.overlap import lay_over
+from ..training.trainer import Epoch, count_correct
 from . import coupling, curves, images
 from .page import Section, render
-from .style import styled
+from .style import MOST_CLASSES, styled
 
 PAGE = "report.html"
 
@@ -33,12 +34,14 @@ class Report(NamedTuple):
         loaded: the network and how it was trained.
         dataset: its images.
         epochs: the history; empty if it is not known.
+        best_epoch: of them the one, counted from 1, whose network it is.
         rows: of :func:`capsroute.bench.step.compare_training_step`; empty if not measured.
     """
 
     loaded: Checkpoint
     dataset: Dataset
     epochs: Sequence[Epoch]
+    best_epoch: int
     rows: Sequence[dict]
 
     @property
@@ -53,6 +56,10 @@ class Judged(NamedTuple):
     labels: Tensor  # [N, K]
     first: Batch  # the first images
 
+    @property
+    def accuracy(self) -> float:
+        return count_correct(self.lengths, self.labels) / len(self.labels)
+
 
 @torch.no_grad()
 def judge(net: CapsNet, dataset: Dataset, *, overlapping: bool) -> Judged:
@@ -66,15 +73,26 @@ def judge(net: CapsNet, dataset: Dataset, *, overlapping: bool) -> Judged:
     return Judged(torch.cat(lengths), torch.cat(labels), first)
 
 
-def training_step_rows(net: CapsNet, model: dict, batch: Batch, count: int, seconds: float) -> list[dict]:
-    """Time and memory of a training step on `count` images, fused against plain PyTorch."""
-    repeats = -(-count // len(batch.images))
-    pixels, labels = (x.repeat(repeats, *(1,) * (x.dim() - 1))[:count] for x in (batch.images, batch.labels[:, 0]))
-    return compare_training_step(partial(_network, model), pixels, labels, seconds=seconds)
+def training_step_rows(report: Report, batch: Batch, seconds: float) -> list[dict]:
+    """Time and memory of a step of the run's training, on images like those of a batch, fused against plain PyTorch."""
+    options = report.options
+    repeats = -(-options.batch_size // len(batch.labels))
+    parts, labels = (
+        x.repeat(repeats, *(1,) * (x.dim() - 1))[: options.batch_size] for x in (batch.parts, batch.labels)
+    )
+    return compare_training_step(partial(_Trained, options.amp, report.loaded.model), parts, labels, seconds=seconds)
 
 
-def _network(model: dict, backend: str) -> CapsNet:  # of a module, so that a fresh process finds it
-    return CapsNet(**model, backend=backend)
+class _Trained(CapsNet):  # of a module, so that a fresh process finds it
+    """A network as a training calls it: parts are laid over each other, and it computes in mixed precision."""
+
+    def __init__(self, amp: str, model: dict, backend: str):
+        super().__init__(**model, backend=backend)
+        self.amp = amp
+
+    def forward(self, parts: Tensor, labels: Tensor) -> CapsNetOutput:
+        with torch.autocast("cpu", AMP_DTYPES[self.amp], enabled=self.amp != "off"):
+            return super().forward(lay_over(parts), labels)
 
 
 def sections(report: Report, judged: Judged) -> Iterator[Section]:
@@ -88,7 +106,7 @@ def sections(report: Report, judged: Judged) -> Iterator[Section]:
             "Learning",
             "Loss and errors by epoch. Augmented images are harder than those held out, so that the dashed line may "
             "lie above the other.",
-            curves.learning_curves(report.epochs, report.loaded.info["best_epoch"], held_out),
+            curves.learning_curves(report.epochs, report.best_epoch, held_out),
         )
     yield _section(
         "confusion",
@@ -116,12 +134,13 @@ def sections(report: Report, judged: Judged) -> Iterator[Section]:
             images.taken_apart(net, judged.first, names),
         )
     else:
+        first = f", the first {MOST_CLASSES} of {len(names)}" if len(names) > MOST_CLASSES else ""
         yield _section(
             "reconstructions",
             "Drawn again from one capsule",
-            "Above a test image of each class, below what the decoder draws from the longest capsule alone: "
+            f"Above a test image of each class{first}, below what the decoder draws from the longest capsule alone: "
             f"{net.routing.out_features} numbers.",
-            images.reconstructions(net, judged.first, names),
+            images.reconstructions(net, report.dataset.test, names),
         )
     yield _section(
         "perturbations",
@@ -132,14 +151,16 @@ def sections(report: Report, judged: Judged) -> Iterator[Section]:
     )
     if report.rows:
         batch = options.batch_size
-        notes = "; ".join(f"{row['name']}: {row['note']}" for row in report.rows if row["seconds"] is None)
+        notes = "; ".join(f"{row['name']}: {row['note']}" for row in report.rows if row["note"])
+        mixed = "" if options.amp == "off" else f" in mixed precision, {options.amp}"
         yield _section(
             "speed",
             "Speed and memory",
-            f"The whole training step of this network, {batch} images, on the CPU that drew this page (threads: "
-            f"{torch.get_num_threads()}), in turns in one process: fused is capsroute, reference plain PyTorch, "
-            "compiled the reference under torch.compile. Losses and gradients were compared before anything was "
-            f"timed. Memory is without parameters, gradients and the optimizer's state. {notes}",
+            f"A training step of this network{mixed}: forward, loss, backward and AdamW, {batch} {options.samples}, on "
+            f"the CPU that drew this page (threads: {torch.get_num_threads()}), in turns in one process: fused is "
+            "capsroute, reference plain PyTorch, compiled the reference under torch.compile. Losses and gradients were "
+            "compared before anything was timed. Memory is without parameters, gradients and the optimizer's state. "
+            f"{notes}",
             curves.speed(report.rows, batch),
         )
 
@@ -149,7 +170,7 @@ def write(run_dir: Path, report: Report, judged: Judged) -> list[Path]:
     options, loaded = report.options, report.loaded
     with styled():
         made = list(sections(report, judged))
-    test = loaded.info["test"]["accuracy"]
+    test = judged.accuracy
     parameters = sum(x.numel() for x in loaded.net.parameters())
     what = "pairs of overlapping digits" if options.overlap else "test images"
     cards = [
@@ -158,7 +179,8 @@ def write(run_dir: Path, report: Report, judged: Judged) -> list[Path]:
         ("epochs", f"{len(report.epochs) or options.epochs}"),
         ("parameters", f"{parameters:,}"),
     ]
-    shown = {"data": report.dataset.name, **loaded.model, **options._asdict(), "capsroute": __version__}
+    data = loaded.info.get("dataset", report.dataset.name)
+    shown = {"data": data, **loaded.model, **options._asdict(), "capsroute": __version__}
     notes = []
     if not options.overlap:
         notes.append("Overlapping digits are taken apart in the report of a run of: capsroute train --overlap")
@@ -179,7 +201,7 @@ def write(run_dir: Path, report: Report, judged: Judged) -> list[Path]:
     for section in made:
         paths.append(folder / f"{section.name}.png")
         write_atomically(paths[-1], section.png)
-    write_atomically(paths[0], page.encode())
+    write_atomically(paths[0], page.encode(errors="replace"))
     return paths
 
 

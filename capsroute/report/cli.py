@@ -6,12 +6,14 @@ import argparse
 import json
 from pathlib import Path
 
-from .._console import add_backend, emit, number, say
+from .._console import add_backend, complain, emit, number, say
 from .._optional import optional
+from ..bench.compare import DisagreementError
 from ..bench.step import format_rows
 from ..training.checkpoint import CheckpointError, history_from_json
 from ..training.cli import add_data, load_run
 from ..training.run import HISTORY
+from ..training.trainer import Epoch
 from . import build
 
 
@@ -25,10 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `capsroute report`."""
+    """Run `capsroute report`; returns the exit status, 1 if the training step was wrong."""
     if not args.path.is_dir():
         raise NotADirectoryError(f"{args.path} is no directory of a run")
-    emit(args, write_report(args, args.path, speed=not args.no_speed, seconds=args.seconds))
+    try:
+        result = write_report(args, args.path, speed=not args.no_speed, seconds=args.seconds)
+    except DisagreementError as error:
+        complain(args, error)
+        return 1
+    emit(args, result)
     return 0
 
 
@@ -36,12 +43,11 @@ def write_report(args: argparse.Namespace, run_dir: Path, *, speed: bool, second
     """Write the report of a run, and tell what it holds."""
     optional("matplotlib")  # before anything takes long
     loaded, dataset = load_run(args, run_dir)
-    report = build.Report(loaded, dataset, _history(run_dir), ())
+    report = build.Report(loaded, dataset, *_history(run_dir), ())
     judged = build.judge(loaded.net, dataset, overlapping=report.options.overlap)
     if speed:
-        count = report.options.batch_size
-        say(args, f"One training step of this network, {count} images:")
-        rows = build.training_step_rows(loaded.net, loaded.model, judged.first, count, seconds)
+        say(args, f"One training step of this network, {report.options.batch_size} {report.options.samples}:")
+        rows = build.training_step_rows(report, judged.first, seconds)
         say(args, format_rows(rows))
         report = report._replace(rows=rows)
     files = build.write(run_dir, report, judged)
@@ -51,11 +57,16 @@ def write_report(args: argparse.Namespace, run_dir: Path, *, speed: bool, second
     return {"files": [str(path) for path in files], "training_step": list(report.rows)}
 
 
-def _history(run_dir: Path) -> list:
+def _history(run_dir: Path) -> tuple[list[Epoch], int]:
+    """The epochs of a run, and which of them is the best."""
     path = run_dir / HISTORY
     try:
-        return history_from_json(json.loads(path.read_text())["epochs"])
+        stored = json.loads(path.read_text())
+        epochs, best = history_from_json(stored["epochs"]), stored["best_epoch"]
+        if best not in range(1, len(epochs) + 1):
+            raise ValueError(f"best_epoch must be from 1 to {len(epochs)}, got {best}")
+        return epochs, best
     except FileNotFoundError:
-        return []
+        return [], 0
     except (ValueError, LookupError, TypeError) as error:
         raise CheckpointError(f"{path} is no history of a run: {error}") from error

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._optional import optional
 from ..nn import CapsNet, CapsuleLinear
-from .style import figure, show
+from .style import figure, short, show, stacked
 
 SHOWN = 5  # output capsules: the labelled ones and the longest others
 
@@ -61,7 +61,7 @@ def coupling(net: CapsNet, image: Tensor, labels: Sequence[int], class_names: Se
             place.spines[:].set_linewidth(2.5 if present else 0.8)
             if row == 0:
                 place.set_title(f"pass {k + 1}")
-        axes[row, 1].set_ylabel(f"to {class_names[j]}", fontweight="bold" if present else None)
+        axes[row, 1].set_ylabel(stacked("to", short(class_names[j])), fontweight="bold" if present else None)
     ticks = [most**power for power in (-1, -0.5, 0, 0.5, 1)]
     numbers = "{x:.2f}" if most < 2 else "{x:.2g}"
     bar = drawn.colorbar(heat, ax=axes, location="bottom", ticks=ticks, format=numbers, shrink=0.8, aspect=40)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._optional import optional
 from ..bench.table import format_bytes
 from ..training.trainer import Epoch, predict
-from .style import BLUE, GREY, ORANGE, figure, plain
+from .style import BLUE, GREY, ORANGE, figure, plain, short
 
 MOST_NUMBERS = 12  # classes of a confusion matrix whose cells have room for numbers
 MOST_NAMES = 30  # classes whose names have room
@@ -83,9 +83,9 @@ def confusion_matrix(counts: Tensor, class_names: Sequence[str]):
                     colour = "white" if share[i, j] > 0.4 else "black"
                     axes.text(j, i, str(count), ha="center", va="center", color=colour, fontsize=8)
     if classes <= MOST_NAMES:
-        places = range(classes)
-        axes.set_xticks(places, class_names, rotation=0 if max(map(len, class_names)) < 3 else 90)
-        axes.set_yticks(places, class_names)
+        places, names = range(classes), [short(name) for name in class_names]
+        axes.set_xticks(places, names, rotation=0 if max(map(len, names)) < 3 else 90)
+        axes.set_yticks(places, names)
     axes.set(xlabel="named", ylabel="to be seen")
     return drawn
 
@@ -101,9 +101,10 @@ def speed(rows: Sequence[dict], batch: int):
         (rate, [batch / row["seconds"] for row in measured], "{:,.0f}".format, "images/s: more is better"),
         (memory, [row["peak_bytes"] for row in measured], format_bytes, "extra memory: less is better"),
     ):
-        bars = axes.barh(names, values, color=colours, height=0.6)
-        axes.bar_label(bars, [words(value) for value in values], padding=3)
-        axes.set_xlim(0, 1.45 * max(*values, 1))
+        known = [value or 0 for value in values]  # the process that measures memory may be killed
+        bars = axes.barh(names, known, color=colours, height=0.6)
+        axes.bar_label(bars, ["not measured" if value is None else words(value) for value in values], padding=3)
+        axes.set_xlim(0, 1.45 * max(*known, 1))
         axes.set_title(title)
         axes.xaxis.set_visible(False)
         axes.spines[["top", "right", "bottom"]].set_visible(False)

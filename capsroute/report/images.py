@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..nn import CapsNet
 from ..training.batches import Batch
+from ..training.data import Split
 from ..training.trainer import predict
-from .style import BLUE, FONT, MOST_CLASSES, ORANGE, figure, show
+from .style import BLUE, FONT, MOST_CLASSES, ORANGE, figure, short, show, stacked
 
 STEPS = torch.arange(-5, 6) / 20  # -0.25 to 0.25, what is added to a feature of a capsule: the paper's figure 4
 PAIRS = 5  # of overlapping digits that are shown
@@ -18,12 +19,11 @@ COLOURS = torch.tensor([[0.90, 0.62, 0.0], [0.0, 0.45, 0.70]])  # orange and blu
 
 
 @torch.no_grad()
-def reconstructions(net: CapsNet, batch: Batch, class_names: Sequence[str]):
-    """The first image of each class above what the decoder makes of its longest capsule."""
-    labels = batch.labels[:, 0]
-    classes = labels.unique().tolist()[:MOST_CLASSES]
-    first = [int((labels == j).nonzero()[0]) for j in classes]
-    output = net.eval()(batch.images[first])
+def reconstructions(net: CapsNet, split: Split, class_names: Sequence[str]):
+    """The first image of each class, up to MOST_CLASSES, above what the decoder makes of its longest capsule."""
+    classes = split.labels.unique().tolist()[:MOST_CLASSES]
+    images = split[torch.stack([(split.labels == j).nonzero()[0, 0] for j in classes])].as_float()
+    output = net.eval()(images)
     per_row = min(5, len(classes))
     blocks = -(-len(classes) // per_row)
     drawn = figure(0.2 + 2.45 * blocks)
@@ -32,11 +32,11 @@ def reconstructions(net: CapsNet, batch: Batch, class_names: Sequence[str]):
         empty.set_axis_off()
     for k, (label, named) in enumerate(zip(classes, output.lengths.argmax(-1).tolist(), strict=True)):
         upper, lower = (axes[2 * (k // per_row) + row, k % per_row] for row in (0, 1))
-        for place, image in ((upper, batch.images[first[k]]), (lower, output.reconstruction[k])):
+        for place, image in ((upper, images[k]), (lower, output.reconstruction[k])):
             place.set_axis_on()
             show(place, image)
-        upper.set_title(class_names[label])
-        lower.set_title(f"as {class_names[named]}", fontweight=None if named == label else "bold")
+        upper.set_title(short(class_names[label]))
+        lower.set_title(stacked("as", short(class_names[named])), fontweight=None if named == label else "bold")
     for block in range(blocks):
         axes[2 * block, 0].set_ylabel("image")
         axes[2 * block + 1, 0].set_ylabel("drawn")
@@ -88,9 +88,11 @@ def taken_apart(net: CapsNet, batch: Batch, class_names: Sequence[str]):
         for k in (0, 1):
             place[2 + k].imshow(_coloured(drawings[row, k : k + 1], k))
             right = bool((labels[row] == named[row, k]).any())
-            words = f"read as {class_names[int(named[row, k])]}" + ("" if right else ": wrong")
+            name = short(class_names[int(named[row, k])])
+            words = stacked(*(("read as", name) if right else ("read as", f"{name}:", "wrong")), within=16)
             place[2 + k].set_xlabel(words, color=(ORANGE, BLUE)[k], fontweight="bold", fontsize=FONT - 1)
-        place[1].set_xlabel(" and ".join(class_names[j] for j in labels[row].tolist()), fontsize=FONT - 1)
+        one, other = (short(class_names[j]) for j in labels[row].tolist())
+        place[1].set_xlabel(stacked(f"{one} and", other, within=16), fontsize=FONT - 1)
         for each in place:
             each.set(xticks=[], yticks=[])
     for place, title in zip(axes[0], ("image", "made of", "drawn alone", "and the other"), strict=True):

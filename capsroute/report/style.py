@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor
 
 from .._optional import optional
@@ -12,6 +16,7 @@ MOST_CLASSES = 10  # that a figure of images shows
 WIDTH = 5.2  # inches; at a phone's width the letters of 9 points are still read
 DPI = 200
 FONT = 9
+MOST_LETTERS = 12  # of a class's name: beside an image, or below one, there is room for no more
 
 
 def figure(height: float):
@@ -19,9 +24,25 @@ def figure(height: float):
     return optional("matplotlib.figure").Figure(figsize=(WIDTH, height), layout="constrained", dpi=DPI)
 
 
-def styled():
+@contextmanager
+def styled() -> Iterator[None]:
     """The context in which figures are drawn and saved."""
-    return optional("matplotlib").rc_context({"font.size": FONT, "axes.titlesize": FONT, "figure.titlesize": FONT + 1})
+    sizes = {"font.size": FONT, "axes.titlesize": FONT, "figure.titlesize": FONT + 1}
+    with optional("matplotlib").rc_context({**sizes, "text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name in any script is drawn, if as boxes
+        yield
+
+
+def short(name: str) -> str:
+    """A class's name in a figure: in one line, cut where there is no room for the rest."""
+    name = " ".join(name.encode(errors="replace").decode().split())  # a folder's may be no Unicode
+    return name if len(name) <= MOST_LETTERS else f"{name[: MOST_LETTERS - 1]}…"
+
+
+def stacked(*words: str, within: int = MOST_LETTERS) -> str:
+    """Words in one line of so many letters, or else each in a line of its own."""
+    line = " ".join(words)
+    return line if len(line) <= within else "\n".join(words)
 
 
 def show(axes, image: Tensor) -> None:
