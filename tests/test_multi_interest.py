@@ -315,7 +315,8 @@ def test_low_precision(dtype):
 @pytest.mark.parametrize("options", [{"adaptive": True}, {"detach_coupling": True}])
 def test_cosines_of_nothing_in_float16(options):
     """A vote of zeros, masked or not, has no direction; what F.normalize adds to its length is 0 in float16."""
-    module, u = MultiInterest(CLICKS, FEATURES, INTERESTS, OUT, cosine_scale=5.0, **options), histories().float().detach()
+    module = MultiInterest(CLICKS, FEATURES, INTERESTS, OUT, cosine_scale=5.0, **options)
+    u = histories().float().detach()
     u[:, 0] = 0
     for half in (False, True):
         own = copy.deepcopy(module).half() if half else module

@@ -19,7 +19,8 @@ class CapsuleCell(nn.Module):
 
     Rajasegaran et al., "DeepCaps: Going Deeper with Capsule Networks", 2019. All four are 3 x 3
     :class:`CapsuleConv2d`; ``down`` halves height and width. Only ``skip`` routes, and only with more than one
-    iteration, in the place of the routing by 3D convolution of the paper's last cell. A sum of capsules is not squashed again, so lengths reach 2.
+    iteration, in the place of the routing by 3D convolution of the paper's last cell. A sum of capsules is not squashed
+    again, so lengths reach 2.
 
     Args:
         in_types: C, the capsules at an input position.
