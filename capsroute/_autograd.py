@@ -47,6 +47,45 @@ def _as_seen_by_dynamo(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if x is None else x.view_as(x) for x in tensors)
 
 
+def lost_by_dynamo(*tensors: Tensor | None) -> bool:
+    """Whether the derivatives of a call that dynamo traces here would be 0, without an error.
+
+    dynamo keeps a Function's gradient for one level of differentiation: autograd's, or one torch.func.grad. Inside
+    vmap, of a backward, and in forward mode it keeps the raw ops alone, which have no derivatives.
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        return False
+    stack, is_recorded = _transformations()
+    kinds = [kind for kind, _ in stack]
+    if "Jvp" in kinds or forward_ad._current_level >= 0:
+        return True
+    if not stack or not torch.is_grad_enabled():
+        return False
+    if kinds != ["Grad"] and set(kinds) != {"Vmap"}:
+        return True
+    return is_recorded and any(x is not None and _outermost(x, stack).requires_grad for x in tensors)
+
+
+def _transformations() -> tuple[tuple[tuple[str, int], ...], bool]:
+    """Kind and level of the transformations of torch.func at work, and whether autograd records what is outside."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    grads = [torch._C._functorch.CGradInterpreterPtr(x) for x in stack if x.key().name == "Grad"]
+    return tuple((x.key().name, x.level()) for x in stack), all(x.prevGradMode() for x in grads)
+
+
+_transformations._dynamo_marked_constant = True  # to dynamo; torch.compiler's decorator for it would import dynamo
+
+
+def _outermost(x: Tensor, stack: tuple[tuple[str, int], ...]) -> Tensor:
+    """What the transformations wrapped, of which alone dynamo knows whether it requires a gradient."""
+    for kind, level in reversed(stack):
+        if kind == "Grad":
+            x = torch._C._functorch._unwrap_for_grad(x, level)
+        else:
+            x = torch._C._functorch._unwrap_batched(x, level)[0]
+    return x
+
+
 def _is_transformed() -> bool:
     """Whether torch.func or torch.compile is at work, or forward mode, whose tangents a raw op would drop silently."""
     if torch.compiler.is_compiling():
@@ -147,12 +186,14 @@ class _RoutingPass(torch.autograd.Function):
         *tensors, namespace, options, _ = inputs
         s, norm, c = output
         ctx.mark_non_differentiable(norm, c)
-        ctx.save_for_backward(*tensors, s, norm)
+        # a softmax over j does without s, so that the caller may change it in place
+        ctx.save_for_backward(*tensors, s if options.coupling == "in" else None, norm)
         ctx.namespace, ctx.options = namespace, options
 
     @staticmethod
     def backward(ctx, grad_s, *_):
         *tensors, s, norm = ctx.saved_tensors
+        s = grad_s.contiguous() if s is None else s  # of its shape; the numbers have no effect
         needs = ctx.needs_input_grad[:4]
         grads = _run(_RoutingPassBackward, grad_s, *tensors, ctx.namespace, ctx.options, needs, s, norm)
         return *_where(needs, grads), None, None, None, None
@@ -162,10 +203,12 @@ def _quick(function):
     """The same for a call without transformations, which alone need `setup_context` and what is saved as outputs.
 
     It takes half the time, which a small call notices; so does an `apply` that does not look for them once more, as
-    torch's public Function does.
+    that of torch's public Function does.
     """
 
-    class Quick(torch.autograd.function._SingleLevelFunction):
+    class Quick(torch.autograd.Function):  # a base of it would do, but not to compiled autograd
+        apply = torch._C._FunctionBase.__dict__["apply"]
+
         @staticmethod
         def forward(ctx, *inputs):
             output = function.forward(*inputs)

@@ -95,27 +95,33 @@ def backends() -> dict[str, Verdict]:
 _logged: set[tuple[str, str]] = set()
 
 
-def _log_once(candidate: str, why: str, refused: str) -> None:
-    if not torch.compiler.is_compiling():  # a log call would break the graph
-        _logged.add((candidate, refused))
-        log.info(f"backend {candidate}: {why}{refused}")
+def choose(
+    name: str, u: Tensor, weight: Tensor | None, options: reference.Options, *parameters: Tensor | None
+) -> Backend:
+    """The backend that serves the call: the first willing one for "auto", else the named one or an error.
 
-
-def choose(name: str, u: Tensor, weight: Tensor | None, options: reference.Options) -> Backend:
-    """The backend that serves the call: the first willing one for "auto", else the named one or an error."""
+    The reference alone has derivatives in all that torch.compile traces.
+    """
+    lost = name != "reference" and _autograd.lost_by_dynamo(u, weight, *parameters)
+    if name == "auto" and lost:
+        return BACKENDS["reference"]
     if name == "auto":
         refused = ""
         for candidate, backend in BACKENDS.items():
             can, why = backend.serves(u, weight, options)
             if can:
-                if (candidate, refused) not in _logged:
-                    _log_once(candidate, why, refused)
+                # compiled code would be compiled anew after the first message, and a log call would break the graph
+                if not torch.compiler.is_compiling() and (candidate, refused) not in _logged:
+                    _logged.add((candidate, refused))
+                    log.info(f"backend {candidate}: {why}{refused}")
                 return backend
             refused += f"; not {candidate}: {why}"
     if not isinstance(name, str) or name not in BACKENDS:
         expected = ", ".join(f'"{known}"' for known in ("auto", *BACKENDS))
         raise ValueError(f"backend must be one of {expected}, got {name!r}")
     can, why = BACKENDS[name].serves(u, weight, options)
+    if lost:
+        can, why = False, "torch.compile keeps no derivatives of it inside vmap, nested torch.func or forward mode"
     if not can:
         raise RuntimeError(f'backend="{name}" cannot serve this call: {why}')
     return BACKENDS[name]

@@ -29,8 +29,9 @@ def check_tensor(name: str, value: object, letters: str) -> None:
 
 def _check_layout(name: str, value: Tensor) -> None:
     # dynamo cannot trace `layout` in a backward, where a recomputed forward comes through here
-    if not torch.compiler.is_compiling() and value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
+    if not torch.compiler.is_compiling() and (value.is_nested or value.layout != torch.strided):
+        nested = "a nested tensor of " if value.is_nested else ""
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {nested}layout {value.layout}")
 
 
 def check_positive(name: str, value: float) -> None:
@@ -109,7 +110,7 @@ def check_votes(votes: Tensor) -> None:
         raise ValueError(f"votes must be [*, I, J, O] with J, O >= 1, got {_show(votes.shape)}")
 
 
-def check_weight(weight: Tensor, u: Tensor) -> None:
+def check_weight(weight: Tensor, u: Tensor, has_same_dtype: bool) -> None:
     shape, dims = weight.shape, weight.dim()
     letters = WEIGHTS.get(dims)
     if letters is None:
@@ -120,7 +121,7 @@ def check_weight(weight: Tensor, u: Tensor) -> None:
         raise ValueError(f"weight must be {letters} with {known} as in u {_show(u.shape)}, got {_show(shape)}")
     if shape[-2] == 0 or (dims > 2 and shape[-3] == 0):  # u has D >= 1; I = 0 is allowed
         raise ValueError(f"weight must be {letters} with J, O >= 1, got {_show(shape)}")
-    if weight.dtype != u.dtype:
+    if not has_same_dtype:
         raise TypeError(f"weight must have the dtype of u, {u.dtype}, got {weight.dtype}")
     check_device("weight", weight, u)
 
@@ -158,9 +159,19 @@ def check_query(query: Tensor, lead: list[int], out_capsules: int | None, out_fe
     return out_capsules
 
 
+def is_one(size: int) -> bool:
+    """Whether it is known to be 1, without a guess of a size that depends on data."""
+    if not torch.compiler.is_compiling():
+        return size == 1
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(size == 1)
+
+
 def check_broadcast(name: str, value: Tensor, target: tuple[int, ...], letters: str) -> None:
     fits = value.dim() <= len(target) and all(
-        have in (1, want) for have, want in zip(reversed(value.shape), reversed(target), strict=False)
+        is_one(have) or have == want or have == 1  # dynamo does not trace `in` of a size that it does not know
+        for have, want in zip(reversed(value.shape), reversed(target), strict=False)
     )
     if not fits:
         raise ValueError(f"{name} must broadcast to {letters} = {_show(target)}, got {_show(value.shape)}")

@@ -35,6 +35,7 @@ _SCHEMAS = {
     "bool need_bias, bool need_logits) -> (Tensor u, Tensor weight, Tensor bias, Tensor logits)",
     # s [B, J, O] in the accumulation dtype; norm [2, 1, B, J], coupling as above
     "routing_pass": f"({_PASS}, bool save, bool return_coupling) -> (Tensor s, Tensor norm, Tensor coupling)",
+    # the numbers of s matter over inputs alone
     "routing_pass_backward": f"(Tensor grad_s, Tensor s, Tensor norm, {_PASS}, bool need_u, bool need_weight, "
     "bool need_query, bool need_logits) -> (Tensor u, Tensor weight, Tensor query, Tensor logits)",
 }

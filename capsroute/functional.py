@@ -206,7 +206,7 @@ def squash(s: Tensor, dim: int = -1, eps: float = 1e-9, power: float = 1.0) -> T
 
 def _route(check, tensors, options, return_coupling, backend):
     u, weight, sizes, autocast = _checked(check, tensors)
-    run = _backends.choose(backend, u, weight, options).route
+    run = _backends.choose(backend, u, weight, options, *tensors[2:4]).route
     bias, logits, mask = tensors[2:]
     if options.detach_coupling and logits is not None:  # they reach the output through the coupling alone
         logits = logits.detach()
@@ -223,7 +223,7 @@ def _pass(check, tensors, scale, options, return_coupling, backend):
         query = _flatten_lead(query, lead, batch, 2).expand(batch, outputs, features)
         query = query.to(reference.accumulation_dtype(u.dtype))
         query = query if scale == 1 else query * scale
-    run = _backends.choose(backend, u, weight, options).routing_pass
+    run = _backends.choose(backend, u, weight, options, query, logits).routing_pass
     result = _run(run, u, weight, (query, logits, mask), sizes, options, return_coupling, autocast)
     return (result[0].to(u.dtype), result[1]) if return_coupling else result.to(u.dtype)
 
@@ -241,14 +241,14 @@ def _checked(check, tensors):
     autocast = isinstance(u, Tensor) and _autocast.is_on(u)
     if autocast or torch.compiler.is_compiling():
         return *check(*tensors), autocast
-    key = check, *map(_kind, tensors)
     try:
+        key = check, *map(_kind, tensors)
         sizes = _sizes.get(key)
-    except TypeError:  # a symbolic size has no hash
+    except (TypeError, RuntimeError):  # a symbolic size has no hash, a nested tensor no sizes
         return *check(*tensors), autocast
     if sizes is None:
         sizes = check(*tensors)[2]
-        if len(_sizes) == _MOST_SIZES:
+        if len(_sizes) >= _MOST_SIZES:  # another thread may have added one
             _sizes.clear()
         _sizes[key] = sizes
     return u, weight, sizes, autocast
@@ -288,8 +288,9 @@ def _check_weight(u, weight, logits, third, name):
     """
     _checks.check_input(u)
     _checks.check_tensor("weight", weight, "[I, J, O, D], [J, O, D] or [O, D]")
-    u, weight = _autocast.cast(u, weight)
-    _checks.check_weight(weight, u)
+    cast = _autocast.cast(u, weight)
+    _checks.check_weight(weight, u, cast[0].dtype == cast[1].dtype)
+    u, weight = cast
     outputs = weight.shape[-3] if weight.dim() > 2 else None
     if outputs is None and logits is None and third is None:
         raise ValueError(
@@ -351,7 +352,8 @@ def _run(run, u, weight, parameters, sizes, options, return_coupling, autocast):
 def _flatten_lead(x: Tensor, lead: list[int], batch: int, kept: int) -> Tensor:
     """x, broadcastable to [*lead, ...kept], as [batch or 1, ...kept], without copying what broadcasts."""
     x = x.reshape(*(1,) * (len(lead) + kept - x.dim()), *x.shape)
-    own = x.shape[: len(lead)]
-    if all(n == 1 for n in own):
+    if len(lead) == 1:
+        return x
+    if all(map(_checks.is_one, x.shape[: len(lead)])):
         return x.reshape(1, *x.shape[len(lead) :])
-    return x if len(lead) == 1 else x.expand(*lead, *(-1,) * kept).reshape(batch, *x.shape[len(lead) :])
+    return x.expand(*lead, *(-1,) * kept).reshape(batch, *x.shape[len(lead) :])

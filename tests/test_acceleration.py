@@ -71,6 +71,21 @@ def test_probing_touches_nothing():
     assert layer.relu[0].weight.grad is None
 
 
+def test_probing_seeds_no_other_generator(monkeypatch):
+    """torch.manual_seed seeds all devices, those that are not yet in use at their start."""
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    assert capsroute.accelerate(rechub(0), quiet=True).entries[0].swapped
+    assert seeded == []
+
+
+def test_a_layer_is_probed_without_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        (entry,) = capsroute.accelerate(DenseCapsule(), quiet=True).entries
+        assert torch.is_autocast_enabled("cpu")
+    assert entry.swapped, entry.reason
+
+
 def test_an_option_that_is_changed_later_is_not_ignored():
     layer = rechub(1)
     capsroute.accelerate(layer, quiet=True)
@@ -304,6 +319,16 @@ def test_a_user_registers_a_layer(layer):
     assert_close(mean(u, scale=2.0), expected)
     register(Recipe(layer, lambda self, u: 2 * fused_mean(self, u), probe))  # the last one counts
     assert not capsroute.accelerate(Mean(), quiet=True).entries[0].swapped
+
+
+def test_a_recipe_that_fails_leaves_its_layer_alone():
+    def refuses(layer):
+        return layer.no_such_attribute
+
+    register(Recipe(Mean, fused_mean, probe, refuses))
+    first, second = capsroute.accelerate(nn.Sequential(DenseCapsule(), Mean()), quiet=True).entries
+    assert first.swapped
+    assert second.reason.startswith("not swapped: the probe failed with AttributeError: 'Mean' object has no attribute")
 
 
 def test_a_file_needs_its_recipe():

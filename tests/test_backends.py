@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from problems import FUSED, random_problem
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
@@ -118,6 +119,16 @@ def test_nothing_is_logged_while_compiling(log):
     compiled = torch.compile(lambda u, weight: capsroute.capsule_linear(u, weight), backend="eager", fullgraph=True)
     assert_close(compiled(**problem.tensors), problem.run("reference"))
     assert log() == []
+
+
+def test_code_is_not_compiled_anew_after_the_first_message(log):
+    problem, counter = random_problem(), CompileCounter()
+    compiled = torch.compile(lambda u, weight: capsroute.capsule_linear(u, weight), backend=counter, fullgraph=True)
+    compiled(**problem.tensors)
+    problem.run("auto")
+    compiled(**problem.tensors)
+    assert len(log()) == 1
+    assert counter.frame_count == 1
 
 
 def test_explicit_backend_never_falls_back(monkeypatch, fused, no_library):

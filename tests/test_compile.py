@@ -108,6 +108,35 @@ def test_compile_is_one_graph_and_does_not_recompile_for_another_batch(fused, fo
     assert len(graphs) == 1
 
 
+GIVEN = {
+    "mask": {"mask": "BI"},
+    "mask of the layer": {"mask": "I", "logits": "IJ"},
+    "logits": {"logits": "BIJ", "mask": "BI"},
+    "logits of all": {"logits": "1IJ", "mask": "1I"},
+    "query": {"query": "BJO", "mask": "BI"},
+}
+
+
+@pytest.mark.parametrize("weight", [torch.clone, torch.nn.Parameter], ids=["tensor", "parameter"])  # of known size
+@pytest.mark.parametrize("lead", [None, (), (1,)], ids=["dynamic", "from data", "from data, two"])
+@pytest.mark.parametrize("given", GIVEN)
+def test_compile_broadcasts_what_has_unknown_sizes(fused, given, lead, weight):
+    problem = random_problem((6, 5, 2, 3, 4), **GIVEN[given])
+    tensors = problem.tensors | {"weight": weight(problem.tensors["weight"])}
+    few = torch.tensor([True, False, True, True, False, True])
+
+    def run(tensors, mask, few):
+        def some(x):
+            return x if lead is None or x.shape[0] != 6 else x[few].reshape(-1, *lead, *x.shape[1:])
+
+        mask = None if mask is None else some(mask)
+        return Problem({name: some(x) for name, x in tensors.items()}, mask).run(fused)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)
+        assert_close(compiled(tensors, problem.mask, few), run(tensors, problem.mask, few))
+
+
 def test_compile_with_the_coupling_and_without_gradients(fused):
     u, weight = torch.randn(4, 9, 3), torch.randn(9, 3, 5, 3)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -144,6 +173,107 @@ def test_func_grad_inside_compile(fused, form, options):
     tensors = tuple(x.detach() for x in leaves)
     gradients = torch.func.grad(lambda *x: function(*x).square().sum(), tuple(range(len(tensors))))
     assert_close(torch.compile(gradients, backend="aot_eager", fullgraph=True)(*tensors), gradients(*tensors))
+
+
+@pytest.mark.parametrize("options", [{}, {"query": "BJO"}], ids=str)
+def test_compiled_autograd_of_a_plain_forward(fused, options):
+    function, leaves = random_problem(**options).as_function(fused)
+    expected = torch.autograd.grad(square(function(*leaves)), leaves)
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda loss: loss.backward(), backend="aot_eager")(square(function(*leaves)))
+    for x, grad in zip(leaves, expected, strict=True):
+        assert_close(x.grad, grad)
+
+
+# What dynamo would lose: transformations of f in its first argument
+
+
+def square(x: Tensor) -> Tensor:
+    return x.square().sum()
+
+
+def of_first(f, rest):
+    return lambda x: f(2 * x, *(2 * y for y in rest))  # after other ops, as in a network
+
+
+def mapped(f, x, *rest):
+    return torch.func.vmap(of_first(f, rest))(torch.stack([x, -x]))
+
+
+def differentiated(f, x, *rest):
+    return torch.func.grad(lambda x: square(f(x, *rest)))(x)
+
+
+LOST = {
+    "vmap": mapped,
+    "vmap of vmap": lambda f, *x: mapped(lambda *x: mapped(f, *x), *x),
+    "grad": lambda f, *x: differentiated(lambda *x: of_first(f, x[1:])(x[0]), *x),
+    "penalty": lambda f, *x: square(differentiated(f, *x)) + square(f(*x)),
+    "grad of vmap": lambda f, *x: differentiated(lambda *x: mapped(f, *x), *x),
+    "vmap of grad": lambda f, *x: mapped(lambda *x: differentiated(f, *x), *x),
+    "grad of grad": lambda f, *x: differentiated(lambda *x: differentiated(f, *x), *x),
+    "jvp": lambda f, x, *rest: torch.func.jvp(of_first(f, rest), (x,), (torch.ones_like(x),))[1],
+}
+LEAST = {"iterations": 2}, {"query": "BJO"}
+KINDS = [(form, options) for form in ("ijod", "votes") for options in LEAST]
+
+
+@pytest.mark.parametrize(
+    ("change", "form", "options"),
+    [*((change, "ijod", LEAST[0]) for change in LOST), *(("penalty", *kind) for kind in KINDS[1:])],
+    ids=str,
+)
+def test_no_derivative_is_lost(change, form, options):
+    problem = random_problem((2, 3, 2, 3, 4), form=form, logits="BIJ", **options)
+    (function, leaves), (expected, _) = problem.as_function("auto"), problem.as_function("reference")
+    compiled = torch.compile(LOST[change], backend="aot_eager" if change == "penalty" else "eager", fullgraph=True)
+    found = compiled(function, *leaves)
+    right = LOST[change](expected, *leaves)
+    assert_close(found, right)
+    grads = (torch.autograd.grad(square(y), leaves, allow_unused=True, materialize_grads=True) for y in (found, right))
+    for x, y in zip(*grads, strict=True):
+        assert_close(x, y)
+    if change in ("grad of vmap", "grad of grad", "vmap of grad", "jvp"):  # though nothing outside wants a gradient
+        assert_close(compiled(function, *(x.detach() for x in leaves)), right)
+
+
+@pytest.mark.parametrize("change", LOST)
+def test_an_explicit_backend_refuses_where_its_derivatives_would_be_lost(fused, change):
+    function, leaves = random_problem((2, 3, 2, 3, 4)).as_function(fused)
+    with pytest.raises(RuntimeError, match=rf'backend="{fused}" cannot serve this call: torch.compile keeps'):
+        torch.compile(LOST[change], backend="eager", fullgraph=True)(function, *leaves)
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted", "grad_mode"),
+    [
+        ("grad", False, torch.enable_grad),
+        ("vmap", False, torch.enable_grad),
+        ("vmap of vmap", False, torch.enable_grad),
+        ("vmap", True, torch.no_grad),
+        ("grad", True, torch.no_grad),
+    ],
+)
+def test_what_loses_nothing_is_served_by_the_kernels(fused, change, wanted, grad_mode):
+    """By an explicit backend, which never falls back."""
+    function, leaves = random_problem((2, 3, 2, 3, 4)).as_function(fused)
+    tensors = [x.detach().requires_grad_(wanted) for x in leaves]
+    with grad_mode():
+        found = torch.compile(LOST[change], backend="aot_eager", fullgraph=True)(function, *tensors)
+        assert_close(found, LOST[change](function, *tensors))
+
+
+def test_forward_mode_around_compiled_code():
+    """It is compiled anew where forward mode is on, and loses no tangent."""
+    function, leaves = random_problem((2, 3, 2, 3, 4)).as_function("auto")
+    u, *rest = (x.detach() for x in leaves)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    compiled(u, *rest)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(u, torch.ones_like(u))
+        found = torch.autograd.forward_ad.unpack_dual(compiled(dual, *rest)).tangent
+    reference = random_problem((2, 3, 2, 3, 4)).as_function("reference")[0]
+    assert_close(found, torch.func.jvp(lambda u: reference(u, *rest), (u,), (torch.ones_like(u),))[1])
 
 
 class Layer(torch.nn.Module):

@@ -165,6 +165,28 @@ def test_wrong_argument_is_named_with_what_was_expected_and_what_came(case):
     assert came in message
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [*((call, name) for call, (_, valid) in VALID.items() for name in valid), ("linear", "logits"), ("pass", "mask")],
+)
+def test_nested_tensors_are_refused(call, name, layout):
+    function, arguments = VALID[call]
+    nested = torch.nested.nested_tensor([ones(5, 3), ones(4, 3)], layout=layout)
+    nested = nested > 0 if name == "mask" else nested
+    with pytest.raises(TypeError, match=f"{name} must be a dense .* tensor, got a nested tensor of layout {layout}"):
+        function(**{**arguments, name: nested})
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)], ids=str)
+def test_under_autocast_the_dtypes_of_the_caller_are_named(dtypes):
+    u, weight = (x.to(dtype) for x, dtype in zip(VALID["linear"][1].values(), dtypes, strict=True))
+    message = "weight must have the dtype of u, {}, got {}".format(*dtypes)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=message):
+        capsroute.capsule_linear(u, weight)
+
+
 def test_integer_eps_and_positional_iterations_are_fine():
     function, arguments = VALID["votes"]
     assert torch.equal(function(*arguments.values(), 2, eps=1), function(**arguments, iterations=2, eps=1.0))
@@ -191,3 +213,10 @@ def test_what_is_remembered_of_arguments_is_bounded():
     for batch in range(functional._MOST_SIZES + 10):
         capsroute.dynamic_routing(torch.ones(1, 1, 1).expand(batch, 1, 1, 1), 1)
     assert 0 < len(functional._sizes) <= functional._MOST_SIZES
+
+
+def test_what_is_remembered_of_arguments_stays_bounded_when_threads_add_at_once(monkeypatch):
+    monkeypatch.setattr(functional, "_sizes", {k: () for k in range(5)})
+    monkeypatch.setattr(functional, "_MOST_SIZES", 4)
+    capsroute.dynamic_routing(torch.ones(1, 1, 1), 1)
+    assert len(functional._sizes) == 1

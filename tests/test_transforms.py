@@ -187,6 +187,18 @@ def test_inference_mode(fused):
     assert torch.equal(v, problem.run(fused))
 
 
+@pytest.mark.parametrize(("form", "leaky"), [("ijod", False), ("jod", True), ("votes", False)])
+def test_the_result_of_a_pass_may_be_changed_in_place(fused, form, leaky):
+    problem = random_problem(form=form, query="BJO", logits="BIJ", mask="BI", leaky=leaky)
+    function, tensors = problem.as_function(fused)
+    expected = torch.autograd.grad(function(*tensors).square().sum(), tensors)
+    s = function(*tensors)
+    twice = 2 * s.detach()
+    s.add_(1)
+    for x, y in zip(torch.autograd.grad(s, tensors, twice), expected, strict=True):
+        assert_close(x, y)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(fused, use_reentrant):
     function, tensors = random_problem((4, 9, 3, 3, 5), **EVERYTHING).as_function(fused)

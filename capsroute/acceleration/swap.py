@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .. import _autocast
 from .recipes import Recipe, find
 
 PROBES = 3
@@ -62,8 +64,8 @@ def accelerate(module: nn.Module, *, quiet: bool = False) -> Report:
         if issubclass(original, _Accelerated):
             entries.append(Entry(name, _swapped_class(original).__name__, True, "already swapped"))
         elif recipe := find(original):
-            reason = "its object has a forward of its own" if "forward" in vars(layer) else recipe.refuses(layer)
-            reason = reason or _disagreement(layer, recipe)
+            own = "forward" in vars(layer)
+            reason = "its object has a forward of its own" if own else _objection(layer, recipe)
             if reason is None:
                 layer.__class__ = _accelerated(original, recipe)
             shown = f"not swapped: {reason}" if reason else "swapped: the same outputs and gradients on a probe"
@@ -115,13 +117,18 @@ def _accelerated(original: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     return type(f"Accelerated{original.__name__}", (_Accelerated, original), body)
 
 
-def _disagreement(layer: nn.Module, recipe: Recipe) -> str | None:
-    """Where recipe and layer differ on probes, or None."""
-    devices = sorted({x.device.index for x in (*layer.parameters(), *layer.buffers()) if x.is_cuda})
-    with torch.random.fork_rng(devices), torch.enable_grad():
+def _objection(layer: nn.Module, recipe: Recipe) -> str | None:
+    """Why the recipe refuses the layer, or where the two differ on probes, or None."""
+    tensors = *layer.parameters(), *layer.buffers()
+    devices = sorted({x.device.index for x in tensors if x.is_cuda})
+    with torch.random.fork_rng(devices), torch.enable_grad(), contextlib.ExitStack() as without_autocast:
+        for x in (torch.empty(0, device="cpu"), *tensors):  # whose rounding would differ by more than is allowed
+            without_autocast.enter_context(_autocast.off(x))
         try:
+            if reason := recipe.refuses(layer):
+                return reason
             for seed in range(PROBES):
-                torch.manual_seed(seed)
+                _seed(seed, devices)
                 probed = copy.deepcopy(layer)  # a probe may change buffers, and parameters may be 0 or not yet set
                 for parameter in filter(_is_float, probed.parameters()):
                     nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5 if parameter.dim() else 1.0)
@@ -136,9 +143,15 @@ def _disagreement(layer: nn.Module, recipe: Recipe) -> str | None:
     return None
 
 
+def _seed(seed: int, devices: list[int]) -> None:
+    """Those generators alone that are put back: torch.manual_seed seeds all, CUDA's even before they are there."""
+    for generator in (torch.default_generator, *(torch.cuda.default_generators[k] for k in devices)):
+        generator.manual_seed(seed)
+
+
 def _run(forward, layer: nn.Module, arguments: tuple, seed: int, devices: list[int]) -> dict[str, Any]:
     """The state of the generators after one run, outputs, and gradients by name."""
-    torch.manual_seed(seed)
+    _seed(seed, devices)
     inputs = [x.detach().requires_grad_() if _is_float(x) else x for x in arguments]
     outputs = [x for x in tree_leaves(forward(layer, *inputs)) if isinstance(x, Tensor)]
     states = torch.cat([torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)])
