@@ -6,6 +6,7 @@ import hypothesis
 import interpreter
 import pytest
 import torch
+from commands import train_tiny, write_idx
 from problems import FUSED
 
 import capsroute
@@ -124,3 +125,15 @@ def fused(request) -> str:
 @pytest.fixture
 def backend(request) -> str:
     return can_run(request.param)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CAPSROUTE_DATA", raising=False)
+        return train_tiny(tmp_path_factory.mktemp("runs") / "deep" / "run")
+
+
+@pytest.fixture
+def mnist_dir(tmp_path):
+    return write_idx(tmp_path)

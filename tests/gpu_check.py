@@ -18,7 +18,7 @@ from capsroute import backends
 from capsroute.bench.cli import describe_machine
 
 LINES = 25  # of each step's output in the report
-ON_CPU = ("batches", "checkpoint", "cli", "data", "report", "training")  # tests of what makes its tensors there
+ON_CPU = ("batches", "checkpoint", "cli", "data", "report", "resume", "training")  # their tensors are
 PYTEST = (sys.executable, "-m", "pytest", "--device", "cuda", "-q", "--no-header", "-p", "no:cacheprovider")
 
 
