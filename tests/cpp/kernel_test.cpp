@@ -166,6 +166,13 @@ struct Scratch {
   }
 };
 
+double worst(const Vector& a, const Vector& b) {
+  double difference = 0;
+  for (size_t k = 0; k < a.size(); ++k)
+    difference = std::isnan(a[k] - b[k]) ? INFINITY : std::max(difference, std::fabs(a[k] - b[k]));
+  return difference;
+}
+
 struct Result {
   Vector v, coupling, du, dweight, dbias, dlogits, dquery;
 };
@@ -201,6 +208,13 @@ Result run(const Case& c, const Values& x, const Vector& grad, DType dtype, int6
   const Parallel parallel = threads(thread_count);
   Scratch forward(tested::kernels.plan_forward(p, out, thread_count).scratch);
   tested::kernels.forward(p, out, forward.start, parallel);
+  if (!c.pass) {  // as for inference, where v alone is wanted
+    Store alone(dtype, outputs);
+    const Forward least{alone.data()};
+    Scratch own(tested::kernels.plan_forward(p, least, thread_count).scratch);
+    tested::kernels.forward(p, least, own.start, parallel);
+    check(worst(alone.all(), v.all()) < 0.02, c.name() + ": v alone is another");
+  }
 
   Store du(dtype, c.inputs()), dweight(dtype, c.weights()), dbias(wide, x.bias.size()),
       dlogits(wide, c.detach ? 0 : x.logits.size()), dquery(wide, x.query.size());
@@ -226,13 +240,6 @@ double dot(const Vector& a, const Vector& b) {
   double sum = 0;
   for (size_t k = 0; k < a.size(); ++k) sum += a[k] * b[k];
   return sum;
-}
-
-double worst(const Vector& a, const Vector& b) {
-  double difference = 0;
-  for (size_t k = 0; k < a.size(); ++k)
-    difference = std::isnan(a[k] - b[k]) ? INFINITY : std::max(difference, std::fabs(a[k] - b[k]));
-  return difference;
 }
 
 void check_gradients(const Case& c, const Values& x, const Vector& grad, const Result& result) {
