@@ -1,4 +1,4 @@
-"""What every test runs under: poisoned allocations, a fixed seed, and the fused backends."""
+"""What every test runs under, poisoned allocations, a fixed seed, and the fused backends; what several begin with."""
 
 import os
 

@@ -23,8 +23,8 @@ constexpr int64_t kKeptForTerm = int64_t(96) << 10, kKeptOfTile = int64_t(7) << 
 constexpr int64_t kLargeWeight = 512;
 // Of a batch of up to kSamples as many are kept as fit into this: all the weight would be read again for these alone.
 constexpr int64_t kKeptOfFew = int64_t(12) << 20;
-// Where they are made anew, a tile has as many samples, between these two numbers, as have V and sums that fit into
-// kTileStates.
+// Where they are made anew, a tile has at most as many samples, between these two numbers, as have V and sums that fit
+// into kTileStates.
 constexpr int64_t kShortTile = 4 * kSamples, kLongTile = 32 * kSamples, kTileStates = int64_t(4) << 20;
 
 template <class X>
@@ -75,9 +75,8 @@ struct Way {
   }
 
   // As many as give the busiest thread the least to do, which is counted in groups of so many samples. To read the
-  // weight of a group takes as long as kSamples samples do, measured where it comes from memory; where threads share
-  // out the groups of a tile, rather than tiles, each step waits for the last of them, and its sums are added up: an
-  // eighth more.
+  // weight of a group is taken to be as long as kSamples samples are; where threads share out the groups of a tile,
+  // rather than tiles, each step waits for the last of them, and its sums are added up: taken to be an eighth more.
   int64_t tile_size(const Layout<X>& layout, int64_t batch, int64_t threads) const {
     const int64_t some = by_samples ? W<A> : kSamples, samples = maximum(1, batch);
     const int64_t longest = longest_tile(layout, some), fewest = divide_up(samples, longest);
