@@ -95,15 +95,13 @@ def backends() -> dict[str, Verdict]:
 _logged: set[tuple[str, str]] = set()
 
 
-def choose(
-    name: str, u: Tensor, weight: Tensor | None, options: reference.Options, *parameters: Tensor | None
-) -> Backend:
+def choose(name: str, u: Tensor, weight: Tensor | None, options: reference.Options) -> Backend:
     """The backend that serves the call: the first willing one for "auto", else the named one or an error.
 
-    The reference alone has derivatives in all that torch.compile traces.
+    Derivatives in forward mode are the reference's alone.
     """
-    lost = name != "reference" and _autograd.lost_by_dynamo(u, weight, *parameters)
-    if name == "auto" and lost:
+    forward_mode = name != "reference" and _autograd.in_forward_mode()
+    if name == "auto" and forward_mode:
         return BACKENDS["reference"]
     if name == "auto":
         refused = ""
@@ -120,8 +118,8 @@ def choose(
         expected = ", ".join(f'"{known}"' for known in ("auto", *BACKENDS))
         raise ValueError(f"backend must be one of {expected}, got {name!r}")
     can, why = BACKENDS[name].serves(u, weight, options)
-    if lost:
-        can, why = False, "torch.compile keeps no derivatives of it inside vmap, nested torch.func or forward mode"
+    if forward_mode:
+        can, why = False, "it has no forward-mode derivatives (jvp)"
     if not can:
         raise RuntimeError(f'backend="{name}" cannot serve this call: {why}')
     return BACKENDS[name]

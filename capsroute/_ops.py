@@ -1,7 +1,8 @@
 """The private dispatcher ops, and the library that holds the C++ kernels.
 
 An op set is a namespace of torch.ops with four ops: `route`, the whole operator; `routing_pass`, one pass of
-it; and the backward of each. Here are their schemas, their shapes (fake kernels) and their rules for vmap.
+it; and the backward of each. Here are their schemas, their shapes (fake kernels) and their rules for vmap;
+_autograd.py has their derivatives.
 A backend implements a set: the C++ libraries implement `capsroute`, each for its device.
 """
 
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from . import _autograd
 from .reference import accumulation_dtype, out_capsules
 
 # u [B, I, D] or votes [B, I, J, O]; weight [I, J, O, D], [J, O, D] or [O, D]; bias [J, O]; query [B, J, O] in
@@ -47,6 +49,7 @@ def define(namespace: str) -> None:
         torch.library.define(f"{namespace}::{name}", schema)
         torch.library.register_fake(f"{namespace}::{name}", _FAKES[name])
         torch.library.register_vmap(f"{namespace}::{name}", _one_by_one(getattr(getattr(torch.ops, namespace), name)))
+    _autograd.register(namespace)
 
 
 def _fake_route(u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps, save, room, return_coupling):

@@ -206,7 +206,7 @@ def squash(s: Tensor, dim: int = -1, eps: float = 1e-9, power: float = 1.0) -> T
 
 def _route(check, tensors, options, return_coupling, backend):
     u, weight, sizes, autocast = _checked(check, tensors)
-    run = _backends.choose(backend, u, weight, options, *tensors[2:4]).route
+    run = _backends.choose(backend, u, weight, options).route
     bias, logits, mask = tensors[2:]
     if options.detach_coupling and logits is not None:  # they reach the output through the coupling alone
         logits = logits.detach()
@@ -223,7 +223,7 @@ def _pass(check, tensors, scale, options, return_coupling, backend):
         query = _flatten_lead(query, lead, batch, 2).expand(batch, outputs, features)
         query = query.to(reference.accumulation_dtype(u.dtype))
         query = query if scale == 1 else query * scale
-    run = _backends.choose(backend, u, weight, options, query, logits).routing_pass
+    run = _backends.choose(backend, u, weight, options).routing_pass
     result = _run(run, u, weight, (query, logits, mask), sizes, options, return_coupling, autocast)
     return (result[0].to(u.dtype), result[1]) if return_coupling else result.to(u.dtype)
 

@@ -1,4 +1,4 @@
-"""The private ops under torch's own checks, and the operator in torch.compile and torch.export."""
+"""The private ops under torch's own checks and by hand, and the operator in torch.compile and torch.export."""
 
 import pytest
 import torch
@@ -65,6 +65,8 @@ def test_ops_pass_opcheck(fused, form, options, layout):
     if not one_pass:  # what there is room for is not all written, so values cannot be compared
         with_room = (*arguments, *scalars, scalars[0], 1000, False)
         torch.library.opcheck(forward.default, with_room, test_utils=("test_schema", "test_faketensor"))
+    leaves = [None if x is None else x.detach().requires_grad_() for x in arguments[:4]]
+    torch.library.opcheck(forward.default, (*leaves, arguments[4], *scalars, *saves[1], False))
     v, *saved, _ = forward(*arguments, *scalars, *saves[1], False)
     saved = [v, *saved] if one_pass else [saved[0], saved[1], saved[3]]
     every = tuple(x is not None for x in tensors)
@@ -185,7 +187,7 @@ def test_compiled_autograd_of_a_plain_forward(fused, options):
         assert_close(x.grad, grad)
 
 
-# What dynamo would lose: transformations of f in its first argument
+# Transformations of f in its first argument, compiled
 
 
 def square(x: Tensor) -> Tensor:
@@ -204,7 +206,11 @@ def differentiated(f, x, *rest):
     return torch.func.grad(lambda x: square(f(x, *rest)))(x)
 
 
-LOST = {
+def tangents(f, x, *rest):
+    return torch.func.jvp(of_first(f, rest), (x,), (torch.ones_like(x),))[1]
+
+
+TRANSFORMED = {
     "vmap": mapped,
     "vmap of vmap": lambda f, *x: mapped(lambda *x: mapped(f, *x), *x),
     "grad": lambda f, *x: differentiated(lambda *x: of_first(f, x[1:])(x[0]), *x),
@@ -212,7 +218,6 @@ LOST = {
     "grad of vmap": lambda f, *x: differentiated(lambda *x: mapped(f, *x), *x),
     "vmap of grad": lambda f, *x: mapped(lambda *x: differentiated(f, *x), *x),
     "grad of grad": lambda f, *x: differentiated(lambda *x: differentiated(f, *x), *x),
-    "jvp": lambda f, x, *rest: torch.func.jvp(of_first(f, rest), (x,), (torch.ones_like(x),))[1],
 }
 LEAST = {"iterations": 2}, {"query": "BJO"}
 KINDS = [(form, options) for form in ("ijod", "votes") for options in LEAST]
@@ -220,47 +225,48 @@ KINDS = [(form, options) for form in ("ijod", "votes") for options in LEAST]
 
 @pytest.mark.parametrize(
     ("change", "form", "options"),
-    [*((change, "ijod", LEAST[0]) for change in LOST), *(("penalty", *kind) for kind in KINDS[1:])],
+    [*((change, "ijod", LEAST[0]) for change in TRANSFORMED), *(("penalty", *kind) for kind in KINDS[1:])],
     ids=str,
 )
-def test_no_derivative_is_lost(change, form, options):
+def test_no_derivative_is_lost(fused, change, form, options):
+    """Neither within compiled code nor of what it gives, whether anything outside wants a gradient or not."""
     problem = random_problem((2, 3, 2, 3, 4), form=form, logits="BIJ", **options)
-    (function, leaves), (expected, _) = problem.as_function("auto"), problem.as_function("reference")
-    compiled = torch.compile(LOST[change], backend="aot_eager" if change == "penalty" else "eager", fullgraph=True)
-    found = compiled(function, *leaves)
-    right = LOST[change](expected, *leaves)
+    (function, leaves), (expected, _) = problem.as_function(fused), problem.as_function("reference")
+    change, backend = TRANSFORMED[change], "aot_eager" if change == "penalty" else "eager"
+    compiled = torch.compile(change, backend=backend, fullgraph=True)
+    found, right = compiled(function, *leaves), change(expected, *leaves)
     assert_close(found, right)
     grads = (torch.autograd.grad(square(y), leaves, allow_unused=True, materialize_grads=True) for y in (found, right))
     for x, y in zip(*grads, strict=True):
         assert_close(x, y)
-    if change in ("grad of vmap", "grad of grad", "vmap of grad", "jvp"):  # though nothing outside wants a gradient
-        assert_close(compiled(function, *(x.detach() for x in leaves)), right)
+    assert_close(compiled(function, *(x.detach() for x in leaves)), right)
+    with torch.no_grad():
+        assert_close(compiled(function, *leaves), right)
 
 
-@pytest.mark.parametrize("change", LOST)
-def test_an_explicit_backend_refuses_where_its_derivatives_would_be_lost(fused, change):
-    function, leaves = random_problem((2, 3, 2, 3, 4)).as_function(fused)
-    with pytest.raises(RuntimeError, match=rf'backend="{fused}" cannot serve this call: torch.compile keeps'):
-        torch.compile(LOST[change], backend="eager", fullgraph=True)(function, *leaves)
+@pytest.mark.parametrize("options", LEAST, ids=str)
+def test_second_derivatives_of_compiled_code(fused, options):
+    problem = random_problem((2, 3, 2, 3, 4), logits="BIJ", **options)
+    (function, leaves), (expected, _) = problem.as_function(fused), problem.as_function("reference")
+
+    def penalty(function):
+        grads = torch.autograd.grad(square(function(*leaves)), leaves, create_graph=True)
+        return torch.autograd.grad(sum(map(square, grads)), leaves)
+
+    found = penalty(torch.compile(function, backend="eager", fullgraph=True))  # aot_autograd has none
+    for x, y in zip(found, penalty(expected), strict=True):
+        assert_close(x, y)
 
 
-@pytest.mark.parametrize(
-    ("change", "wanted", "grad_mode"),
-    [
-        ("grad", False, torch.enable_grad),
-        ("vmap", False, torch.enable_grad),
-        ("vmap of vmap", False, torch.enable_grad),
-        ("vmap", True, torch.no_grad),
-        ("grad", True, torch.no_grad),
-    ],
-)
-def test_what_loses_nothing_is_served_by_the_kernels(fused, change, wanted, grad_mode):
-    """By an explicit backend, which never falls back."""
-    function, leaves = random_problem((2, 3, 2, 3, 4)).as_function(fused)
-    tensors = [x.detach().requires_grad_(wanted) for x in leaves]
-    with grad_mode():
-        found = torch.compile(LOST[change], backend="aot_eager", fullgraph=True)(function, *tensors)
-        assert_close(found, LOST[change](function, *tensors))
+def test_forward_mode_is_the_references(fused):
+    functions, leaves = zip(*(random_problem().as_function(x) for x in (fused, "auto", "reference")), strict=True)
+    tensors = [x.detach() for x in leaves[0]]
+    function, auto, reference = functions
+    right = tangents(reference, *tensors)
+    for call in (tangents, torch.compile(tangents, backend="eager", fullgraph=True)):
+        assert_close(call(auto, *tensors), right)
+        with pytest.raises(RuntimeError, match=rf'backend="{fused}" cannot serve this call: it has no forward-mode'):
+            call(function, *tensors)
 
 
 def test_forward_mode_around_compiled_code():
@@ -291,5 +297,36 @@ def test_export_with_dynamic_batch(fused):
     exported = torch.export.export(
         module, (torch.randn(4, 9, 4),), dynamic_shapes={"u": {0: torch.export.Dim("batch", min=2)}}
     )
-    u = torch.randn(6, 9, 4)
-    assert_close(exported.module()(u), module(u))
+    u = torch.randn(6, 9, 4, requires_grad=True)
+    program = exported.module()
+    assert_close(program(u), module(u))
+    leaves = (u, program.weight), (u, module.weight)  # it can be trained further
+    found, expected = (torch.autograd.grad(square(f(u)), x) for f, x in zip((program, module), leaves, strict=True))
+    for x, y in zip(found, expected, strict=True):
+        assert_close(x, y)
+
+
+# The ops by hand
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("form", ["ijod", "votes"])
+def test_ops_have_derivatives_of_their_own(fused, form, iterations):
+    problem = random_problem((2, 3, 2, 3, 4), form=form, logits="BIJ", iterations=iterations)
+    function, leaves = problem.as_function(fused)
+    function(*leaves)  # defines the ops, where a backend is loaded at its first call
+    op = getattr(torch.ops, NAMESPACES[fused]).route
+    given = [leaves[0], None if form == "votes" else leaves[1], None, leaves[-1], None]
+
+    def grads(save):
+        v = op(*given, iterations, False, False, 1e-9, save, 0, False)[0]
+        return torch.autograd.grad(square(v), leaves)
+
+    for x, y in zip(grads(iterations), torch.autograd.grad(square(function(*leaves)), leaves), strict=True):
+        assert_close(x, y)
+    with pytest.raises(RuntimeError, match="route has no gradient with save=0"):
+        grads(0)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(given[0], given[0])
+        with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+            op(dual, *given[1:], iterations, False, False, 1e-9, 0, 0, False)
