@@ -23,7 +23,7 @@ Verdict = tuple[bool, str]
 
 class Backend(NamedTuple):
     here: Callable[[], Verdict]
-    serves: Callable[[Tensor, Tensor | None, reference.Options], Verdict]  # of u or the votes, the weight
+    serves: Callable[[Tensor, Tensor | None], Verdict]  # of u or the votes, and the weight
     route: Callable[..., tuple[Tensor, Tensor]]
     routing_pass: Callable[..., tuple[Tensor, Tensor]]
 
@@ -33,7 +33,7 @@ def of_ops(namespace: str, here, serves) -> Backend:
     return Backend(here, serves, partial(_autograd.route, namespace), partial(_autograd.routing_pass, namespace))
 
 
-def _cpu_serves(u: Tensor, weight: Tensor | None, options: reference.Options) -> Verdict:
+def _cpu_serves(u: Tensor, weight: Tensor | None) -> Verdict:
     if not u.is_cpu:
         return False, f"the input capsules are on {u.device}, not on the CPU"
     return _ops.cpu_library()
@@ -46,7 +46,7 @@ def _cuda_here() -> Verdict:
     return can, why
 
 
-def _cuda_serves(u: Tensor, weight: Tensor | None, options: reference.Options) -> Verdict:
+def _cuda_serves(u: Tensor, weight: Tensor | None) -> Verdict:
     if u.device.type != "cuda":
         return False, f"the input capsules are on {u.device}, not on a CUDA device"
     can, why = _ops.cuda_library()
@@ -73,10 +73,10 @@ def _pass_by_reference(u, weight, query, logits, mask, options, return_coupling)
 BACKENDS = {
     "cpu": of_ops("capsroute", _ops.cpu_library, _cpu_serves),
     "cuda": of_ops("capsroute", _cuda_here, _cuda_serves),
-    "triton": of_ops(_triton.NAMESPACE, _triton.installed, lambda u, weight, options: _triton.serves(u)),
+    "triton": of_ops(_triton.NAMESPACE, _triton.installed, lambda u, weight: _triton.serves(u)),
     "reference": Backend(
         lambda: (True, "plain PyTorch, on any device"),
-        lambda u, weight, options: (True, "it serves every call"),
+        lambda u, weight: (True, "it serves every call"),
         _route_by_reference,
         _pass_by_reference,
     ),
@@ -95,7 +95,7 @@ def backends() -> dict[str, Verdict]:
 _logged: set[tuple[str, str]] = set()
 
 
-def choose(name: str, u: Tensor, weight: Tensor | None, options: reference.Options) -> Backend:
+def choose(name: str, u: Tensor, weight: Tensor | None) -> Backend:
     """The backend that serves the call: the first willing one for "auto", else the named one or an error.
 
     Derivatives in forward mode are the reference's alone.
@@ -106,7 +106,7 @@ def choose(name: str, u: Tensor, weight: Tensor | None, options: reference.Optio
     if name == "auto":
         refused = ""
         for candidate, backend in BACKENDS.items():
-            can, why = backend.serves(u, weight, options)
+            can, why = backend.serves(u, weight)
             if can:
                 # compiled code would be compiled anew after the first message, and a log call would break the graph
                 if not torch.compiler.is_compiling() and (candidate, refused) not in _logged:
@@ -117,7 +117,7 @@ def choose(name: str, u: Tensor, weight: Tensor | None, options: reference.Optio
     if not isinstance(name, str) or name not in BACKENDS:
         expected = ", ".join(f'"{known}"' for known in ("auto", *BACKENDS))
         raise ValueError(f"backend must be one of {expected}, got {name!r}")
-    can, why = BACKENDS[name].serves(u, weight, options)
+    can, why = BACKENDS[name].serves(u, weight)
     if forward_mode:
         can, why = False, "it has no forward-mode derivatives (jvp)"
     if not can:

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from ._backends import BACKENDS, backends
-from .reference import Options
 
 
 def rank() -> int:
@@ -73,7 +72,7 @@ def checked_backend(name: str, device: torch.device | str = "cpu") -> str:
         return name
     can, why = BACKENDS[name].here()
     if can:
-        can, why = BACKENDS[name].serves(torch.empty(0, 1, 1, device=device), None, Options())
+        can, why = BACKENDS[name].serves(torch.empty(0, 1, 1, device=device), None)
     if not can:
         raise ValueError(f"--backend {name} cannot run here: {why}")
     return name

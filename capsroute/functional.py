@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def capsule_linear(
     eps: float = 1e-9,
     return_coupling: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | Any:  # a pair with return_coupling
     r"""A layer of capsules with routing by agreement, from input capsules and a weight.
 
     The votes :math:`h_{ij} = W_{ij} u_i` are routed as in Procedure 1 of Sabour, Frosst and Hinton,
@@ -83,7 +84,7 @@ def dynamic_routing(
     eps: float = 1e-9,
     return_coupling: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | Any:  # a pair with return_coupling
     """Routing by agreement of votes that are given (Sabour, Frosst and Hinton 2017, Procedure 1).
 
     As :func:`capsule_linear`, which should be preferred where votes are W u, since it does not store them.
@@ -115,7 +116,7 @@ def routing_pass(
     leaky: bool = False,
     return_coupling: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | Any:  # a pair with return_coupling
     r"""One pass of routing, the unit that most published routings are made of.
 
     With the votes :math:`h_{ij} = W_{ij} u_i`, of which the fused backends hold a few MiB at most::
@@ -159,7 +160,7 @@ def votes_pass(
     leaky: bool = False,
     return_coupling: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | Any:  # a pair with return_coupling
     """One pass of routing over votes that are given: :func:`routing_pass` without a weight.
 
     Args:
@@ -206,7 +207,7 @@ def squash(s: Tensor, dim: int = -1, eps: float = 1e-9, power: float = 1.0) -> T
 
 def _route(check, tensors, options, return_coupling, backend):
     u, weight, sizes, autocast = _checked(check, tensors)
-    run = _backends.choose(backend, u, weight, options).route
+    run = _backends.choose(backend, u, weight).route
     bias, logits, mask = tensors[2:]
     if options.detach_coupling and logits is not None:  # they reach the output through the coupling alone
         logits = logits.detach()
@@ -223,7 +224,7 @@ def _pass(check, tensors, scale, options, return_coupling, backend):
         query = _flatten_lead(query, lead, batch, 2).expand(batch, outputs, features)
         query = query.to(reference.accumulation_dtype(u.dtype))
         query = query if scale == 1 else query * scale
-    run = _backends.choose(backend, u, weight, options).routing_pass
+    run = _backends.choose(backend, u, weight).routing_pass
     result = _run(run, u, weight, (query, logits, mask), sizes, options, return_coupling, autocast)
     return (result[0].to(u.dtype), result[1]) if return_coupling else result.to(u.dtype)
 

@@ -10,7 +10,7 @@ from commands import train_tiny, write_idx
 from problems import FUSED
 
 import capsroute
-from capsroute import _backends, reference
+from capsroute import _backends
 
 # No database and no random start: a red test is red on every run. No deadline: timings are not tested here.
 hypothesis.settings.register_profile("capsroute", derandomize=True, deadline=None, database=None, max_examples=60)
@@ -52,7 +52,7 @@ def fused_backends(device: str) -> list[str]:
     if device == "cpu":
         return FUSED
     u = torch.empty(1, 1, 1, device=device)
-    served = [name for name, backend in _backends.BACKENDS.items() if backend.serves(u, None, reference.Options())[0]]
+    served = [name for name, backend in _backends.BACKENDS.items() if backend.serves(u, None)[0]]
     return [name for name in served if name != "reference"]
 
 

@@ -61,7 +61,7 @@ def library() -> ctypes.CDLL:
 def register() -> None:
     """Let "emulated" be a backend: the tests of a backend take its name."""
 
-    def serves(u, weight, options):
+    def serves(u, weight):
         if not u.is_cpu:
             return False, f"the input capsules are on {u.device}, not on the CPU"
         return _backends._cuda_fits(u, weight)

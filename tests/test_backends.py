@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 import capsroute
-from capsroute import _backends, _ops, _triton, reference
+from capsroute import _backends, _ops, _triton
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_auto_on_a_cuda_tensor_asks_cuda_then_triton(monkeypatch, log, cuda, tri
     monkeypatch.setattr(_triton, "load", lambda: (triton, "hidden by the test"))
     with FakeTensorMode():
         u, weight = torch.empty(2, 5, 3, device="cuda"), torch.empty(5, 4, features, 3, device="cuda")
-        assert _backends.choose("auto", u, weight, reference.Options()) is _backends.BACKENDS[takes]
+        assert _backends.choose("auto", u, weight) is _backends.BACKENDS[takes]
     (line,) = log()
     assert line.startswith(f"backend {takes}: ")
     assert "not cpu: the input capsules are on cuda:0" in line

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .. import _backends, reference
+from .. import _backends
 from ..functional import capsule_linear, dynamic_routing
 from .plain import matmul
 from .rechub import no_rechub, rechub
@@ -167,7 +167,7 @@ def routed(problem: Problem, backend: str) -> Tensor:
 
 def fused_backend(u: Tensor) -> str:
     """The name of the backend that backend="auto" resolves to for u."""
-    chosen = _backends.choose("auto", u, None, reference.Options())
+    chosen = _backends.choose("auto", u, None)
     return next(name for name, backend in _backends.BACKENDS.items() if backend is chosen)
 
 
