@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +124,7 @@ class CapsuleLinear(nn.Module):
 
     def forward(
         self, u: Tensor, *, logits: Tensor | None = None, mask: Tensor | None = None, return_coupling: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | Any:  # a pair with return_coupling
         """Route input capsules to output capsules.
 
         Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +123,7 @@ class MultiInterest(nn.Module):
         logits: Tensor | None = None,
         generator: torch.Generator | None = None,
         return_coupling: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | Any:  # a pair with return_coupling
         """The interests of histories.
 
         Args:
@@ -177,7 +178,7 @@ class MultiInterest(nn.Module):
 
     def _route(
         self, u: Tensor, logits: Tensor | None, mask: Tensor | None, return_coupling: bool
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | Any:  # a pair with return_coupling
         weight = self.weight if self.shared else self.weight[: u.shape[-2]].permute(0, 2, 3, 1)  # [I, J, O, D]
         options = {"mask": mask, "coupling": self.coupling, "backend": self.backend}
         if self.cosine_scale is None and self.squash_power == 1:
