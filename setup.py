@@ -20,6 +20,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -62,17 +63,26 @@ def why_no_cuda() -> str | None:
     return missing
 
 
+class Build(build):
+    """What an earlier build left in the same place would be packed too: modules since deleted, the tests' library."""
+
+    def run(self):
+        if os.path.exists(self.build_lib):
+            shutil.rmtree(self.build_lib)
+        super().run()
+
+
 class BuildKernels(build_ext):
     """One CMake build; the extensions below only name its products."""
 
     def run(self):
-        build = ROOT / "build" / "cmake"  # kept, so that a second install compiles only what changed
+        cmake = ROOT / "build" / "cmake"  # kept, so that a second install compiles only what changed
         products = [Path(self.get_ext_filename(extension.name)).name for extension in self.extensions]
         # Forget which compiler and which ninja the last install saw, not what it compiled.
-        (build / "CMakeCache.txt").unlink(missing_ok=True)
-        for found in build.glob("CMakeFiles/[0-9]*"):
+        (cmake / "CMakeCache.txt").unlink(missing_ok=True)
+        for found in cmake.glob("CMakeFiles/[0-9]*"):
             shutil.rmtree(found)
-        configure = ["cmake", "-S", ROOT, "-B", build, f"-DTORCH_ROOT={torch_root()}"]
+        configure = ["cmake", "-S", ROOT, "-B", cmake, f"-DTORCH_ROOT={torch_root()}"]
         configure += ["-G", "Ninja"] if shutil.which("ninja") else []
         if TESTING:
             import pybind11
@@ -82,11 +92,11 @@ class BuildKernels(build_ext):
         configure += [f"-DCAPSROUTE_CUDA={'OFF' if no_cuda else 'ON'}"]
         targets = [Path(product).stem.removeprefix("lib") for product in products]
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", build, "--parallel", "--target", *targets], check=True)
+        subprocess.run(["cmake", "--build", cmake, "--parallel", "--target", *targets], check=True)
         package = (ROOT if self.inplace else Path(self.build_lib)) / "capsroute"
         package.mkdir(parents=True, exist_ok=True)
         for product in products:
-            shutil.copy2(build / product, package / f"{product}.new")
+            shutil.copy2(cmake / product, package / f"{product}.new")
             os.replace(package / f"{product}.new", package / product)  # a running process keeps the old one
 
     def get_ext_filename(self, fullname):
@@ -111,5 +121,5 @@ names = [] if reason else ["capsroute.libcapsroute"] + ["capsroute._kernel_tier"
 names += [] if no_cuda else ["capsroute.libcapsroute_cuda"]
 setup(
     ext_modules=[Extension(name, []) for name in names],
-    cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
+    cmdclass={"build": Build, "build_ext": BuildKernels, "bdist_wheel": Wheel},
 )

@@ -82,7 +82,11 @@ def check_writable(option: str, file: Path | None) -> None:
     """That a file could be written, before what it is to hold takes long.
 
     Raises:
-        ValueError: if it names a directory, or its directory is not there.
+        ValueError: if there is something else than a file, or its directory is not there, or cannot be written to.
     """
-    if file and (file.is_dir() or not file.parent.is_dir()):
+    if file is None:
+        return
+    if (file.exists() and not file.is_file()) or not file.parent.is_dir():
         raise ValueError(f"{option} must be a file in a directory that is there, got {file}")
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{option} must be a file in a directory that can be written to, got {file}")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import capsroute
 from capsroute.bench import cli, compare, measure, plain, registry, regression, roofline, sweep, table
 from capsroute.bench.measure import Result
 from capsroute.bench.registry import CASES, IMPLEMENTATIONS, Implementation
@@ -56,6 +57,15 @@ def test_problem_has_the_shapes_of_its_case(case):
         assert problem.weight.shape == tuple(sizes[letter] for letter in case.weight)
     assert problem.grad_v.shape == (case.batch, case.outputs, case.out_features)
     assert {x.dtype for x in problem if isinstance(x, torch.Tensor)} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["mnist-1", "comirec", "comirec-rechub", "mind", "mind-rechub"])
+def test_votes_are_as_long_as_a_new_layer_makes_them(name):
+    case = CASES[name]._replace(batch=1)
+    shared = {"IJOD": None, "JOD": "inputs", "OD": "pairs"}[case.weight]
+    sizes = case.inputs, case.in_features, case.outputs, case.out_features
+    layer = capsroute.nn.CapsuleLinear(*sizes, coupling=case.coupling, shared=shared)
+    assert registry.make_problem(case).weight.std().item() == pytest.approx(layer.weight.std().item(), rel=0.05)
 
 
 @pytest.mark.parametrize("part_bytes", [1, plain.PART_BYTES])  # parts of the batch, or all at once
@@ -267,6 +277,20 @@ def test_what_was_measured_before_a_failure_is_saved(tmp_path, monkeypatch):
         bench("--case", "efficient", "--save", str(tmp_path / "base.json"))
     (row,) = regression.load(tmp_path / "base.json")["results"]
     assert (row["pass"], row["seconds"]) == ("forward", 1.0)
+
+
+def test_a_save_that_fails_leaves_what_was_saved_before(tmp_path, monkeypatch):
+    command = ["--case", "efficient", "--pass", "forward", "--implementations", "fused", "--seconds", "0"]
+    path = tmp_path / "base.json"
+    assert bench(*command, "--save", str(path)) == 0
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert bench(*command, "--save", str(path)) == 2
+    assert path.read_bytes() == before
 
 
 def test_command_prints_json_last_and_alone(capsys):

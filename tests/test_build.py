@@ -59,15 +59,50 @@ def test_weak_symbols_stay_in_their_instruction_set(name):
     assert [symbol for symbol in weak if f"9capsroute{len(name)}{name}" not in symbol] == []
 
 
-def test_sdist_holds_what_the_kernels_are_built_from(tmp_path):
-    shutil.copytree(ROOT, tmp_path / "tree", ignore=shutil.ignore_patterns(".git", ".venv", "build", "demo", "runs"))
-    command = [sys.executable, "setup.py", "sdist", "--dist-dir", tmp_path / "dist"]
-    subprocess.run(command, cwd=tmp_path / "tree", check=True, capture_output=True)
-    (archive,) = (tmp_path / "dist").iterdir()
-    with tarfile.open(archive) as file:
+@pytest.fixture
+def packed(tmp_path):
+    """Packs a copy of the tree, in which nothing was built, by a command of setup.py; without kernels."""
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "build", "demo", "runs"))
+
+    def pack(command: str) -> Path:
+        words = [sys.executable, "setup.py", command, "--dist-dir", tmp_path / "dist"]
+        env = {**os.environ, "CAPSROUTE_NO_EXT": "1"}
+        subprocess.run(words, cwd=tree, env=env, check=True, capture_output=True)
+        (archive,) = (tmp_path / "dist").iterdir()
+        return archive
+
+    pack.tree = tree
+    return pack
+
+
+def test_sdist_holds_what_the_kernels_are_built_from(packed):
+    with tarfile.open(packed("sdist")) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     assert {"CMakeLists.txt", "setup.py", "capsroute/report/page.html", *sources} <= names
+    assert not [name for name in names if name.startswith("tests")]  # they would lack what they import
+
+
+def test_wheel_holds_nothing_of_an_earlier_build(packed):
+    stale = packed.tree / "build" / "lib" / "capsroute"
+    stale.mkdir(parents=True)
+    for name in ("deleted.py", "libdeleted.so"):
+        (stale / name).touch()
+    names = zipfile.ZipFile(packed("bdist_wheel")).namelist()
+    assert "capsroute/functional.py" in names
+    assert not [name for name in names if "deleted" in name]
+
+
+def test_cmake_is_asked_for_in_one_version():
+    asked = [
+        re.search(pattern, (ROOT / name).read_text())[1]
+        for name, pattern in (
+            ("pyproject.toml", r"cmake>=([\d.]+)"),
+            ("CMakeLists.txt", r"cmake_minimum_required\(VERSION ([\d.]+)\)"),
+        )
+    ]
+    assert asked[0] == asked[1]
 
 
 @pytest.mark.parametrize(("compiler", "named"), [("g++ -O2", None), ("nosuch -O2", "nosuch was not found")])

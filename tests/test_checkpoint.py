@@ -23,7 +23,6 @@ from capsroute.training.checkpoint import (
     load_training,
     save,
     save_training,
-    write_atomically,
 )
 from capsroute.training.options import TrainingOptions
 from capsroute.training.run import MODEL, TRAINING, Run, run_training
@@ -251,16 +250,6 @@ def test_a_training_that_lacks_something_is_an_error(saved_training, change, mes
     checkpoint._write(saved_training, "training", tensors, stored)
     with pytest.raises(CheckpointError, match=message):
         load_training(saved_training)
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 # Killing

@@ -1,6 +1,7 @@
 """`capsroute bench --save` and `--compare`: a report against one that was saved before."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -83,9 +84,39 @@ def test_reports_that_cannot_be_compared_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda row: row.pop("upper"), "it lacks 'upper'"),
+        (lambda row: row.pop("lower"), "it lacks 'lower'"),
+        (lambda row: row.pop("peak_bytes"), "it lacks 'peak_bytes'"),
+        (lambda row: row.update(upper=None), "not supported"),
+        (lambda row: row.update(upper=0.5), "fused took 1.0 s, from 0.99 to 0.5"),
+        (lambda row: row.update(upper=float("nan")), "fused took 1.0 s, from 0.99 to nan"),
+        (lambda row: row.update(seconds=0, lower=0), "fused took 0 s"),
+        (lambda row: row.update(peak_bytes="4 MiB"), "not supported"),
+    ],
+)
+def test_a_report_is_refused_as_it_is_loaded_and_not_later(tmp_path, changed, message):
+    report = saved(fused=1.0)
+    changed(report["results"][0])
+    path = tmp_path / "base.json"
+    path.write_text(json.dumps(report))
+    with pytest.raises(ValueError, match=rf"base\.json is not what `capsroute bench --save` writes: .*{message}"):
+        regression.load(path)
+
+
+@pytest.mark.parametrize("option", ["--save", "--plot"])
+def test_a_directory_that_cannot_be_written_to_is_refused(option, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda place, mode: mode != os.W_OK | os.X_OK)  # root may write anywhere
+    assert main(["bench", *(["--roofline"] if option == "--plot" else []), option, "file.png"]) == 2
+    assert f"{option} must be a file in a directory that can be written to, got file.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--save", "nowhere/base.json"), "--save must be a file in a directory that is there, got nowhere/base.json"),
+        (("--save", "/dev/null"), "--save must be a file in a directory that is there, got /dev/null"),
         (("--save", "."), "--save must be a file in a directory that is there, got ."),
         (("--roofline", "--plot", "nowhere/roof.png"), "--plot must be a file in a directory that is there"),
         (("--roofline", "--plot", "roof.xyz"), "--plot must end in .png, .pdf, .svg, got roof.xyz"),

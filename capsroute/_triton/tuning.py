@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from .._files import write_atomically
+
 
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
@@ -206,9 +208,7 @@ def store(gpu: str, layer: str, best: Tuning) -> Path:
     stored = json.loads(path.read_text()) if path.exists() else {}
     stored.setdefault(gpu, {})[layer] = asdict(best)
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_suffix(".new")
-    written.write_text(json.dumps(stored, indent=1))
-    written.replace(path)  # whole, or not at all
+    write_atomically(path, json.dumps(stored, indent=1).encode())
     measured.cache_clear()
     return path
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -79,18 +81,27 @@ def _rechub_refuses(self: nn.Module) -> str | None:
 RECHUB = Recipe("torch_rechub.basic.layers.CapsuleNetwork", _rechub_forward, _rechub_probe, _rechub_refuses)
 
 
+def _probe_by(logical_weight: Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], tuple[Tensor]]:
+    """Of layers that take u [B, I, D] alone, with a weight [I, J, O, D]."""
+
+    def probe(self: nn.Module) -> tuple[Tensor]:
+        weight = logical_weight(self)
+        return (_probe_like(weight, PROBE_BATCH, weight.shape[0], weight.shape[-1]),)
+
+    return probe
+
+
 # gram-ai/capsule-networks and its many copies: route_weights [J, I, D, O], the softmax over i, outputs [J, B, 1, 1, O].
+
+
+def _gram_weight(self: nn.Module) -> Tensor:
+    return from_layout(self.route_weights, "[J, I, D, O]")
 
 
 def _gram_forward(self: nn.Module, x: Tensor) -> Tensor:
     prior = getattr(self, "route_logits", None)  # [J, 1, I, 1, 1] in later versions
-    v = capsule_linear(
-        x,
-        from_layout(self.route_weights, "[J, I, D, O]"),
-        self.num_iterations,
-        logits=None if prior is None else prior.flatten(1).T,
-        coupling="in",
-    )
+    logits = None if prior is None else prior.flatten(1).T
+    v = capsule_linear(x, _gram_weight(self), self.num_iterations, logits=logits, coupling="in")
     return v.transpose(0, 1)[:, :, None, None]
 
 
@@ -98,41 +109,23 @@ def _gram_refuses(self: nn.Module) -> str | None:
     return None if hasattr(self, "route_weights") else "it has no route_weights (primary capsules are a convolution)"
 
 
-def _gram_probe(self: nn.Module) -> tuple[Tensor]:
-    _, inputs, features, _ = self.route_weights.shape
-    return (_probe_like(self.route_weights, PROBE_BATCH, inputs, features),)
+GRAM = Recipe("CapsuleLayer", _gram_forward, _probe_by(_gram_weight), _gram_refuses)
 
 
-GRAM = Recipe("CapsuleLayer", _gram_forward, _gram_probe, _gram_refuses)
+def _detached(layer: str, weight: str, layout: str, iterations: str) -> Recipe:
+    """The softmax over j, votes detached in all passes but the last; the layer's names of its weight and passes."""
+
+    def logical_weight(self: nn.Module) -> Tensor:
+        return from_layout(getattr(self, weight), layout)
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return capsule_linear(x, logical_weight(self), getattr(self, iterations), detach_coupling=True)
+
+    return Recipe(layer, forward, _probe_by(logical_weight))
 
 
-# XifengGuo/CapsNet-Pytorch: weight [J, I, O, D], the softmax over j, votes detached in all passes but the last.
-
-
-def _guo_forward(self: nn.Module, x: Tensor) -> Tensor:
-    return capsule_linear(x, from_layout(self.weight, "[J, I, O, D]"), self.routings, detach_coupling=True)
-
-
-def _guo_probe(self: nn.Module) -> tuple[Tensor]:
-    _, inputs, _, features = self.weight.shape
-    return (_probe_like(self.weight, PROBE_BATCH, inputs, features),)
-
-
-GUO = Recipe("DenseCapsule", _guo_forward, _guo_probe)
-
-
-# danielhavir/capsule-network: W [1, J, I, O, D], else as the one above.
-
-
-def _havir_forward(self: nn.Module, x: Tensor) -> Tensor:
-    return capsule_linear(x, from_layout(self.W, "[1, J, I, O, D]"), self.num_routing, detach_coupling=True)
-
-
-def _havir_probe(self: nn.Module) -> tuple[Tensor]:
-    _, _, inputs, _, features = self.W.shape
-    return (_probe_like(self.W, PROBE_BATCH, inputs, features),)
-
-
-HAVIR = Recipe("RoutingCapsules", _havir_forward, _havir_probe)
+# XifengGuo/CapsNet-Pytorch and danielhavir/capsule-network
+GUO = _detached("DenseCapsule", "weight", "[J, I, O, D]", "routings")
+HAVIR = _detached("RoutingCapsules", "W", "[1, J, I, O, D]", "num_routing")
 
 RECIPES = (RECHUB, GRAM, GUO, HAVIR)

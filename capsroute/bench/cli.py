@@ -12,21 +12,33 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__, _ops
+from .. import _checks, _ops
 from .._console import check_writable, complain, emit, number, say
+from .._files import write_atomically
 from .._optional import optional
+from .._version import __version__
 from ..reference import accumulation_dtype
 from . import path, regression, roofline, sweep, table
 from .compare import DisagreementError, compare
+from .measure import on_gpu
 from .registry import CASES, IMPLEMENTATIONS, Case, fused_backend, make_problem, names_for, pass_name
 
-DTYPES = ("float32", "float64", "bfloat16", "float16")
 MOST_THREADS = 1024  # many more crash OpenMP
 PICTURES = (".png", ".pdf", ".svg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `capsroute bench` to its parser."""
+    _add_what(parser)
+    _add_how(parser)
+    _add_instead(parser)
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the report there, for --compare")
+    parser.add_argument(
+        "--compare", type=Path, metavar="FILE", help="say what got slower since; exit with 1 if anything did"
+    )
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--case",
         nargs="+",
@@ -52,10 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="B",
         help="one or several, instead of each case's own; --sweep batch has its own",
     )
-    parser.add_argument(
-        "--threads", type=number(int, 1, most=MOST_THREADS), metavar="N", help="of torch (default: its own choice)"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in _checks.DTYPES]
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="default: %(default)s")
+
+
+def _add_how(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--implementations",
         nargs="+",
@@ -65,12 +78,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "first; --traffic, --explain, --roofline and --sweep are of the kernels alone",
     )
     parser.add_argument(
+        "--threads", type=number(int, 1, most=MOST_THREADS), metavar="N", help="of torch (default: its own choice)"
+    )
+    parser.add_argument(
         "--seconds",
         type=number(float),
         default=10.0,
         help="to time each case and pass, once warm (default: %(default)g); --traffic and --explain time nothing",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: also AMD's GPUs (default: cpu)")
+    parser.add_argument("--memory", action="store_true", help="also measure peak memory, in fresh processes")
+
+
+def _add_instead(parser: argparse.ArgumentParser) -> None:
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
         "--traffic", action="store_true", help="instead, the bytes that the GPU kernels move: exact, and needs no GPU"
@@ -87,65 +107,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="with --roofline or --sweep: also draw it, as PNG, PDF or SVG"
     )
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the report there, for --compare")
-    parser.add_argument(
-        "--compare", type=Path, metavar="FILE", help="say what got slower since; exit with 1 if anything did"
-    )
-    parser.add_argument("--memory", action="store_true", help="also measure peak memory, in fresh processes")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the header and the table; returns the exit status, 1 if a result was wrong."""
+    """Run `capsroute bench`; returns the exit status, 1 if a result was wrong or anything got slower or larger."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    dtype = getattr(torch, args.dtype)
-    cases = [CASES[name] for name in (CASES if "all" in args.cases else args.cases)]
-    cases = [case._replace(seed=args.seed or 0) for case in cases]
-    if args.batches:
-        cases = [case._replace(batch=batch) for case in cases for batch in args.batches]
     _check(args)
-    if args.traffic:
-        return _traffic(args, cases, dtype)
-    if args.explain or args.roofline or args.sweep:
-        return (_roofline if args.roofline else _sweep if args.sweep else _explain)(args, cases, dtype)
+    instead = ((args.traffic, _traffic), (args.explain, _explain), (args.roofline, _roofline), (args.sweep, _sweep))
+    show = next((show for asked, show in instead if asked), _implementations)
+    return show(args, _cases(args), getattr(torch, args.dtype))
+
+
+def _cases(args: argparse.Namespace) -> list[Case]:
+    named = [CASES[name]._replace(seed=args.seed or 0) for name in (CASES if "all" in args.cases else args.cases)]
+    return [case._replace(batch=batch) for case in named for batch in args.batches or [case.batch]]
+
+
+def _implementations(args: argparse.Namespace, cases: list[Case], dtype: torch.dtype) -> int:
+    """The header and the table."""
     if args.device == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU here")
         torch.set_default_device("cuda")
     base = regression.load(args.compare) if args.compare else None  # before anything takes long
-    about = describe_machine(dtype)
-
-    say(
-        args,
-        "\n".join(f"- {name}: {value}" for name, value in (*about.items(), *((c.title, c.describe()) for c in cases))),
-    )
-    names = args.implementations or names_for(cases)
+    about, names = describe_machine(dtype), args.implementations or names_for(cases)
+    facts = *about.items(), *((case.title, case.describe()) for case in cases)
+    say(args, "\n".join(f"- {name}: {value}" for name, value in facts))
+    asked = [(case, backward) for case in cases for backward in _passes(args)]
     if base:
-        keys = [(case, pass_name(backward)) for case in cases for backward in _passes(args)]
+        keys = [(case, pass_name(backward)) for case, backward in asked]
         regression.check(base, args.dtype, about["threads"], keys, names[0])
     say(args, "\n" + table.head(f"{args.dtype}, ± half the quartile distance", names))
-    measured, rows = [], []
+    lines, rows = [], []
     report = {"dtype": args.dtype, "machine": about, "results": rows}
-    for case in cases:
-        for backward in _passes(args):
-            label = case.label(backward)
-            try:
-                results = compare(case, backward, names, dtype=dtype, seconds=args.seconds, memory=args.memory)
-            except DisagreementError as error:
-                complain(args, f"{label}: {error}")
-                return 1
-            say(args, table.rows(label, results))
-            measured.append((case, backward, results))
-            rows += [{"case": case._asdict(), "pass": pass_name(backward), **result._asdict()} for result in results]
-            if args.save:  # at once: the next case may fail
-                args.save.write_text(json.dumps({"command": args.command, **report}))
-    if found := table.narrowest((case.label(backward), results) for case, backward, results in measured):
+    for case, backward in asked:
+        label = case.label(backward)
+        try:
+            results = compare(case, backward, names, dtype=dtype, seconds=args.seconds, memory=args.memory)
+        except DisagreementError as error:
+            complain(args, f"{label}: {error}")
+            return 1
+        say(args, table.rows(label, results))
+        lines.append((label, results))
+        rows += [{"case": case._asdict(), "pass": pass_name(backward), **result._asdict()} for result in results]
+        if args.save:  # at once: the next case may fail
+            write_atomically(args.save, json.dumps({"command": args.command, **report}).encode())
+    if found := table.narrowest(lines):
         say(args, found)
-    changes = regression.changes(base, report) if base else []
+    return _conclude(args, report, base)
+
+
+def _conclude(args: argparse.Namespace, report: dict, base: dict | None) -> int:
+    """Emit the report, with what changed since the base; 1 if anything got slower or larger."""
+    if base is None:
+        emit(args, report)
+        return 0
+    changes = regression.changes(base, report)
     if changes:
         say(args, f"\nAgainst {args.compare}, beside the other implementations:")
         say(args, "\n".join(f"- {change.describe()}" for change in changes))
-    emit(args, {**report, "changes": [change._asdict() for change in changes]} if base else report)
+    emit(args, {**report, "changes": [change._asdict() for change in changes]})
     return int(any(change.slower or change.larger for change in changes))
 
 
@@ -246,7 +268,7 @@ def describe_machine(dtype: torch.dtype) -> dict[str, object]:
 
 
 def _gpu() -> str:
-    if torch.get_default_device().type != "cuda":
+    if not on_gpu():
         return "not used"
     about = torch.cuda.get_device_properties()
     runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"

@@ -63,18 +63,23 @@ def prepare(case: Case, backward: bool, names: Sequence[str], dtype: torch.dtype
     """Get a case ready to be measured: arguments and errors as for :func:`compare`."""
     problem = make_problem(case, dtype)
     room = available_memory()
-    needs = {name: bytes_held(name, case, backward, dtype) for name in IMPLEMENTATIONS}
-    left_out = {name: f"needs ~{needs[name] / 2**30:.0f} GiB" for name in names if needs[name] > room}
-    left_out |= {name: reason for name in names if (reason := IMPLEMENTATIONS[name].missing())}
-    left_out |= {
-        name: f"{str(only).removeprefix('torch.')} only"
-        for name in names
-        if (only := IMPLEMENTATIONS[name].only) not in (None, dtype)
-    }
-    left_out |= {name: "another routing" for name in names if not IMPLEMENTATIONS[name].computes(case)}
-    forwards = {name: IMPLEMENTATIONS[name].make() for name in names if name not in left_out}
-    check(forwards, checked_part(problem, needs["reference"], room), backward)
-    return Prepared(problem, forwards, left_out)
+    reasons = {name: why_not(name, case, backward, dtype, room) for name in names}
+    forwards = {name: IMPLEMENTATIONS[name].make() for name, reason in reasons.items() if not reason}
+    check(forwards, checked_part(problem, bytes_held("reference", case, backward, dtype), room), backward)
+    return Prepared(problem, forwards, {name: reason for name, reason in reasons.items() if reason})
+
+
+def why_not(name: str, case: Case, backward: bool, dtype: torch.dtype, room: int) -> str:
+    """Why an implementation cannot be measured on a case, with so many bytes of memory, or nothing."""
+    implementation = IMPLEMENTATIONS[name]
+    if not implementation.computes(case):
+        return "another routing"
+    if implementation.only not in (None, dtype):
+        return f"{str(implementation.only).removeprefix('torch.')} only"
+    if reason := implementation.missing():
+        return reason
+    needed = bytes_held(name, case, backward, dtype)
+    return f"needs ~{needed / 2**30:.0f} GiB" if needed > room else ""
 
 
 def bytes_held(name: str, case: Case, backward: bool, dtype: torch.dtype) -> int:

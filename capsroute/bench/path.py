@@ -10,7 +10,7 @@ from .. import _autograd, _ops, reference
 from .registry import Case, Problem
 
 
-class Path(NamedTuple):
+class Plan(NamedTuple):
     """The choices of csrc/cpu/routing.h, Plan; `chunk`, `keeps_pairs` and `few_inputs` are of a backward alone."""
 
     scratch: int
@@ -28,7 +28,7 @@ class Path(NamedTuple):
     threads: int
 
 
-def path_of(problem: Problem, backward: bool) -> Path:
+def path_of(problem: Problem, backward: bool) -> Plan:
     """The path of the forward, or of the backward, with gradients for u and the weight.
 
     Raises:
@@ -46,10 +46,10 @@ def path_of(problem: Problem, backward: bool) -> Path:
     options = (iterations, problem.coupling == "in", False, 1e-9, room, backward)
     numbers = torch.ops.capsroute.plan(u.detach(), weight, None, logits, None, *options)
     found = dict(pair.split("=") for pair in numbers.split())
-    return Path(*(int(found[name]) for name in Path._fields))
+    return Plan(*(int(found[name]) for name in Plan._fields))
 
 
-def explain(case: Case, path: Path, backward: bool) -> str:
+def explain(case: Case, path: Plan, backward: bool) -> str:
     """The path, and why, in words."""
     rows = {
         "IJOD": "votes W u are made in the stream, of several samples for each load of W",
@@ -89,7 +89,7 @@ def streamed(case: Case, backward: bool) -> int:
     return (1 if case.detach_coupling else case.iterations) - (case.weight not in ("JOD", "OD"))
 
 
-def operations(case: Case, path: Path, backward: bool) -> int:
+def operations(case: Case, path: Plan, backward: bool) -> int:
     """Floating-point operations of the forward, or the backward: two for each multiply-add of votes, agreement, sums
     and gradients. Exponentials, squash and what is of the size of v are not counted.
     """

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import _backends
 from ..functional import capsule_linear, dynamic_routing
+from ..nn.linear import first_pass_gain
 from .plain import matmul
 from .rechub import no_rechub, rechub
 
@@ -114,7 +115,7 @@ class Problem(NamedTuple):
 
 
 def make_problem(case: Case, dtype: torch.dtype = torch.float32) -> Problem:
-    """Random tensors for a case: |u| is about 1, votes as :class:`CapsuleLinear` makes them.
+    """Random tensors for a case: |u| is about 1, votes as :class:`capsroute.nn.CapsuleLinear` makes them.
 
     They are drawn on the CPU, and lie on torch's default device.
     """
@@ -128,7 +129,7 @@ def make_problem(case: Case, dtype: torch.dtype = torch.float32) -> Problem:
         return x.to(torch.get_default_device(), dtype)
 
     weight, logits = None, None
-    std = min(outputs / math.sqrt(inputs), 1) / math.sqrt(out_features)
+    std = first_pass_gain(inputs, outputs, case.coupling) / math.sqrt(out_features)
     if case.weight:
         u = normal(batch, inputs, in_features, std=1 / math.sqrt(in_features))
         sizes = {"I": inputs, "D": in_features, "J": outputs, "O": out_features}

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from .measure import Result
 from .registry import Case
 
 SPREADS = 3  # half quartile distances: twice the standard deviation of a normal distribution
@@ -50,10 +51,12 @@ def load(path: Path) -> dict:
     try:
         report = json.loads(path.read_text())
         if report["command"] != "bench":
-            raise KeyError("command")
+            raise ValueError(f"it is of the command {report['command']}")
         _rows(report), report["dtype"], report["machine"]["threads"]  # all that is read of it
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not what `capsroute bench --save` writes") from error
+    except KeyError as error:
+        raise ValueError(f"{path} is not what `capsroute bench --save` writes: it lacks {error}") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not what `capsroute bench --save` writes: {error}") from error
     return report
 
 
@@ -88,27 +91,36 @@ def changes(base: dict, report: dict) -> list[Change]:
     return [_change(f"{case.title}, {label}", first, before[case, label], now[case, label]) for case, label in shared]
 
 
-def _rows(report: dict) -> dict[tuple, dict[str, dict]]:
+def _rows(report: dict) -> dict[tuple[Case, str], dict[str, Result]]:
     """What was measured, by case and pass, by implementation."""
-    found: dict[tuple, dict[str, dict]] = {}
+    found: dict[tuple[Case, str], dict[str, Result]] = {}
     for row in report["results"]:
-        if row["seconds"] is not None:
+        result = Result(*(row[name] for name in Result._fields))
+        if result.seconds is not None:
             key = Case(**row["case"]), row["pass"]
-            found.setdefault(key, {})[row["name"]] = row
+            found.setdefault(key, {})[result.name] = _checked(result)
     return found
 
 
-def _change(label: str, first: str, before: dict[str, dict], now: dict[str, dict]) -> Change:
-    def spread(name: str) -> float:
-        return max((row["upper"] - row["lower"]) / 2 / row["seconds"] for row in (before[name], now[name]))
+def _checked(result: Result) -> Result:
+    if not 0 <= result.lower <= result.seconds <= result.upper < math.inf or result.seconds == 0:
+        raise ValueError(f"{result.name} took {result.seconds} s, from {result.lower} to {result.upper}")
+    if result.peak_bytes is not None and not 0 <= result.peak_bytes < math.inf:
+        raise ValueError(f"{result.name} took {result.peak_bytes} bytes")
+    return result
 
-    ratios = {name: now[name]["seconds"] / before[name]["seconds"] for name in now if name in before}
+
+def _change(label: str, first: str, before: dict[str, Result], now: dict[str, Result]) -> Change:
+    def spread(name: str) -> float:
+        return max((result.upper - result.lower) / 2 / result.seconds for result in (before[name], now[name]))
+
+    ratios = {name: now[name].seconds / before[name].seconds for name in now if name in before}
     own = ratios.pop(first)
     machine = statistics.median(ratios.values()) if ratios else 1.0
     # The drift is a median, so one noisy bystander does not move it, nor what is allowed.
     noise = SPREADS * math.hypot(spread(first), statistics.median(map(spread, ratios)) if ratios else 0.0)
     memory, larger = None, False
-    was, is_now = before[first]["peak_bytes"], now[first]["peak_bytes"]
+    was, is_now = before[first].peak_bytes, now[first].peak_bytes
     if was is not None and is_now is not None:
         memory = is_now / was if was else None
         larger = is_now > MEMORY[0] * was + MEMORY[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path as File
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -98,7 +98,7 @@ def rows(machine: Machine, points: Sequence[Point]) -> str:
     return "\n".join([*lines, "", *(f"- {p.label}: {p.path}" for p in points)])
 
 
-def plot(machine: Machine, points: Sequence[Point], file: File) -> None:
+def plot(machine: Machine, points: Sequence[Point], file: Path) -> None:
     """Draw the points under the roof."""
     figure = optional("matplotlib.figure").Figure((8, 5), layout="constrained")
     axes = figure.subplots()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path as File
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -112,7 +112,7 @@ def rows(curve: Curve) -> str:
     return "\n".join([*lines, "", f"{curve.label}: {verdict}\n"])
 
 
-def plot(curves: Sequence[Curve], file: File) -> None:
+def plot(curves: Sequence[Curve], file: Path) -> None:
     """Draw the time for one against the size."""
     figure = optional("matplotlib.figure").Figure((7, 4.5), layout="constrained")
     axes = figure.subplots()

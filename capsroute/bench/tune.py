@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from typing import NamedTuple
@@ -53,20 +54,27 @@ def execute(args: argparse.Namespace) -> int:
 
 
 class Tuned(NamedTuple):
-    """Seconds of forward + backward of a case, by the tiles as they were and by the best, and where those are kept."""
+    """Seconds of forward + backward of a case, by the tiles as they were and by the best, and where those are kept.
+
+    Those as they were may not fit on this GPU: then `before` is None.
+    """
 
     case: str
-    before: float
+    before: float | None
     seconds: float
     path: str
 
     def describe(self) -> str:
-        before, after = format_seconds(self.before), format_seconds(self.seconds)
-        return f"{self.case}: {before} -> {after} forward + backward, kept in {self.path}"
+        before = "did not fit" if self.before is None else format_seconds(self.before)
+        return f"{self.case}: {before} -> {format_seconds(self.seconds)} forward + backward, kept in {self.path}"
 
 
 def tune(case: Case, dtype: torch.dtype) -> Tuned:
-    """Search the tiles of a case's layer, forward and backward, and store them."""
+    """Search the tiles of a case's layer, forward and backward, and store them.
+
+    Raises:
+        ValueError: if none fits on this GPU.
+    """
     from triton.runtime.errors import OutOfResources
 
     from .._triton import tuning
@@ -79,14 +87,16 @@ def tune(case: Case, dtype: torch.dtype) -> Tuned:
                 times = [gpu_seconds(lambda: run(_by_triton, problem, True)) for _ in range(ROUNDS)]
             except OutOfResources as error:
                 print(f"{case.name}: {candidate}: {error}", file=sys.stderr)
-                return float("inf")
+                return math.inf
         return statistics.median(times[1:])
 
     start = tuning.for_device(torch.cuda.get_device_properties())
     best, least, before = tuning.search(seconds, start)
+    if least == math.inf:
+        raise ValueError(f"{case.name}: no tile that is tried fits on this GPU")
     layer = tuning.key(case.form, case.outputs, case.out_features, case.in_features, dtype)
     path = tuning.store(torch.cuda.get_device_name(), layer, best)
-    return Tuned(case.name, before, least, str(path))
+    return Tuned(case.name, None if before == math.inf else before, least, str(path))
 
 
 def _by_triton(problem):

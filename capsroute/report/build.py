@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from .. import __version__
+from .._files import write_atomically
 from ..bench.step import compare_training_step
 from ..nn import CapsNet, CapsNetOutput
 from ..training.batches import Batch, evaluation_batches
-from ..training.checkpoint import Checkpoint, write_atomically
+from ..training.checkpoint import Checkpoint
 from ..training.data import Dataset
 from ..training.options import AMP_DTYPES, TrainingOptions
 from ..training.overlap import lay_over

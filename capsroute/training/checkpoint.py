@@ -6,13 +6,13 @@ There are two kinds. "model" is a network to use; "training" is everything that 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._files import write_atomically
 from .._optional import optional
 from ..nn import CapsNet
 from .options import TrainingOptions
@@ -124,24 +124,6 @@ def history_to_json(history: list[Epoch]) -> list[dict]:
 def history_from_json(epochs: list[dict]) -> list[Epoch]:
     """The inverse of :func:`history_to_json`; numbers come back bit for bit."""
     return [Epoch(Score(**e["train"]), Score(**e["held_out"]), float(e["seconds"])) for e in epochs]
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file so that at no time a part of it can be seen under its name.
-
-    A process that is killed may leave `.NAME.unfinished` behind, which the next write replaces.
-    """
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # else a crash could leave the new name with none of its data
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
 
 
 def _write(path: str | Path, kind: str, tensors: dict[str, Tensor], content: dict) -> None:

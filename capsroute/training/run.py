@@ -18,11 +18,12 @@ from typing import NamedTuple
 import torch
 
 from .._console import rank
+from .._files import remove_unfinished, write_atomically
 from .._optional import optional
 from ..nn import CapsNet
 from . import distributed, overlap
 from .batches import Share, steps_per_epoch
-from .checkpoint import Checkpoint, history_to_json, load_training, save, save_training, write_atomically
+from .checkpoint import Checkpoint, history_to_json, load_training, save, save_training
 from .data import Dataset, hold_out
 from .options import TrainingOptions
 from .progress import progress
@@ -121,6 +122,8 @@ def run_training(
     with ExitStack() as stack:
         if writes:
             stack.enter_context(_alone_in(run_dir))
+            for name in (TRAINING, MODEL, HISTORY):
+                remove_unfinished(run_dir / name)
         if (found := found_in(run_dir)) and not overwrite:
             if TRAINING not in found:
                 raise RunError(f"{run_dir} holds {found[0]}, but no {TRAINING} to go on from: --overwrite begins anew")

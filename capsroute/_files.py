@@ -1,0 +1,32 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import glob
+import os
+import secrets
+from pathlib import Path
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write a file so that at no time a part of it can be seen under its name, and the last of several writers wins.
+
+    A process that is killed may leave `.NAME.*.unfinished` behind, for :func:`remove_unfinished`.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.unfinished")  # of this call alone
+    try:
+        with open(unfinished, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # else a crash could leave the new name with none of its data
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what killed writers of a file left; only where nobody can be writing it now."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*unfinished"):
+        left.unlink(missing_ok=True)

@@ -1,0 +1,58 @@
+"""`capsroute tune` where tiles do not fit: without a GPU, whose clock is made up here."""
+
+import json
+
+import pytest
+import torch
+
+from capsroute._triton import tuning
+from capsroute.bench import tune
+from capsroute.cli import main
+
+errors = pytest.importorskip("triton.runtime.errors")
+START = tuning.Tuning(row=7)  # none of the alternatives
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A GPU on which the tiles that `fits` says yes to take a millisecond, and the others do not fit."""
+
+    def take(fits):
+        def seconds(call):
+            if not fits(tuning.for_shape()):
+                raise errors.OutOfResources(99, 48, "shared memory")
+            return 1e-3
+
+        monkeypatch.setattr(tune, "gpu_seconds", seconds)
+
+    monkeypatch.setattr("capsroute._triton.load", lambda: (True, ""))
+    for name, value in (
+        ("is_available", lambda: True),
+        ("get_device_properties", lambda: None),
+        ("get_device_name", lambda device=None: "a GPU"),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "set_default_device", lambda device: None)
+    monkeypatch.setattr(tuning, "for_device", lambda properties: START)
+    monkeypatch.setenv("CAPSROUTE_TUNING", str(tmp_path / "tuning.json"))
+    tuning.measured.cache_clear()
+    yield take
+    tuning.measured.cache_clear()
+
+
+def test_where_the_first_tiles_do_not_fit_the_rest_are_told(gpu, capsys):
+    gpu(lambda candidate: candidate != START)
+    assert main(["tune", "--case", "efficient", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "efficient: did not fit -> 1 ms forward + backward, kept in" in err
+    (result,) = json.loads(out)["results"]
+    assert (result["before"], result["seconds"]) == (None, 1e-3)
+    (stored,) = tuning.measured()["a GPU"].values()
+    assert stored != START
+
+
+def test_where_no_tile_fits_none_is_kept(gpu, capsys):
+    gpu(lambda candidate: False)
+    assert main(["tune", "--case", "efficient"]) == 2
+    assert "tune: error: efficient: no tile that is tried fits on this GPU" in capsys.readouterr().err
+    assert not tuning.cache_file().exists()
