@@ -240,7 +240,7 @@ def _checked(check, tensors):
     """
     u, weight = tensors[:2]
     autocast = isinstance(u, Tensor) and _autocast.is_on(u)
-    if autocast or torch.compiler.is_compiling():
+    if autocast or torch.compiler.is_compiling() or torch.jit.is_tracing():  # sizes of a trace are tensors
         return *check(*tensors), autocast
     try:
         key = check, *map(_kind, tensors)

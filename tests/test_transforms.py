@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import capsroute
+from capsroute import functional
 
 EVERYTHING = {"bias": True, "logits": "BIJ", "mask": "BI"}
 
@@ -240,3 +241,16 @@ def test_traced_with_symbolic_sizes(fused):
     traced = make_fx(routed, tracing_mode="symbolic")(u, weight)
     more = u.repeat(2, 1, 1)
     assert_close(traced(more, weight), routed(more, weight))
+
+
+@pytest.mark.filterwarnings("ignore:.*jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_call_takes_another_batch(fused):
+    problem = random_problem((4, 9, 3, 3, 5), bias=True)
+    function, tensors = function_of(problem, fused)
+    function(*tensors)
+    known = len(functional._sizes)
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda u: function(u, *tensors[1:]), (tensors[0],))
+        assert len(functional._sizes) == known  # those of a trace are tensors, and never found again
+        more = torch.cat([tensors[0], tensors[0]])
+        assert_close(traced(more), function(more, *tensors[1:]))
