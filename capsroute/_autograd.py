@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
+from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from . import _autocast, reference
@@ -111,7 +111,8 @@ def _call(name, namespace, *arguments):
     if _is_transformed() or in_forward_mode():
         return op(*arguments)
     if torch.is_grad_enabled() and _requires_grad(arguments):
-        return _FUNCTIONS[name].apply(op, None, *arguments)
+        # what a transformation saved is wrapped still after its end, when autograd would not look below
+        return _FUNCTIONS[name].apply(op, None, *unwrap_dead_wrappers(arguments))
     return _run_below(op, None, arguments)
 
 

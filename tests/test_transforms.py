@@ -113,6 +113,19 @@ def test_jacrev_equals_a_loop(fused):
         assert_close(jacobian.flatten(0, v.dim() - 1), torch.stack(parts))
 
 
+@pytest.mark.parametrize("options", [{"bias": True}, {"query": "BJO"}], ids=str)
+def test_autograd_of_a_pullback_after_its_transformation_ended(fused, options):
+    problem = random_problem((2, 3, 2, 2, 3), **options)
+    second = []
+    for backend in (fused, "reference"):
+        function, leaves = problem.as_function(backend)
+        v, pullback = torch.func.vjp(function, *leaves)
+        first = pullback(v)
+        second.append(torch.autograd.grad(sum(x.square().sum() for x in first), leaves))
+    for found, expected in zip(*second, strict=True):
+        assert_close(found, expected)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.enable_grad])
 def test_forward_mode_refuses_rather_than_lose_the_tangent(fused, name, grad_mode):
