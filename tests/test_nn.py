@@ -105,6 +105,16 @@ def test_capsnet_takes_any_image(image_shape, grid):
     assert output.reconstruction.shape == (2, *image_shape)
 
 
+@pytest.mark.parametrize("side", [28, 224, 512])
+def test_capsnet_passes_over_no_part_of_a_large_image(side):
+    images = torch.rand(1, 1, side, side, requires_grad=True)
+    net = CapsNet((1, side, side), 2, channels=2, types=1, hidden=(4,), iterations=1)
+    torch.nn.init.ones_(net.conv.weight)  # nothing is cut off by the ReLU
+    (influence,) = torch.autograd.grad(net.primary_capsules(images).sum(), images)
+    end = side - max(round(side * 2 / 28), 1)  # what fills no more capsules may be left over there
+    assert influence[0, 0, :end, :end].all()
+
+
 def test_capsnet_is_the_papers_by_default():
     with torch.device("meta"):
         net = CapsNet((1, 28, 28), 10)

@@ -28,7 +28,7 @@ class CapsNet(nn.Module):
 
     Convolution, :class:`PrimaryCapsules`, :class:`CapsuleLinear` to one capsule a class, :class:`Decoder`.
     The defaults are the paper's. Its kernels of 9 and stride of 2 belong to 28 x 28 pixels; other
-    sizes get them in proportion, the kernel between 3 and 9.
+    sizes get them in proportion, the kernels between 3 and 9, that of the primary capsules also as long as its stride.
 
     Args:
         image_shape: (channels, height, width).
@@ -67,10 +67,10 @@ class CapsNet(nn.Module):
         check_sizes(primary_features=primary_features, class_features=class_features)
         self.image_shape = tuple(image_shape)
         factory = {"device": device, "dtype": dtype}
-        kernel, stride, grid = zip(*map(_scale, image_shape[1:]), strict=True)
+        kernel, primary_kernel, stride, grid = zip(*map(_scale, image_shape[1:]), strict=True)
         self.grid = (*grid, types)  # of the primary capsules: height, width, types
         self.conv = nn.Conv2d(image_shape[0], channels, kernel, **factory)
-        self.primary = PrimaryCapsules(channels, types, primary_features, kernel, stride, **factory)
+        self.primary = PrimaryCapsules(channels, types, primary_features, primary_kernel, stride, **factory)
         self.routing = CapsuleLinear(
             grid[0] * grid[1] * types, primary_features, classes, class_features, iterations, backend=backend, **factory
         )
@@ -93,11 +93,12 @@ class CapsNet(nn.Module):
         return CapsNetOutput(capsules, capsule_lengths(capsules), self.decoder(capsules, labels))
 
 
-def _scale(side: int) -> tuple[int, int, int]:
-    """Kernel, stride of the primary capsules and their number along one side of the image."""
+def _scale(side: int) -> tuple[int, int, int, int]:
+    """Along one side of the image the kernel, that of the primary capsules, their stride and their number."""
     kernel = min(max(round(side * 9 / 28), 3), 9)
     stride = max(round(side * 2 / 28), 1)
-    positions = (side - 2 * kernel + 1) // stride + 1  # neither convolution is padded
+    primary_kernel = max(kernel, stride)  # so that none of a large image is passed over
+    positions = (side - kernel - primary_kernel + 1) // stride + 1  # neither convolution is padded
     if positions < 1:
         raise ValueError(f"image_shape must have a height and width of at least 5, got {side}")
-    return kernel, stride, positions
+    return kernel, primary_kernel, stride, positions
