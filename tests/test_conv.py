@@ -150,14 +150,19 @@ def test_many_chunks_are_not_summed_in_low_precision():
         assert chunked <= 2 * whole
 
 
-def test_only_wanted_gradients():
+@pytest.mark.parametrize("left_out", [None, "x", "weight", "bias"])
+def test_only_wanted_gradients(monkeypatch, left_out):
     layer = make(CapsuleConv2d, {"bias": True}, chunk_bytes=ROW_BY_ROW)
-    layer.weight.requires_grad_(False)
-    x = torch.randn(2, 4, 4, *IN, dtype=torch.float64, requires_grad=True)
-    found = torch.autograd.grad(layer(x).sum(), (x, layer.bias))
-    layer.weight.requires_grad_(True)
+    leaves = {"x": torch.randn(2, 4, 4, *IN, dtype=torch.float64), "weight": layer.weight, "bias": layer.bias}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name != left_out)
+    wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
+    asked, vjp = [], torch.func.vjp
+    monkeypatch.setattr(torch.func, "vjp", lambda f, *primals: asked.append(len(primals)) or vjp(f, *primals))
+    found = torch.autograd.grad(layer(leaves["x"]).sum(), wanted)
+    assert asked == [len(wanted)] * 4  # two images of two rows
     layer.chunk_bytes = ALL_AT_ONCE
-    assert_close(found, torch.autograd.grad(layer(x).sum(), (x, layer.bias)))
+    assert_close(found, torch.autograd.grad(layer(leaves["x"]).sum(), wanted))
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of unfold's backward under vmap

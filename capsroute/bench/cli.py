@@ -174,7 +174,7 @@ def _conclude(args: argparse.Namespace, report: dict, base: dict | None) -> int:
 def _check(args: argparse.Namespace) -> None:
     """That options go together and files can be written, before anything takes long."""
     if args.plot and not (args.roofline or args.sweep):
-        raise ValueError("--plot draws what --roofline or --sweep measures: give both")
+        raise ValueError("--plot draws what --roofline or --sweep measures: give one of them too")
     if args.traffic or args.explain or args.roofline or args.sweep:
         if args.save or args.compare or args.memory:
             instead = "--traffic, --explain, --roofline or --sweep"

@@ -17,6 +17,7 @@ from .table import format_seconds
 from .traffic import fewest
 
 SIZE, BYTES, SECONDS = 1024, 256 << 20, 2.0
+ABOVE = "above the roof lies what stays in a cache from one call to the next"
 
 
 class Machine(NamedTuple):
@@ -95,18 +96,20 @@ def rows(machine: Machine, points: Sequence[Point]) -> str:
             f"| {p.label} | {format_seconds(p.seconds)} | {p.flops / 1e9:.3g} | {peak} | {p.bytes / 1e6:.4g} | "
             f"{bandwidth} | {roof} |"
         )
+    if any(p.flops > p.roof(machine) for p in points):
+        lines += ["", f"{ABOVE.capitalize()}."]
     return "\n".join([*lines, "", *(f"- {p.label}: {p.path}" for p in points)])
 
 
 def plot(machine: Machine, points: Sequence[Point], file: Path) -> None:
-    """Draw the points under the roof."""
+    """Draw the points and the roof."""
     figure = optional("matplotlib.figure").Figure((8, 5), layout="constrained")
     axes = figure.subplots()
     least = min([p.intensity for p in points]) / 2
     most = max([p.intensity for p in points] + [2 * machine.flops / machine.bandwidth]) * 2
     ridge = machine.flops / machine.bandwidth
     axes.plot([least, ridge, most], [least * machine.bandwidth, machine.flops, machine.flops], color="black")
-    markers = "os^vD<>Pp*Xh8dH1234"
+    markers = "os^vD<>Pp*Xh8dH"  # each has a face, which is empty for a backward
     cases = list(dict.fromkeys(p.case for p in points))
     for p in points:
         index = cases.index(p.case)
@@ -114,7 +117,7 @@ def plot(machine: Machine, points: Sequence[Point], file: Path) -> None:
         filled = "none" if "backward" in p.label else colour
         axes.plot(p.intensity, p.flops, marker, color=colour, markerfacecolor=filled, label=p.label)
     axes.set(xscale="log", yscale="log", xlabel="operations for each byte that must be moved", ylabel="operations / s")
-    axes.set_title(f"capsroute's CPU kernels below the roof of this machine, its peak in {machine.dtype}")
+    axes.set_title(f"CPU kernels, and what this machine can do in {machine.dtype}\n({ABOVE})", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file, dpi=150)

@@ -115,21 +115,27 @@ class _InChunks(torch.autograd.Function):
     def backward(ctx, grad_v):
         x, mask, weight, bias = ctx.saved_tensors
         windows, options = ctx.windows, ctx.options
-        shared = [p for p in (weight, bias) if p is not None]
-        dx, dshared = grad_v.new_zeros(x.shape, dtype=x.dtype), [0] * len(shared)
+        needs_x, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        wanted = [k for k, need in enumerate((needs_x, needs_weight, needs_bias)) if need]
+        dx = grad_v.new_zeros(x.shape, dtype=x.dtype) if needs_x else None
+        sums = {k: 0 for k in wanted if k > 0}
         for images, y in ctx.chunks:
             x_part, mask_part = _chunk_of(x, mask, windows, (images, y))
+            tensors = x_part, weight, bias
 
-            def route(x, weight, bias=None, mask=mask_part):
+            def route(*values, tensors=tensors, mask=mask_part):
+                x, weight, bias = (dict(enumerate(tensors)) | dict(zip(wanted, values, strict=True))).values()
                 return _route(x, mask, weight, bias, windows, options)
 
             with _autocast.off(x):
-                dx_part, *parts = torch.func.vjp(route, x_part, *shared)[1](grad_v[images, y])
-            dx[images, windows.rows(y)] += dx_part  # windows of neighbouring chunks overlap
-            # Many chunks may be summed: not in low precision.
-            dshared = [d + part.to(accumulation_dtype(x.dtype)) for d, part in zip(dshared, parts, strict=True)]
-        dshared = [d.to(p.dtype) for d, p in zip(dshared, shared, strict=True)]
-        return dx, None, *dshared, *[None] * (bias is None), None, None, None
+                parts = torch.func.vjp(route, *(tensors[k] for k in wanted))[1](grad_v[images, y])
+            for k, part in zip(wanted, parts, strict=True):
+                if k == 0:
+                    dx[images, windows.rows(y)] += part  # windows of neighbouring chunks overlap
+                else:  # many chunks may be summed: not in low precision
+                    sums[k] = sums[k] + part.to(accumulation_dtype(x.dtype))
+        dweight, dbias = (sums[k].to(p.dtype) if k in sums else None for k, p in ((1, weight), (2, bias)))
+        return dx, None, dweight, dbias, None, None, None
 
 
 def _chunk_of(x: Tensor, mask: Tensor | None, windows: Windows, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
