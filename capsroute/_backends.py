@@ -73,7 +73,7 @@ def _pass_by_reference(u, weight, query, logits, mask, options, return_coupling)
 BACKENDS = {
     "cpu": of_ops("capsroute", _ops.cpu_library, _cpu_serves),
     "cuda": of_ops("capsroute", _cuda_here, _cuda_serves),
-    "triton": of_ops(_triton.NAMESPACE, _triton.installed, lambda u, weight: _triton.serves(u)),
+    "triton": of_ops(_triton.NAMESPACE, _triton.here, lambda u, weight: _triton.serves(u)),
     "reference": Backend(
         lambda: (True, "plain PyTorch, on any device"),
         lambda u, weight: (True, "it serves every call"),

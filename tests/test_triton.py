@@ -184,6 +184,16 @@ def test_triton_that_is_absent_is_a_reason(monkeypatch):
     assert capsroute.backends()["triton"] == (False, "Triton is not installed")
 
 
+def test_no_gpu_to_run_on_is_a_reason(monkeypatch):
+    monkeypatch.setattr(_triton, "_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    can, why = capsroute.backends()["triton"]
+    assert not can
+    assert why.endswith("but torch sees no CUDA or ROCm device here")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert capsroute.backends()["triton"][0]
+
+
 def test_gpus_of_other_makers_are_refused():
     can, why = _triton.serves(torch.empty(1, 1, 1, device="meta"))
     assert not can

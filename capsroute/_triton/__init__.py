@@ -31,6 +31,14 @@ def installed() -> tuple[bool, str]:
     return True, f"Triton {version}{', interpreted' if _interpreted() else ''}"
 
 
+def here() -> tuple[bool, str]:
+    """Whether there is also something that it can run on, or why not."""
+    can, why = installed()
+    if can and not _interpreted() and not torch.cuda.is_available():
+        return False, f"{why}, but torch sees no CUDA or ROCm device here"
+    return can, why
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
