@@ -180,6 +180,16 @@ def evaluate(model: Recommender, world: World, users: Clicks, generator: torch.G
     return recall, (hit.sum(-1) / users.liked).double().mean().item()
 
 
+def encoders(sizes: Sizes) -> dict[str, nn.Module]:
+    """What makes users' vectors, by name."""
+    shape = sizes.clicks, sizes.features, sizes.interests, sizes.features
+    return {
+        "mean pooling": MeanPooling(sizes.features),
+        "MIND": Interests(MultiInterest(*shape)),
+        "ComiRec-DR": Interests(MultiInterest(*shape, shared=None, prior="zero", detach_coupling=True)),
+    }
+
+
 def run(sizes: Sizes, seed: int = 0) -> dict[str, tuple[float, float]]:
     """Train and evaluate each model; prints a line for each."""
     torch.manual_seed(seed)
@@ -187,16 +197,10 @@ def run(sizes: Sizes, seed: int = 0) -> dict[str, tuple[float, float]]:
     world = World(sizes, generator)
     users, test_users = world.users(sizes.users), world.users(sizes.test_users)
     frequency = torch.bincount(users.items.flatten(), minlength=sizes.items).clamp_min(1) / users.items.numel()
-    shape = sizes.clicks, sizes.features, sizes.interests, sizes.features
-    encoders = {
-        "mean pooling": MeanPooling(sizes.features),
-        "MIND": Interests(MultiInterest(*shape)),
-        "ComiRec-DR": Interests(MultiInterest(*shape, shared=None, prior="zero")),
-    }
     results = {"knowing the topics": (world.best_recall(test_users), 1.0)}
     print(f"{'':20}  recall@20  recovery   seconds", flush=True)
     print(f"{'knowing the topics':20}  {results['knowing the topics'][0]:9.3f}  {1:8.3f}", flush=True)
-    for name, encoder in encoders.items():
+    for name, encoder in encoders(sizes).items():
         start = time.perf_counter()
         model = Recommender(sizes, encoder, frequency)
         train(model, users, sizes, generator)

@@ -86,6 +86,16 @@ def test_a_layer_is_probed_without_autocast():
     assert entry.swapped, entry.reason
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_layer_is_probed_outside_inference_mode(inside):
+    with torch.inference_mode(inside):
+        layer = DenseCapsule()
+    with torch.inference_mode():
+        (entry,) = capsroute.accelerate(layer, quiet=True).entries
+        assert torch.is_inference_mode_enabled()
+    assert entry.swapped, entry.reason
+
+
 def test_an_option_that_is_changed_later_is_not_ignored():
     layer = rechub(1)
     capsroute.accelerate(layer, quiet=True)

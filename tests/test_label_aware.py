@@ -73,3 +73,5 @@ def test_attention_refuses_wrong_arguments():
         LabelAwareAttention(0.5)
     with pytest.raises(TypeError, match="power must be a float, got str"):
         LabelAwareAttention("inf")
+    with pytest.raises(ValueError, match=r"label must be on the device of the input capsules, .*, got meta"):
+        attention(torch.randn(2, INTERESTS, OUT), torch.randn(2, OUT, device="meta"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import capsroute
-from capsroute.nn import CapsuleLinear, LazyCapsuleLinear
+from capsroute.nn import CapsuleLinear, LazyCapsuleLinear, to_layout
 
 
 def test_capsule_linear_is_the_operator_with_its_own_weight(backend):
@@ -78,7 +78,9 @@ def test_capsule_linear_shows_its_sizes_and_options():
         ((7, 3, 4, 5), {"coupling": "in", "leaky": True}, ValueError, "leaky must be False"),
         ((7, 3, 4, 5), {"eps": 0.0}, ValueError, "eps must be a positive finite number"),
         ((None, 3, 4, 5), {}, TypeError, "in_capsules must be an int, got NoneType"),
+        ((7, 3, 4, 5), {"bias": "no"}, TypeError, "bias must be True or False, got 'no'"),
         ((7, 3, 4, 5), {"shared": "all"}, ValueError, 'shared must be None, "inputs" or "pairs", got \'all\''),
+        ((7, 3, 4, 5), {"shared": ["pairs"]}, ValueError, 'shared must be None, "inputs" or "pairs", got '),
     ],
 )
 def test_capsule_linear_refuses_wrong_arguments(arguments, options, error, message):
@@ -157,3 +159,8 @@ def test_a_leaky_layer_starts_as_long_as_one_without(outputs):
 def test_prior_logits_of_a_shared_matrix_are_checked(logits, error, message):
     with pytest.raises(error, match=message):
         CapsuleLinear(7, 3, 4, 5, shared="pairs")(torch.randn(2, 7, 3), logits=logits)
+
+
+def test_a_layout_is_of_a_tensor():
+    with pytest.raises(TypeError, match=r"weight must be a tensor \[I, J, O, D\], got ndarray"):
+        to_layout(torch.zeros(7, 4, 5, 3).numpy(), "[J, I, D, O]")

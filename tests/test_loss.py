@@ -87,3 +87,33 @@ def test_losses_under_vmap(loss):
 def test_margin_loss_wants_one_length_for_each_class():
     with pytest.raises(ValueError, match=r"lengths must be \[B, J\], got \[2, 3, 4\]"):
         MarginLoss()(torch.rand(2, 3, 4), torch.tensor([0, 1]))
+
+
+def test_losses_want_tensors():
+    labels = torch.tensor([0, 1])
+    with pytest.raises(TypeError, match=r"lengths must be a tensor \[B, J\], got list"):
+        MarginLoss()([[0.5, 0.1], [0.2, 0.3]], labels)
+    with pytest.raises(TypeError, match=r"activations must be a tensor \[B, J\], got list"):
+        SpreadLoss()([[0.5, 0.1], [0.2, 0.3]], labels)
+    output = CapsNet((1, 8, 8), 2, channels=2, types=1, hidden=(4,))(torch.rand(2, 1, 8, 8), labels)
+    with pytest.raises(TypeError, match=r"images must be a tensor \[B, C, H, W\] or \[B, K, C, H, W\], got list"):
+        CapsNetLoss()(output, [[0.0]], labels)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (MarginLoss, "m_plus"),
+        (lambda x: MarginLoss(m_minus=x), "m_minus"),
+        (lambda x: MarginLoss(down_weight=x), "down_weight"),
+        (CapsNetLoss, "reconstruction_weight"),
+    ],
+)
+def test_constants_of_losses_are_checked(make, name):
+    for wrong in (float("nan"), -0.1, float("inf")):
+        with pytest.raises(ValueError, match=f"{name} must be a finite number of at least 0, got {wrong}"):
+            make(wrong)
+    for wrong in ("a", True):
+        with pytest.raises(TypeError, match=f"{name} must be a float, got {type(wrong).__name__}"):
+            make(wrong)
+    make(0)

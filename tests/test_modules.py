@@ -17,6 +17,7 @@ MODULES = {
     "CapsuleLinear": (lambda: nn.CapsuleLinear(7, 3, 4, 5, bias=True), (7, 3)),
     "CapsuleLinear, inputs": (lambda: nn.CapsuleLinear(None, 3, 4, 5, shared="inputs"), (7, 3)),
     "CapsuleLinear, pairs": (lambda: nn.CapsuleLinear(None, 3, 4, 5, shared="pairs", bias=True), (7, 3)),
+    "MultiInterest": (lambda: nn.MultiInterest(7, 3, 4, 5), (7, 3)),
     "PrimaryCapsules": (lambda: nn.PrimaryCapsules(2, 3, 4, 3, 2, flatten=False), (2, 7, 7)),
     "CapsuleConv2d": (lambda: nn.CapsuleConv2d(2, 3, 3, 4, 3, 2, 1, chunk_bytes=600), (5, 5, 2, 3)),
     "CapsuleConvTranspose2d": (lambda: nn.CapsuleConvTranspose2d(2, 3, 3, 4, 2, 2, chunk_bytes=400), (3, 3, 2, 3)),

@@ -1,15 +1,19 @@
 """MultiInterest against the equations of the libraries that it replaces, and what histories do to it."""
 
 import copy
+import io
 import math
+import re
+from pathlib import Path
 
 import pytest
 import recommenders
 import torch
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import capsroute
-from capsroute.nn import LabelAwareAttention, MultiInterest, active_interests
+from capsroute.nn import LabelAwareAttention, MultiInterest, active_interests, to_layout
 
 BATCH, CLICKS, FEATURES, INTERESTS, OUT = 5, 9, 4, 3, 6
 LENGTHS = torch.tensor([9, 1, 0, 4, 8])
@@ -114,6 +118,15 @@ def test_prior_logits_under_autocast():
     assert v.dtype == torch.bfloat16
 
 
+def test_a_detached_coupling_is_as_exact_as_any_in_bfloat16():
+    options = {"squash_power": 0.5}
+    modules = [MultiInterest(CLICKS, FEATURES, INTERESTS, OUT, detach_coupling=d, **options) for d in (False, True)]
+    modules[1].load_state_dict(modules[0].state_dict())
+    u = 3 * torch.randn(50, CLICKS, FEATURES).bfloat16()
+    couplings = [module.bfloat16()(u, return_coupling=True)[1] for module in modules]
+    assert_close(*couplings, rtol=2**-7, atol=0)  # a unit in the last place; a logarithm in bfloat16 is off by 2 %
+
+
 def test_a_power_and_detached_coupling():
     module = layer(shared="inputs", prior="zero", squash_power=1.5, detach_coupling=True)
     u = histories()
@@ -161,6 +174,29 @@ def test_training_draws_from_the_users_generator_alone():
     assert torch.equal(module(u), module(u))  # and none is drawn where there is no generator
     assert not torch.equal(drawn, module(u))
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_checkpoint_of_activations_with_logits_that_were_drawn_outside():
+    """A second run of the call would draw others."""
+    module, u = layer(prior_std=0.5), histories()
+    wanted = [u, module.weight]
+    expected = torch.autograd.grad(module(u, generator=torch.Generator().manual_seed(3)).sum(), wanted)
+    logits = module.draw_logits(u, torch.Generator().manual_seed(3))
+    v = checkpoint(lambda u: module(u, logits=logits), u, use_reentrant=False)
+    assert_close(torch.autograd.grad(v.sum(), wanted), expected, rtol=0, atol=0)
+
+
+def test_drawing_under_vmap_and_compile():
+    module, u = layer(), histories().detach()
+
+    def drawn(u):
+        return module(u, generator=torch.Generator().manual_seed(3))
+
+    assert torch.vmap(drawn, randomness="different")(u).shape == (BATCH, INTERESTS, OUT)
+    logits = module.draw_logits(u)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(u, logits=logits), module(u, logits=logits))
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("prior", ["random", "learned"])
@@ -220,6 +256,16 @@ def test_a_short_batch_is_a_padded_one(shared):
 def test_more_clicks_than_there_are_count_as_all():
     module, u = layer(adaptive=True), histories()
     assert torch.equal(module(u, lengths=LENGTHS + CLICKS), module(u))
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_interests_of_a_longer_history_than_was_given(shape):
+    """As many as active_interests says: who attends to them must not weigh interests that are 0."""
+    module = MultiInterest(50, 4, 8, 6, adaptive=True)
+    lengths = torch.full(shape, 300)
+    used = module(torch.randn(*shape, 20, 4), lengths=lengths).ne(0).any(-1)
+    assert torch.equal(used, active_interests(lengths, 8))
+    assert used.all()
 
 
 def test_a_history_without_a_length_is_as_long_as_it_is():
@@ -289,6 +335,48 @@ def test_gradients(options):
 
     u = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(run, (u, *parameters))
+
+
+def test_second_derivatives_of_cosines_with_padding():
+    module = MultiInterest(4, 2, 2, 3, cosine_scale=2.0, dtype=torch.float64)
+    u, lengths = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True), torch.tensor([4, 2, 0])
+
+    def run(u, weight):
+        return torch.func.functional_call(module, {"weight": weight}, (u,), {"lengths": lengths})
+
+    assert torch.autograd.gradgradcheck(run, (u, module.weight))
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-20, 1e-14, 1e-9])
+def test_cosines_of_short_items_have_finite_gradients(length):
+    module, u = MultiInterest(CLICKS, FEATURES, INTERESTS, OUT, cosine_scale=5.0), histories().float().detach()
+    u[:, 0] *= length
+    v = module(u.requires_grad_())
+    grads = torch.autograd.grad(v.square().sum(), [u, module.weight])
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("options", [{"cosine_scale": 20.0}, {"squash_power": 0.5}], ids=str)
+def test_an_exported_file_is_read(options):
+    module = MultiInterest(CLICKS, FEATURES, INTERESTS, OUT, detach_coupling=True, **options)
+    u, file = torch.randn(BATCH, CLICKS, FEATURES), io.BytesIO()
+    torch.export.save(torch.export.export(module, (u,), {"lengths": LENGTHS}), file)
+    file.seek(0)
+    assert_close(torch.export.load(file).module()(u, lengths=LENGTHS), module(u, lengths=LENGTHS))
+
+
+@pytest.mark.parametrize("shared", SHARED)
+def test_weights_come_in_by_their_layout(shared):
+    module = layer(shared=shared, prior="random")
+    assert module.logical_weight().data_ptr() == module.weight.data_ptr()
+    layout = {"pairs": "[1, D, O]", "inputs": "[J*O, D]", None: "[1, I, J*O, D]"}[shared]
+    weight = torch.randn_like(module.logical_weight())
+    module.set_weight(to_layout(weight, layout), layout)
+    assert torch.equal(module.logical_weight(), weight)
+    u, logits = histories(), torch.randn(CLICKS, INTERESTS, dtype=torch.float64)
+    assert_close(module(u, logits=logits), capsroute.capsule_linear(u, weight, logits=logits))
+    with pytest.raises(ValueError, match=r"weight must be \[.*\], got \[7\]"):
+        module.set_weight(torch.zeros(7))
 
 
 @pytest.mark.parametrize(("options", "batches"), [({}, (5, 4)), ({"cosine_scale": 5.0}, (5,))])
@@ -374,7 +462,20 @@ def test_wrong_options_are_refused(options, error, message):
             "mask must be None where lengths is given",
         ),
         ((BATCH, CLICKS, FEATURES), {"lengths": LENGTHS[:2]}, ValueError, r"lengths must be \[\*\] = \[5\], got \[2\]"),
-        ((BATCH, CLICKS, FEATURES), {"lengths": LENGTHS.double()}, TypeError, "lengths must be integers"),
+        ((BATCH, CLICKS, FEATURES), {"lengths": LENGTHS.double()}, TypeError, "lengths must be int64"),
+        (
+            (BATCH, CLICKS, FEATURES),
+            {"lengths": LENGTHS.to(torch.uint16)},
+            TypeError,
+            r"lengths must be int64, int32, int16, int8 or uint8 \[\*\], got torch.uint16",
+        ),
+        (
+            (BATCH, CLICKS, FEATURES),
+            {"lengths": LENGTHS.to("meta")},
+            ValueError,
+            "lengths must be on the device of the input capsules, .*, got meta",
+        ),
+        ((BATCH, CLICKS, FEATURES), {"generator": 3}, TypeError, "generator must be a torch.Generator, got int"),
         ((BATCH, CLICKS, FEATURES), {"lengths": [9] * 5}, TypeError, "lengths must be a tensor of integers"),
         ((BATCH, CLICKS, FEATURES), {"mask": REAL.long()}, TypeError, r"pass mask.bool\(\)"),
         ((BATCH, CLICKS, FEATURES), {"logits": torch.zeros(CLICKS, INTERESTS + 1)}, ValueError, "logits must"),
@@ -383,3 +484,19 @@ def test_wrong_options_are_refused(options, error, message):
 def test_wrong_arguments_are_refused(shape, arguments, error, message):
     with pytest.raises(error, match=message):
         MultiInterest(CLICKS, FEATURES, INTERESTS, OUT, adaptive=True)(torch.randn(shape), **arguments)
+
+
+def test_drawing_refuses_wrong_arguments():
+    with pytest.raises(TypeError, match=r"generator must be a torch.Generator, got int"):
+        layer().draw_logits(histories(), 3)
+    with pytest.raises(ValueError, match=r"u must be \[\*, I, D\] with I <= length = 9 and D = 4, got \[2, 10, 4\]"):
+        layer().draw_logits(torch.randn(2, CLICKS + 1, FEATURES))
+
+
+def test_the_page_serves_no_interest_that_a_history_does_not_have():
+    page = (Path(__file__).parent.parent / "docs" / "multi_interest.md").read_text()
+    names = {}
+    exec(re.search(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)[1], names)
+    for scores, interests, length in zip(names["scores"], names["interests"], names["lengths"], strict=True):
+        own = interests[active_interests(length, 4)]
+        assert_close(scores, (own @ names["items"].weight.T).amax(0))

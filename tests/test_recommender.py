@@ -39,6 +39,11 @@ def test_several_interests_recover_more_topics_than_one(recommender, capsys):
     assert mind_recall < best
 
 
+def test_comirec_is_as_its_paper_has_it(recommender):
+    comirec = recommender.encoders(recommender.SMALL)["ComiRec-DR"].routing
+    assert (comirec.shared, comirec.prior, comirec.detach_coupling) == (None, "zero", True)
+
+
 def test_clicks_are_on_the_users_topics(recommender, world):
     users = world.users(300)
     liked = torch.arange(users.topics.shape[1]) < users.liked.unsqueeze(-1)  # [U, interests]

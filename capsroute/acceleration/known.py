@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..functional import capsule_linear, routing_pass, squash
 from ..nn.layout import from_layout
+from ..reference import accumulation_dtype
 from .recipes import Recipe
 
 PROBE_BATCH = 3
@@ -54,7 +55,8 @@ def _rechub_forward(self: nn.Module, item_eb: Tensor, mask: Tensor) -> Tensor:
 
     def outputs(c: Tensor) -> Tensor:
         share = (c * mask.unsqueeze(-1)).sum(1).unsqueeze(-1)  # [B, J, 1]
-        return squash(share * routing_pass(item_eb, weight, None, logits=c.log(), mask=mask, coupling="in"))
+        logits = c.to(accumulation_dtype(c.dtype)).log()
+        return squash(share * routing_pass(item_eb, weight, None, logits=logits, mask=mask, coupling="in"))
 
     query = None
     with torch.no_grad():

@@ -121,7 +121,12 @@ def _objection(layer: nn.Module, recipe: Recipe) -> str | None:
     """Why the recipe refuses the layer, or where the two differ on probes, or None."""
     tensors = *layer.parameters(), *layer.buffers()
     devices = sorted({x.device.index for x in tensors if x.is_cuda})
-    with torch.random.fork_rng(devices), torch.enable_grad(), contextlib.ExitStack() as without_autocast:
+    with (
+        torch.random.fork_rng(devices),
+        torch.inference_mode(False),  # which enable_grad does not leave
+        torch.enable_grad(),
+        contextlib.ExitStack() as without_autocast,
+    ):
         for x in (torch.empty(0, device="cpu"), *tensors):  # whose rounding would differ by more than is allowed
             without_autocast.enter_context(_autocast.off(x))
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,15 @@ def check_sizes(**sizes: int) -> None:
             raise TypeError(f"{name} must be an int, got {type(size).__name__}")
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def check_amounts(**amounts: float) -> None:
+    """Every argument, given by its name, is a finite number of at least 0."""
+    for name, amount in amounts.items():
+        if isinstance(amount, bool) or not isinstance(amount, (int, float)):
+            raise TypeError(f"{name} must be a float, got {type(amount).__name__}")
+        if not 0 <= amount < math.inf:
+            raise ValueError(f"{name} must be a finite number of at least 0, got {amount}")
 
 
 def pair(name: str, value: int | tuple[int, int], least: int = 1) -> tuple[int, int]:

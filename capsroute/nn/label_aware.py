@@ -55,6 +55,7 @@ class LabelAwareAttention(nn.Module):
                 f"label must be [*, O] where interests are [*, J, O], got {list(label.shape)} "
                 f"where interests are {list(interests.shape)}"
             )
+        _checks.check_device("label", label, interests)
         if mask is not None:
             _checks.check_mask(mask, interests.shape[:-1], interests, "[*, J]")
             interests = interests.masked_fill(~mask.unsqueeze(-1), 0)

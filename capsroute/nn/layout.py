@@ -61,6 +61,8 @@ def to_layout(weight: Tensor, layout: str) -> Tensor:
     """
     axes = _parse(layout)
     letters = [letter for axis in axes for letter in axis]
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor {_logical(letters)}, got {type(weight).__name__}")
     if weight.dim() != len(letters):
         raise ValueError(f"weight must be {_logical(letters)} for the layout {layout}, got {list(weight.shape)}")
     own = _logical(letters).strip("[]").split(", ")

@@ -14,10 +14,54 @@ from ..functional import capsule_linear
 from ._checks import check_sizes, for_outputs
 from .layout import from_layout
 
-SHARED = (None, "inputs", "pairs")
+ORDERS = {None: "IDJO", "inputs": "JOD", "pairs": "OD"}  # in the kernels' order, by who shares a matrix
 
 
-class CapsuleLinear(nn.Module):
+class WeightOwner(nn.Module):
+    """A layer with a weight of :func:`capsroute.capsule_linear` in the order that the kernels read in place."""
+
+    weight: nn.Parameter
+    shared: str | None
+
+    def _sizes(self) -> tuple[int | None, int, int, int]:
+        """I, J, O, D."""
+        raise NotImplementedError
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        sizes = dict(zip("IJOD", self._sizes(), strict=True))
+        return tuple(sizes[letter] for letter in ORDERS[self.shared])
+
+    def _empty_weight(self, **factory) -> nn.Parameter:
+        return nn.Parameter(torch.empty(self._weight_shape(), **factory))
+
+    def logical_weight(self) -> Tensor:
+        """The weight as :func:`capsroute.capsule_linear` takes it, a view: ``[I, J, O, D]``, or shared."""
+        return self.weight if self.shared else self.weight.permute(0, 2, 3, 1)
+
+    def set_weight(self, weight: Tensor, layout: str | None = None) -> None:
+        """Copy a weight from another implementation into this layer.
+
+        Args:
+            weight: the tensor; any dtype and device.
+            layout: its dimensions, as in :func:`capsroute.nn.from_layout`, for instance ``"[J, I, D, O]"``.
+                None: as :func:`capsroute.capsule_linear` takes it.
+
+        Raises:
+            TypeError, ValueError: for no tensor, a layout or a shape that does not fit.
+        """
+        if layout is not None:
+            sizes = zip("IJOD", self._sizes(), strict=True)
+            weight = from_layout(weight, layout, **{letter: n for letter, n in sizes if letter in str(layout) and n})
+        own = self.logical_weight()
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+        if weight.shape != own.shape:
+            raise ValueError(f"weight must be {list(own.shape)}, got {list(weight.shape)}")
+        with torch.no_grad():
+            own.copy_(weight)
+
+
+class CapsuleLinear(WeightOwner):
     """A layer of capsules with routing by agreement: :func:`capsroute.capsule_linear` as a module.
 
     Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", 2017, Procedure 1.
@@ -65,8 +109,8 @@ class CapsuleLinear(nn.Module):
     ):
         super().__init__()
         _checks.check_options(iterations, coupling, leaky, detach_coupling, eps)
-        if shared not in SHARED:
-            raise ValueError(f'shared must be None, "inputs" or "pairs", got {shared!r}')
+        check_shared(shared)
+        _checks.check_flag("bias", bias)
         if in_capsules is not None or shared is None:
             check_sizes(in_capsules=in_capsules)
         check_sizes(in_features=in_features, out_capsules=out_capsules, out_features=out_features)
@@ -79,14 +123,8 @@ class CapsuleLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_capsules, out_features, **factory)) if bias else None
         self.reset_parameters()
 
-    def _empty_weight(self, **factory) -> nn.Parameter:
-        return nn.Parameter(torch.empty(self._weight_shape(), **factory))
-
-    def _weight_shape(self) -> tuple[int, ...]:
-        if self.shared is None:
-            return self.in_capsules, self.in_features, self.out_capsules, self.out_features
-        matrix = self.out_features, self.in_features
-        return (self.out_capsules, *matrix) if self.shared == "inputs" else matrix
+    def _sizes(self) -> tuple[int | None, int, int, int]:
+        return self.in_capsules, self.out_capsules, self.out_features, self.in_features
 
     def reset_parameters(self) -> None:
         """Draw the weight anew and set the bias to 0."""
@@ -94,33 +132,6 @@ class CapsuleLinear(nn.Module):
         nn.init.normal_(self.weight, std=gain / math.sqrt(self.out_features))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-
-    def logical_weight(self) -> Tensor:
-        """The weight as :func:`capsroute.capsule_linear` takes it, a view: ``[I, J, O, D]``, or shared."""
-        return self.weight if self.shared else self.weight.permute(0, 2, 3, 1)
-
-    def set_weight(self, weight: Tensor, layout: str | None = None) -> None:
-        """Copy a weight from another implementation into this layer.
-
-        Args:
-            weight: the tensor; any dtype and device.
-            layout: its dimensions, as in :func:`capsroute.nn.from_layout`, for instance ``"[J, I, D, O]"``.
-                None: as :func:`capsroute.capsule_linear` takes it.
-
-        Raises:
-            TypeError, ValueError: for no tensor, a layout or a shape that does not fit.
-        """
-        if layout is not None:
-            sizes = {"I": self.in_capsules, "J": self.out_capsules, "O": self.out_features, "D": self.in_features}
-            known = {letter: n for letter, n in sizes.items() if letter in str(layout) and n}
-            weight = from_layout(weight, layout, **known)
-        own = self.logical_weight()
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
-        if weight.shape != own.shape:
-            raise ValueError(f"weight must be {list(own.shape)}, got {list(weight.shape)}")
-        with torch.no_grad():
-            own.copy_(weight)
 
     def forward(
         self, u: Tensor, *, logits: Tensor | None = None, mask: Tensor | None = None, return_coupling: bool = False
@@ -201,6 +212,11 @@ class LazyCapsuleLinear(LazyModuleMixin, CapsuleLinear):
             with torch.no_grad():
                 self.weight.materialize(self._weight_shape())
                 self.reset_parameters()
+
+
+def check_shared(shared: str | None) -> None:
+    if shared not in tuple(ORDERS):  # what cannot be hashed is refused by name too
+        raise ValueError(f'shared must be None, "inputs" or "pairs", got {shared!r}')
 
 
 def first_pass_gain(inputs: int | None, outputs: int, coupling: str) -> float:

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import check_positive
-from ._checks import is_labelled
+from .._checks import check_positive, check_tensor
+from ._checks import check_amounts, is_labelled
 from .capsnet import CapsNetOutput
 
 
@@ -21,10 +21,14 @@ class MarginLoss(nn.Module):
         m_plus: the length that the capsule of the labelled class should reach.
         m_minus: the length that the others should stay below.
         down_weight: lambda, the weight of the absent classes.
+
+    Raises:
+        TypeError, ValueError: for a constant that is not a finite number of at least 0.
     """
 
     def __init__(self, m_plus: float = 0.9, m_minus: float = 0.1, down_weight: float = 0.5):
         super().__init__()
+        check_amounts(m_plus=m_plus, m_minus=m_minus, down_weight=down_weight)
         self.m_plus, self.m_minus, self.down_weight = m_plus, m_minus, down_weight
 
     def forward(self, lengths: Tensor, labels: Tensor) -> Tensor:
@@ -35,6 +39,7 @@ class MarginLoss(nn.Module):
         Raises:
             TypeError, ValueError: for labels or lengths of the wrong dtype or shape.
         """
+        check_tensor("lengths", lengths, "[B, J]")
         if lengths.dim() != 2:
             raise ValueError(f"lengths must be [B, J], got {list(lengths.shape)}")
         labelled = is_labelled(labels, *lengths.shape)
@@ -70,6 +75,7 @@ class SpreadLoss(nn.Module):
         Raises:
             TypeError, ValueError: for labels or activations of the wrong dtype or shape.
         """
+        check_tensor("activations", activations, "[B, J]")
         if activations.dim() != 2:
             raise ValueError(f"activations must be [B, J], got {list(activations.shape)}")
         labelled = is_labelled(labels, *activations.shape, several=False)
@@ -87,10 +93,14 @@ class CapsNetLoss(nn.Module):
         reconstruction_weight: of the mean squared error of a pixel, which holds for every image size. The
             paper's 0.0005 times a sum over 784 pixels would be 0.392; ten times as much draws sharper images
             and makes fewer errors on scikit-learn's digits.
+
+    Raises:
+        TypeError, ValueError: for a weight that is not a finite number of at least 0.
     """
 
     def __init__(self, reconstruction_weight: float = 4.0):
         super().__init__()
+        check_amounts(reconstruction_weight=reconstruction_weight)
         self.reconstruction_weight = reconstruction_weight
         self.margin = MarginLoss()
 
@@ -102,7 +112,11 @@ class CapsNetLoss(nn.Module):
             images: what the reconstruction should be: ``[B, C, H, W]``, or ``[B, K, C, H, W]`` under labels
                 ``[B, K]``.
             labels: ``[B]`` or ``[B, K]``, as in :class:`MarginLoss`.
+
+        Raises:
+            TypeError, ValueError: for images or labels of the wrong dtype or shape.
         """
+        check_tensor("images", images, "[B, C, H, W] or [B, K, C, H, W]")
         if output.reconstruction.shape != images.shape:  # mse_loss would broadcast
             raise ValueError(
                 f"images must be of the reconstruction's shape {list(output.reconstruction.shape)}, "

@@ -14,12 +14,12 @@ from .. import _autocast, _checks
 from ..functional import capsule_linear, routing_pass, squash
 from ..reference import accumulation_dtype
 from ._checks import check_sizes, for_outputs
-from .linear import SHARED, first_pass_gain
+from .linear import WeightOwner, check_shared, first_pass_gain
 
 PRIORS = ("random", "learned", "zero")
 
 
-class MultiInterest(nn.Module):
+class MultiInterest(WeightOwner):
     """Route the items of a click history to interests, by agreement.
 
     The letters are those of :func:`capsroute.capsule_linear`: I clicks with D features each, J interests with
@@ -94,18 +94,16 @@ class MultiInterest(nn.Module):
         self.adaptive, self.coupling, self.cosine_scale = adaptive, coupling, cosine_scale
         self.squash_power, self.detach_coupling, self.eps, self.backend = squash_power, detach_coupling, eps, backend
         factory = {"device": device, "dtype": dtype}
-        shapes = {
-            None: (length, in_features, interests, out_features),
-            "inputs": (interests, out_features, in_features),
-            "pairs": (out_features, in_features),
-        }
-        self.weight = nn.Parameter(torch.empty(shapes[shared], **factory))
+        self.weight = self._empty_weight(**factory)
         logits = None if prior == "zero" else torch.empty(length, interests, **factory)
         if prior == "learned":
             self.logits = nn.Parameter(logits)
         else:
             self.register_buffer("logits", logits)
         self.reset_parameters()
+
+    def _sizes(self) -> tuple[int, int, int, int]:
+        return self.length, self.interests, self.out_features, self.in_features
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the weight and the prior logits anew, from a generator or, as every torch layer, the default one."""
@@ -128,12 +126,13 @@ class MultiInterest(nn.Module):
 
         Args:
             u: the items' features, ``[*, I, D]`` with I <= ``length``, in the dtype of the weight.
-            lengths: how many of the I clicks are real, the first ones: integers ``[*]``.
+            lengths: how many of the I clicks are real, the first ones: integers ``[*]``. Beyond I all are, and
+                ``adaptive`` still counts the interests of the length given, as :func:`active_interests` does.
             mask: instead of ``lengths``: bool, broadcast to ``[*, I]``, False at padding. Whatever padding holds
                 reaches nothing.
             logits: prior logits instead of the module's, broadcast to ``[*, I, J]``; ``-inf`` forbids a pair.
-            generator: in training, draw random prior logits from it for each history; otherwise it is not used, so
-                that evaluation gives the same interests every time.
+            generator: in training, :meth:`draw_logits` from it; otherwise it is not used, so that evaluation gives
+                the same interests every time. Not under ``torch.utils.checkpoint`` or ``torch.compile``: see there.
             return_coupling: also return the coupling of the last pass, which carries no gradient.
 
         Returns:
@@ -142,16 +141,13 @@ class MultiInterest(nn.Module):
         Raises:
             TypeError, ValueError: for an argument of the wrong type, dtype or shape, by its name.
         """
-        _checks.check_input(u)
+        self._check_history(u)
         inputs = u.shape[-2]
-        if inputs > self.length or u.shape[-1] != self.in_features:
-            raise ValueError(
-                f"u must be [*, I, D] with I <= length = {self.length} and D = {self.in_features}, got {list(u.shape)}"
-            )
         if lengths is not None:
             if mask is not None:
                 raise ValueError("mask must be None where lengths is given: both say which clicks are real")
             _check_lengths(lengths, u.shape[:-2])
+            _checks.check_device("lengths", lengths, u)
             mask = torch.arange(inputs, device=u.device) < lengths.unsqueeze(-1)  # [*, I]
         if logits is None:
             logits = self._prior(u, generator)
@@ -162,57 +158,89 @@ class MultiInterest(nn.Module):
         if self.adaptive:
             if mask is None:
                 lengths = torch.full((), inputs, device=u.device)
-            else:
+            elif lengths is None:
                 _checks.check_mask(mask, u.shape[:-1], u)
                 lengths = mask.expand(u.shape[:-1]).sum(-1)
             active = active_interests(lengths, self.interests).unsqueeze(-2)  # [*, 1, J]
             logits = torch.where(active, u.new_zeros(()) if logits is None else logits, -torch.inf)
         return self._route(u, logits, mask, return_coupling)
 
+    def draw_logits(self, u: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Random prior logits for histories, those that :meth:`forward` draws in training from the same generator.
+
+        Draw them outside and give them to :meth:`forward` as ``logits`` where it is called by
+        ``torch.utils.checkpoint``, whose second run would draw others and get wrong gradients, or inside
+        ``torch.compile``, which takes no generator.
+
+        Args:
+            u: the items' features, ``[*, I, D]``, of which the shape and device count.
+            generator: None takes torch's default one.
+
+        Returns:
+            ``[*, I, J]``, in the dtype of the weight.
+
+        Raises:
+            TypeError, ValueError: for an argument of the wrong type, dtype or shape, by its name.
+        """
+        self._check_history(u)
+        _check_generator(generator)
+        shape = (*u.shape[:-1], self.interests)
+        return torch.randn(shape, generator=generator, device=u.device, dtype=self.weight.dtype) * self.prior_std
+
+    def _check_history(self, u: Tensor) -> None:
+        _checks.check_input(u)
+        if u.shape[-2] > self.length or u.shape[-1] != self.in_features:
+            raise ValueError(
+                f"u must be [*, I, D] with I <= length = {self.length} and D = {self.in_features}, got {list(u.shape)}"
+            )
+
     def _prior(self, u: Tensor, generator: torch.Generator | None) -> Tensor | None:
         """The prior logits, [I, J], or [*, I, J] where they are drawn."""
+        _check_generator(generator)
         if self.prior == "random" and self.training and generator is not None:
-            drawn = torch.empty(*u.shape[:-1], self.interests, device=u.device, dtype=self.logits.dtype)
-            return drawn.normal_(0, self.prior_std, generator=generator)
+            return self.draw_logits(u, generator)
         return None if self.logits is None else self.logits[: u.shape[-2]]
 
     def _route(
         self, u: Tensor, logits: Tensor | None, mask: Tensor | None, return_coupling: bool
     ) -> Tensor | Any:  # a pair with return_coupling
-        weight = self.weight if self.shared else self.weight[: u.shape[-2]].permute(0, 2, 3, 1)  # [I, J, O, D]
+        weight = self.logical_weight()
+        if self.shared is None:
+            weight = weight[: u.shape[-2]]
         options = {"mask": mask, "coupling": self.coupling, "backend": self.backend}
         if self.cosine_scale is None and self.squash_power == 1:
             options |= {"detach_coupling": self.detach_coupling, "eps": self.eps, "return_coupling": return_coupling}
             return capsule_linear(u, weight, self.iterations, logits=logits, **options)
-        one_pass = partial(routing_pass, u, weight, **options)
+        one_pass = partial(routing_pass, **options)
+        before = u, weight  # what all passes but the last see; a grad mode in their place cannot be exported
+        if self.detach_coupling:
+            before = u.detach(), weight.detach()
+            logits = None if logits is None else logits.detach()
         query = None  # [*, J, O]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_coupling):
-            for _ in range(self.iterations - 1):
-                s = one_pass(query, logits=logits)
-                if self.cosine_scale is None:
-                    v = self._squash(s)
-                    query = v if query is None else query + v
-                else:
-                    logits = self._cosine_logits(u, s, logits, mask)
-            if self.detach_coupling and query is not None:  # the agreement h . query must not be differentiated
-                c = one_pass(query, logits=logits, return_coupling=True)[1]
-                query, logits = None, c.log()
-        if self.detach_coupling and logits is not None:
-            logits = logits.detach()
-        s = one_pass(query, logits=logits, return_coupling=return_coupling)
+        for _ in range(self.iterations - 1):
+            s = one_pass(*before, query, logits=logits)
+            if self.cosine_scale is None:
+                v = self._squash(s)
+                query = v if query is None else query + v
+            else:
+                logits = self._cosine_logits(*before, s, logits, mask)
+        if self.detach_coupling and query is not None:  # the agreement h . query must not be differentiated
+            c = one_pass(*before, query, logits=logits, return_coupling=True)[1]
+            query, logits = None, c.to(accumulation_dtype(c.dtype)).log()
+        s = one_pass(u, weight, query, logits=logits, return_coupling=return_coupling)
         return (self._squash(s[0]), s[1]) if return_coupling else self._squash(s)
 
     def _squash(self, s: Tensor) -> Tensor:
         return squash(s, eps=self.eps, power=self.squash_power)
 
-    def _cosine_logits(self, u: Tensor, s: Tensor, logits: Tensor, mask: Tensor | None) -> Tensor:
+    def _cosine_logits(self, u: Tensor, weight: Tensor, s: Tensor, logits: Tensor, mask: Tensor | None) -> Tensor:
         """cosine_scale * cos(h_i, s_j), [*, I, J]; a pair that was forbidden stays so."""
         if mask is not None:
             u = u.masked_fill(~mask.unsqueeze(-1), 0)
-        compute = accumulation_dtype(u.dtype)  # the least length that normalize divides by is 0 in float16
-        votes = F.normalize(F.linear(u, self.weight).to(compute), dim=-1)  # [*, I, O]
+        compute = accumulation_dtype(u.dtype)  # squares of float16 vanish or overflow
+        votes = _direction(F.linear(u, weight).to(compute))  # [*, I, O]
         with _autocast.off(u):
-            cosine = votes @ F.normalize(s.to(compute), dim=-1).transpose(-1, -2)  # [*, I, J]
+            cosine = votes @ _direction(s.to(compute)).transpose(-1, -2)  # [*, I, J]
         return torch.where(logits == -torch.inf, -torch.inf, self.cosine_scale * cosine)
 
     def extra_repr(self) -> str:
@@ -244,18 +272,28 @@ def active_interests(lengths: Tensor, interests: int) -> Tensor:
     return lengths.unsqueeze(-1).long() >= torch.tensor(least, device=lengths.device)
 
 
+def _direction(x: Tensor) -> Tensor:
+    """x / |x| over the last dimension, nearly 0 where |x| < 1e-12; F.normalize has no second derivative at 0."""
+    n2 = x.square().sum(-1, keepdim=True)
+    return x * n2.masked_fill(n2 < 1e-24, 1).rsqrt()
+
+
+def _check_generator(generator: object) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+
+
 def _check_lengths(lengths: object, lead: torch.Size) -> None:
     if not isinstance(lengths, Tensor):
         raise TypeError(f"lengths must be a tensor of integers [*], got {type(lengths).__name__}")
-    if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
-        raise TypeError(f"lengths must be integers [*], got {lengths.dtype}")
+    if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"lengths must be int64, int32, int16, int8 or uint8 [*], got {lengths.dtype}")
     if lengths.shape != lead:
         raise ValueError(f"lengths must be [*] = {list(lead)}, got {list(lengths.shape)}")
 
 
 def _check_routing(shared: str | None, prior: str, cosine_scale: float | None, detach_coupling: bool) -> None:
-    if shared not in SHARED:
-        raise ValueError(f'shared must be None, "inputs" or "pairs", got {shared!r}')
+    check_shared(shared)
     if prior not in PRIORS:
         raise ValueError(f'prior must be "random", "learned" or "zero", got {prior!r}')
     if prior == "zero" and shared == "pairs":
