@@ -62,7 +62,8 @@ def softmax(b: Tensor, forbidden: Tensor | None, coupling: str, leaky: bool) -> 
     if forbidden is not None:
         b = b.masked_fill(forbidden, -torch.inf)
     if leaky:
-        return torch.softmax(F.pad(b, (0, 1)), -1)[..., :-1]
+        c = torch.softmax(F.pad(b, (0, 1)), -1)[..., :-1]
+        return c if forbidden is None else c.masked_fill(forbidden, 0)  # its gradient too, where that of c is NaN
     dim = -1 if coupling == "out" else -2
     if forbidden is None:
         return torch.softmax(b, dim)

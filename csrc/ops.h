@@ -103,7 +103,7 @@ inline Problem stream_of(const Tensor& u, const Optional& weight, const Optional
 
 inline Problem route_of(const Tensor& u, const Optional& weight, const Optional& bias, const Optional& logits,
                         const Optional& mask, int64_t iterations, bool over_inputs, bool leaky, double eps) {
-  STD_TORCH_CHECK(iterations >= 1, "capsroute: iterations must be at least 1");
+  STD_TORCH_CHECK(iterations >= 1 && iterations < int64_t(1) << 31, "capsroute: iterations must be from 1 to 2^31 - 1");
   Problem p = stream_of(u, weight, bias, logits, mask, over_inputs, leaky);
   p.R = iterations, p.eps = eps;
   if (bias) {

@@ -6,6 +6,8 @@ import torch
 from problems import EVERY, Problem, cases, cotangent, random_problem
 from torch.testing import assert_close
 
+import capsroute
+
 
 @pytest.mark.parametrize(("form", "options"), cases(EVERY))
 def test_agrees_with_the_definition_in_loops(form, options):
@@ -47,3 +49,14 @@ def test_low_precision_is_computed_in_float32_and_rounded_once():
     rounded = problem.map(torch.Tensor.float).gradients("reference", cotangent(problem.run("reference")).float())
     for name, value in problem.gradients("reference").items():
         assert torch.equal(value, rounded[name].bfloat16()), name
+
+
+def test_a_forbidden_pair_takes_no_gradient_of_nan_beside_a_leak():
+    logits = torch.randn(2, 3, 4)
+    logits[:, :, 1] = -torch.inf
+    grad_v = torch.ones(2, 4, 5)
+    grad_v[:, 1] = torch.nan
+    v = capsroute.dynamic_routing(
+        torch.randn(2, 3, 4, 5), 1, logits=logits.requires_grad_(), leaky=True, backend="reference"
+    )
+    assert torch.autograd.grad(v, logits, grad_v)[0].isfinite().all()

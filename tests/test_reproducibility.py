@@ -127,6 +127,19 @@ def test_each_sample_has_the_same_sums_alone(sizes, dtype, power):
 
 
 @pytest.mark.not_interpreted
+@pytest.mark.parametrize("coupling", ["out", "in"])
+@pytest.mark.parametrize("form", ["ijod", "jod"])
+def test_a_gradient_has_the_same_bits_whatever_else_is_wanted(cpu, form, coupling):
+    sizes = (57, 132, 9, 17, 8)  # in chunks, which what is kept for a gradient of the logits would make shorter
+    problem = random_problem(sizes, form=form, dtype=torch.float32, bias=True, logits="IJ", coupling=coupling)
+    expected = problem.gradients("cpu")
+    for left_out in problem.tensors:
+        wanted = [name for name in problem.tensors if name != left_out]
+        found = problem.gradients("cpu", wanted=wanted)
+        assert_same_bits({name: found[name] for name in wanted}, {name: expected[name] for name in wanted})
+
+
+@pytest.mark.not_interpreted
 def test_two_threads_may_call_at_once(fused):
     problems = [random_problem(SIZES, form=form, dtype=torch.float32, bias=True) for form in FORMS]
     expected = [results(problem, fused) for problem in problems]

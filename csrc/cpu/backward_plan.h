@@ -24,7 +24,7 @@ constexpr int64_t kChunkBytes = int64_t(32) << 20, kFewestKept = 16;
 // Every chunk reads all of W and adds to all of dW. A chunk may take kChunkWeights times as much as W, and with it more
 // than kChunkBytes, but no more than kLongChunkBytes, nor three tenths of what votes would take.
 constexpr int64_t kLongChunkBytes = int64_t(64) << 20, kChunkWeights = 4;
-// So many samples share a load of W and dW. A chunk is a multiple of that, or the whole batch.
+// So many samples, or twice as many, share a load of W and dW. A chunk is a multiple of the former, or the whole batch.
 constexpr int64_t kSubBatch = 8;
 // Without a weight for each pair nothing large is read or written once a chunk, and a small one stays
 // in the cache between the parts.
@@ -47,7 +47,9 @@ struct BackwardPlan {
     logit_sums = logits_by_sum || (p.over_inputs && logits_move);
     const int64_t vectors =
         (terms * (layout.outputs() + (layout.shared ? 2 * layout.sums() : 0)) + means) * int64_t(sizeof(A));
-    const int64_t pairs = slots * layout.blocks * layout.lanes() * int64_t(sizeof(A));
+    // As if all gradients were wanted: where a batch is cut, and so the bits of sums over it, depends on sizes alone.
+    const int64_t most = 2 * (R - 1 + given) + (p.logits.data && out.logits_I == p.I);
+    const int64_t pairs = most * layout.blocks * layout.lanes() * int64_t(sizeof(A));
     const int64_t numbers = p.I * p.J * p.O * int64_t(sizeof(A));  // bytes of votes of a sample, or of a W_id of all i
     const int64_t large = minimum(kLongChunkBytes, minimum(kChunkWeights * p.D * numbers, 3 * p.B * numbers / 10));
     const int64_t bytes = p.form == Weight::pair ? maximum(kChunkBytes, large) : kSmallChunkBytes;
