@@ -70,6 +70,8 @@ def checked_backend(name: str, device: torch.device | str = "cpu") -> str:
     """
     if name == "auto":
         return name
+    if not isinstance(name, str) or name not in BACKENDS:  # a run's file says what its --backend was
+        raise ValueError(f"--backend must be one of {', '.join(('auto', *BACKENDS))}, got {name!r}")
     can, why = BACKENDS[name].here()
     if can:
         can, why = BACKENDS[name].serves(torch.empty(0, 1, 1, device=device), None)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, backends
-from ._console import add_backend, complain, emit, number, say
+from ._backends import backends
+from ._console import add_backend, complain, emit, number, rank, say
 from ._optional import optional
+from ._version import __version__
 
 DEMO_ACCURACY = 0.985  # that the demo must reach on the test split
 
@@ -99,15 +100,18 @@ def _demo(args: argparse.Namespace) -> int:
     from .report.cli import write_report
     from .training import cli as training
     from .training import data
-    from .training.run import RunError, found_in, stored
+    from .training.run import PAGE, RunError, found_in, stored
 
     optional("matplotlib")  # that of the report, before anything takes long
     known = stored(args.out)
-    if found_in(args.out) and not (known and known[1].get("demo")):
-        raise RunError(f"{args.out} holds a run that is not the demo's: choose another --out")
+    found = "a run" if found_in(args.out) else f"a {PAGE}" if (args.out / PAGE).exists() else None
+    if found and not (known and known.source.get("demo")):
+        raise RunError(f"{args.out} holds {found} that is not the demo's: choose another --out")
     result = training.train_as_asked(args, data.digits(), {"demo": True}, overwrite=True)
+    if rank():
+        return 0  # the first process draws and judges
     try:
-        result |= write_report(args, args.out, speed=True)
+        result |= write_report(args, args.out)
     except DisagreementError as error:
         complain(args, error)
         return 1

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 
@@ -50,7 +51,10 @@ def test_help(capsys, command):
     assert "--seed" in out
 
 
-@pytest.mark.parametrize(("command", "words"), [("train", "CAPSROUTE_DATA, else"), ("eval", "run's own; of a file")])
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [("train", "CAPSROUTE_DATA, else"), ("eval", "run's own; if it does not say, $CAPSROUTE_DATA, else")],
+)
 def test_help_says_whose_images_are_the_default(capsys, command, words):
     out = " ".join(run(capsys, command, "--help")[1].split())
     assert f"(default: {'$' if command == 'train' else 'the '}{words}" in out
@@ -296,3 +300,32 @@ def test_demo_compares_and_judges(capsys, monkeypatch, tmp_path, mnist_dir, need
     assert result["training_step"][0]["images_per_second"] == 12_800
     assert result["files"][0] == str(tmp_path / "demo" / "report.html")
     assert (tmp_path / "demo" / "report.html").exists()
+
+
+@pytest.fixture
+def trained_elsewhere(monkeypatch, run_dir, tmp_path):
+    """A directory into which the demo trains at once, on a GPU that is not here."""
+
+    def train(args, *_, **__):
+        shutil.copytree(run_dir, args.out)
+        return {"test_accuracy": 1.0}
+
+    monkeypatch.setattr(training_cli, "train_as_asked", train)
+    return tmp_path / "demo"
+
+
+def test_demo_draws_on_the_cpu_what_a_gpu_has_learnt(capsys, monkeypatch, trained_elsewhere):
+    foreign = _console.BACKENDS["triton"]._replace(serves=lambda *_: (False, "the input capsules are on the CPU"))
+    monkeypatch.setitem(_console.BACKENDS, "triton", foreign)
+    monkeypatch.setattr("capsroute.report.build.compare_training_step", lambda *_, **__: [])
+    words = ("--device", "cuda", "--backend", "triton")
+    status, _, err = run(capsys, "demo", "--out", trained_elsewhere, *words)
+    assert (status, err) == (0, "")
+    assert (trained_elsewhere / "report.html").exists()
+
+
+def test_of_several_processes_the_first_one_draws_the_demo(capsys, monkeypatch, trained_elsewhere):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert run(capsys, "demo", "--out", trained_elsewhere) == (0, "", "")
+    assert not (trained_elsewhere / "report.html").exists()

@@ -25,7 +25,7 @@ from capsroute.training.batches import evaluation_batches
 from capsroute.training.checkpoint import Checkpoint, load, save
 from capsroute.training.data import Split, make_dataset
 from capsroute.training.options import TrainingOptions
-from capsroute.training.run import image_shape, run_training
+from capsroute.training.run import PICTURE_NAMES, alone_in, image_shape, run_training
 from capsroute.training.trainer import Epoch, Score
 
 pytest.importorskip("sklearn")
@@ -105,6 +105,7 @@ def test_the_page_is_whole_in_itself(report):
     pngs = {file.name for file in (path / "report").iterdir()}
     drawn = "apart.png" if "overlap" in path.name else "reconstructions.png"
     assert pngs == {"curves.png", "confusion.png", "coupling.png", drawn, "perturbations.png", "speed.png"}
+    assert pngs < {f"{name}.png" for name in PICTURE_NAMES}  # which are removed with the run
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in (path / "report").iterdir())
 
 
@@ -148,6 +149,22 @@ def test_a_network_is_judged_by_the_images_that_are_given(run_dir, digits, tmp_p
     text = (path / "report.html").read_text()
     assert f"amed in {share:.2%} of 32 " in text
     assert f"<td>{html.escape(NASTY, quote=False)}" in text.replace("&#34;", '"')  # what it was made with
+
+
+def test_an_older_report_leaves_no_picture_behind(alone, digits):
+    (alone / "report").mkdir()
+    for name in ("speed.png", "apart.png", "mine.png"):
+        (alone / "report" / name).touch()
+    assert report_on(alone, digits, "--no-speed") == 0
+    pngs = {file.name for file in (alone / "report").iterdir()}
+    assert pngs == {"confusion.png", "coupling.png", "reconstructions.png", "perturbations.png", "mine.png"}
+
+
+def test_a_directory_that_is_written_to_is_not_reported_on(alone, digits, capsys):
+    with alone_in(alone):
+        assert report_on(alone, digits, "--no-speed") == 2
+    assert capsys.readouterr().err.endswith(f"{alone} is being written to by another process\n")
+    assert not (alone / "report.html").exists()
 
 
 def build_net(run_dir):

@@ -8,8 +8,8 @@ import torch
 from commands import TINY, last_json, run
 
 from capsroute import cli
+from capsroute.training import checkpoint, distributed
 from capsroute.training import cli as training_cli
-from capsroute.training import distributed
 from capsroute.training import run as training_run
 from capsroute.training.run import HISTORY, MODEL, TRAINING
 
@@ -125,8 +125,47 @@ def test_a_run_goes_on_and_is_judged_where_its_images_are_now(capsys, mnist_dir,
     assert run(capsys, "train", "--data-dir", moved, "--out", out_dir, "--resume")[0] == 0
     assert run(capsys, "eval", out_dir)[0] == 0  # the new place is kept, though no epoch was left
     (out_dir / TRAINING).write_bytes(b"damaged")
-    assert run(capsys, "eval", out_dir)[0] == 2
-    assert run(capsys, "eval", out_dir, "--data-dir", moved)[0] == 0  # that asks the network alone
+    assert run(capsys, "eval", out_dir)[0] == 0  # that asks the network alone
+
+
+def forge(run_dir, **changes):
+    """Change what the training in a directory says of itself; `source` by its entries, unless it is none."""
+    tensors, content = checkpoint._read(run_dir / TRAINING, "training")
+    source = changes.pop("source", {})
+    source = {**content["info"]["source"], **source} if isinstance(source, dict) else source
+    content["options"] |= changes
+    content["info"]["source"] = source
+    del content["version"], content["kind"]
+    checkpoint._write(run_dir / TRAINING, "training", tensors, content)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "x"}, "does not say where its images came from: source is 'x'"),
+        ({"source": {"data_dir": 3}}, "has a data_dir that is no str: 3"),
+        ({"source": {"data_dir": "here", "image_size": "8"}}, "has a image_size that is no int: '8'"),
+        ({"source": {"tensorboard": "no"}}, "has a tensorboard that is no bool: 'no'"),
+        ({"source": {"backend": "foo"}}, "--backend must be one of auto, cpu, cuda, triton, reference, got 'foo'"),
+        ({"source": {"backend": []}}, "--backend must be one of auto, cpu, cuda, triton, reference, got []"),
+        ({"source": {"device": "cuda:9"}}, "--device must be one of auto, cpu, cuda, got 'cuda:9'"),
+        ({"batch_size": 1.5}, "batch_size must be of type int, got 1.5"),
+    ],
+)
+def test_what_a_run_says_of_itself_is_checked(capsys, tmp_path, run_dir, changes, message):
+    shutil.copytree(run_dir, tmp_path / "run")
+    forge(tmp_path / "run", **changes)
+    status, _, err = run(capsys, "train", "--out", tmp_path / "run", "--resume")
+    assert (status, err.count("\n")) == (2, 1)
+    assert message in err
+
+
+def test_where_a_network_says_its_images_are_is_checked(capsys, tmp_path, run_dir):
+    net, model, info = checkpoint.load(run_dir / MODEL)
+    checkpoint.save(tmp_path / MODEL, checkpoint.Checkpoint(net, model, {**info, "source": "x"}))
+    status, _, err = run(capsys, "eval", tmp_path / MODEL)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "source is 'x'" in err
 
 
 def test_demo_overwrites_no_run_but_its_own(capsys, monkeypatch, tmp_path, run_dir):
@@ -141,3 +180,14 @@ def test_demo_overwrites_no_run_but_its_own(capsys, monkeypatch, tmp_path, run_d
         assert err.endswith(f"{tmp_path / 'mine'} holds a run that is not the demo's: choose another --out\n")
         assert filecmp.cmp(tmp_path / "mine" / name, run_dir / name, shallow=False)
         (tmp_path / "mine" / name).unlink()
+
+
+def test_demo_overwrites_no_page_but_its_own(capsys, tmp_path):
+    (tmp_path / "report").mkdir()
+    for name in ("report/thesis.tex", "report.html"):
+        (tmp_path / name).write_text("mine")
+    status, _, err = run(capsys, "demo", "--out", tmp_path, *TINY)
+    assert status == 2
+    assert err.endswith(f"{tmp_path} holds a report.html that is not the demo's: choose another --out\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"report", "report.html"}
+    assert (tmp_path / "report" / "thesis.tex").read_text() == (tmp_path / "report.html").read_text() == "mine"

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from capsroute.nn import CapsNet, CapsNetLoss
-from capsroute.training import data, distributed, overlap
+from capsroute.training import checkpoint, data, distributed, overlap
 from capsroute.training.batches import Share
-from capsroute.training.checkpoint import load
+from capsroute.training.checkpoint import load, load_training
 from capsroute.training.options import TrainingOptions
 from capsroute.training.run import HISTORY, MODEL, TRAINING, RunError, image_shape, run_training, stored
 from capsroute.training.trainer import Score, Training, count_correct, evaluate, predict, train_epoch
@@ -31,10 +31,10 @@ def few() -> data.Dataset:
     return digits._replace(train=digits.train[:256], test=digits.test[:64])
 
 
-def trained(few, options=FAST, model=SMALL, report=lambda **_: None, **where) -> Training:
+def trained(few, options=FAST, model=SMALL, on_step=lambda **_: None, **where) -> Training:
     training = Training.begin(model, options, **where)
     while not training.finished:
-        train_epoch(training, few.train, few.test, report=report)
+        train_epoch(training, few.train, few.test, on_step=on_step)
     return training
 
 
@@ -55,11 +55,26 @@ def trained(few, options=FAST, model=SMALL, report=lambda **_: None, **where) ->
         ({"amp": "float8"}, "amp must be one of off, bfloat16, float16, got float8"),
         ({"patience": 3}, "patience needs images to judge by: give validation too"),
         ({"seed": 2**32}, "seed must be from 0 to 2\\^32 - 1"),
+        ({"epochs": 2.5}, "epochs must be of type int, got 2.5"),
+        ({"seed": True}, "seed must be of type int, got True"),
+        ({"clip": "1"}, "clip must be of type float, got '1'"),
+        ({"overlap": "no"}, "overlap must be of type bool, got 'no'"),
+        ({"amp": []}, r"amp must be of type str, got \[\]"),
     ],
 )
 def test_options_are_checked(wrong, message):
     with pytest.raises(ValueError, match=message):
         TrainingOptions(**wrong).check()
+
+
+def test_a_whole_number_will_do_for_any_other():
+    assert TrainingOptions(clip=1, validation=0).check().clip == 1
+
+
+@pytest.mark.parametrize("name", ["cuda:9", "gpu", None])
+def test_a_device_is_one_of_those_that_can_be_asked_for(name):
+    with pytest.raises(ValueError, match=f"--device must be one of auto, cpu, cuda, got {name!r}"):
+        distributed.pick_device(name)
 
 
 @pytest.mark.parametrize(("schedule", "last"), [("cosine", 0.0), ("exponential", 0.01), ("constant", 1.0)])
@@ -79,7 +94,7 @@ def test_the_rate_rises_and_then_follows_the_schedule(schedule, last):
 @pytest.mark.not_interpreted
 def test_training_reduces_the_loss_and_reports(few, backend):
     told = []
-    training = trained(few, report=lambda **fields: told.append(fields), backend=backend)
+    training = trained(few, on_step=lambda **fields: told.append(fields), backend=backend)
     history = training.history
     assert history[-1].train.loss < 0.8 * history[0].train.loss
     assert history[-1].held_out.accuracy > 0.4
@@ -97,6 +112,13 @@ def test_overlapping_digits_are_learnt(few):
     assert training.history[-1].train.loss < 0.8 * training.history[0].train.loss
     chance = 1 / 45
     assert training.history[-1].held_out.accuracy > 3 * chance
+
+
+def test_the_generators_of_the_gpus_are_left_alone(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    Training.begin(SMALL, FAST)
+    assert seeded == []
 
 
 def test_the_seed_alone_decides_what_is_learnt(few):
@@ -198,7 +220,7 @@ def test_fused_and_reference_training_agree(few, fused):
     for backend in ("reference", fused):
         told = []
         options = FAST._replace(epochs=7, learning_rate=5e-3)
-        trained(few, options, report=lambda told=told, **fields: told.append(fields["loss"]), backend=backend)
+        trained(few, options, on_step=lambda told=told, **fields: told.append(fields["loss"]), backend=backend)
         losses.append(told[:50])
     assert len(losses[0]) == 50
     assert losses[0][0] > 1.2 * losses[0][-1]
@@ -291,8 +313,32 @@ def test_a_run_is_not_overwritten_by_accident(few, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_training(tmp_path, few, SMALL, FAST._replace(seed=5), overwrite=True, on_step=stop)
     assert {path.name for path in tmp_path.iterdir()} == {TRAINING, "mine.txt"}  # nothing of the old run to go on with
-    begun, _ = stored(tmp_path)
+    begun, _ = load_training(tmp_path / TRAINING)
     assert (begun.options.seed, begun.history) == (5, [])
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_overwriting_removes_nothing_that_no_run_wrote(few, tmp_path, linked):
+    """Pictures by their names alone; and nothing at all where there was no run."""
+    run_dir, elsewhere, options = tmp_path / "run", tmp_path / "elsewhere", FAST._replace(epochs=1)
+    report, page = run_dir / "report", run_dir / "report.html"
+    for folder in (run_dir, elsewhere):
+        folder.mkdir()
+    if linked:
+        report.symlink_to(elsewhere)
+    else:
+        report.mkdir()
+    for path in (report / "thesis.tex", report / "speed.png", page):
+        path.touch()
+    run_training(run_dir, few, SMALL, options, overwrite=True)
+    assert {path.name for path in report.iterdir()} == {"thesis.tex", "speed.png"}
+    assert page.exists()
+    run_training(run_dir, few, SMALL, options, overwrite=True)
+    assert {path.name for path in report.iterdir()} == {"thesis.tex"}
+    assert not page.exists()
+    (report / "thesis.tex").unlink()
+    run_training(run_dir, few, SMALL, options, overwrite=True)
+    assert report.exists() == linked
 
 
 def test_too_many_processes_overwrite_nothing(few, tmp_path, monkeypatch):
@@ -322,7 +368,23 @@ def test_a_run_keeps_where_its_images_came_from(few, tmp_path):
     run_training(tmp_path, few, SMALL, options, source={"data_dir": "here"})
     for source in (None, {"data_dir": "there"}):
         run_training(tmp_path, few, SMALL, options, resume=True, source=source)
-        assert stored(tmp_path)[1] == (source or {"data_dir": "here"})
+        expected = source or {"data_dir": "here"}
+        assert stored(tmp_path).source == load(tmp_path / MODEL).info["source"] == expected
+
+
+def test_what_a_run_was_begun_with_is_known_without_its_network(few, tmp_path, monkeypatch):
+    options = FAST._replace(epochs=1)
+    run_training(tmp_path, few, SMALL, options)
+    monkeypatch.setattr(checkpoint, "CapsNet", None)
+    found = stored(tmp_path)
+    assert (found.model, found.options, found.source) == (json.loads(json.dumps(SMALL)), options, {})
+
+
+def test_a_run_that_goes_on_makes_no_other_network(few, tmp_path, monkeypatch):
+    options = FAST._replace(epochs=1)
+    first = run_training(tmp_path, few, SMALL, options)
+    monkeypatch.setattr(Training, "begin", None)
+    assert run_training(tmp_path, few, SMALL, options, resume=True).test == first.test
 
 
 def test_a_network_that_fails_on_the_test_split_alone_is_not_kept(few, tmp_path):

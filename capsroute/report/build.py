@@ -11,21 +11,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import __version__
 from .._files import write_atomically
+from .._version import __version__
 from ..bench.step import compare_training_step
 from ..nn import CapsNet, CapsNetOutput
 from ..training.batches import Batch, evaluation_batches
 from ..training.checkpoint import Checkpoint
 from ..training.data import Dataset
-from ..training.options import AMP_DTYPES, TrainingOptions
+from ..training.options import AMP_DTYPES
 from ..training.overlap import lay_over
+from ..training.run import PAGE, PICTURES, remove_pictures
 from ..training.trainer import Epoch, count_correct
 from . import coupling, curves, images
 from .page import Section, render
 from .style import MOST_CLASSES, styled
-
-PAGE = "report.html"
 
 
 class Report(NamedTuple):
@@ -44,10 +43,6 @@ class Report(NamedTuple):
     epochs: Sequence[Epoch]
     best_epoch: int
     rows: Sequence[dict]
-
-    @property
-    def options(self) -> TrainingOptions:
-        return TrainingOptions(**self.loaded.info["options"])
 
 
 class Judged(NamedTuple):
@@ -76,7 +71,7 @@ def judge(net: CapsNet, dataset: Dataset, *, overlapping: bool) -> Judged:
 
 def training_step_rows(report: Report, batch: Batch, seconds: float) -> list[dict]:
     """Time and memory of a step of the run's training, on images like those of a batch, fused against plain PyTorch."""
-    options = report.options
+    options = report.loaded.options
     repeats = -(-options.batch_size // len(batch.labels))
     parts, labels = (
         x.repeat(repeats, *(1,) * (x.dim() - 1))[: options.batch_size] for x in (batch.parts, batch.labels)
@@ -97,18 +92,12 @@ class _Trained(CapsNet):  # of a module, so that a fresh process finds it
 
 
 def sections(report: Report, judged: Judged) -> Iterator[Section]:
-    """The figures, in the order of the page."""
-    net, options, names = report.loaded.net, report.options, report.dataset.class_names
-    two = options.overlap
+    """The figures, in the order of the page; their names are those of PICTURE_NAMES."""
+    loaded, names = report.loaded, report.dataset.class_names
+    shown = _surest(judged)
+    image, labels = judged.first.images[shown], judged.first.labels[shown].tolist()
     if report.epochs:
-        held_out = "validation" if options.validation else "test, which decided nothing"
-        yield _section(
-            "curves",
-            "Learning",
-            "Loss and errors by epoch. Augmented images are harder than those held out, so that the dashed line may "
-            "lie above the other.",
-            curves.learning_curves(report.epochs, report.best_epoch, held_out),
-        )
+        yield _curves(report)
     yield _section(
         "confusion",
         "What is taken for what",
@@ -116,61 +105,94 @@ def sections(report: Report, judged: Judged) -> Iterator[Section]:
         "square root of the share of the row, so that single errors are seen.",
         curves.confusion_matrix(curves.confusion(judged.lengths, judged.labels), names),
     )
-    shown = _surest(judged)
-    image, labels = judged.first.images[shown], judged.first.labels[shown].tolist()
     yield _section(
         "coupling",
         "Routing comes to agree",
         f"One test image of {' and '.join(names[j] for j in labels)}. Each map: how strongly the input capsules of a "
         "position couple to the output capsule of the row, pass by pass; white is an even share, orange more, violet "
         "less. In the first pass all shares are even; then votes that agree win, and the capsule's length grows.",
-        coupling.coupling(net, image, labels, names),
+        coupling.coupling(loaded.net, image, labels, names),
     )
-    if two:
-        yield _section(
-            "apart",
-            "Overlapping digits taken apart",
-            "The network sees the first column alone. The two longest capsules are its answer, and the decoder draws "
-            "each of them without the other. Orange and blue belong together in a row.",
-            images.taken_apart(net, judged.first, names),
-        )
-    else:
-        first = f", the first {MOST_CLASSES} of {len(names)}" if len(names) > MOST_CLASSES else ""
-        yield _section(
-            "reconstructions",
-            "Drawn again from one capsule",
-            f"Above a test image of each class{first}, below what the decoder draws from the longest capsule alone: "
-            f"{net.routing.out_features} numbers.",
-            images.reconstructions(net, report.dataset.test, names),
-        )
+    yield _apart(report, judged) if loaded.options.overlap else _reconstructions(report)
     yield _section(
         "perturbations",
         "What a capsule's numbers mean",
         f"The capsule of {names[labels[0]]}, drawn with one of its features changed at a time, from -0.25 to 0.25: "
         "stroke width, slant, the place of a part. The middle column is the unchanged capsule.",
-        images.perturbations(net, image, labels[0]),
+        images.perturbations(loaded.net, image, labels[0]),
     )
     if report.rows:
-        batch = options.batch_size
-        notes = "; ".join(f"{row['name']}: {row['note']}" for row in report.rows if row["note"])
-        mixed = "" if options.amp == "off" else f" in mixed precision, {options.amp}"
-        yield _section(
-            "speed",
-            "Speed and memory",
-            f"A training step of this network{mixed}: forward, loss, backward and AdamW, {batch} {options.samples}, on "
-            f"the CPU that drew this page (threads: {torch.get_num_threads()}), in turns in one process: fused is "
-            "capsroute, reference plain PyTorch, compiled the reference under torch.compile. Losses and gradients were "
-            "compared before anything was timed. Memory is without parameters, gradients and the optimizer's state. "
-            f"{notes}",
-            curves.speed(report.rows, batch),
-        )
+        yield _speed(report)
+
+
+def _curves(report: Report) -> Section:
+    held_out = "validation" if report.loaded.options.validation else "test, which decided nothing"
+    return _section(
+        "curves",
+        "Learning",
+        "Loss and errors by epoch. Augmented images are harder than those held out, so that the dashed line may "
+        "lie above the other.",
+        curves.learning_curves(report.epochs, report.best_epoch, held_out),
+    )
+
+
+def _apart(report: Report, judged: Judged) -> Section:
+    return _section(
+        "apart",
+        "Overlapping digits taken apart",
+        "The network sees the first column alone. The two longest capsules are its answer, and the decoder draws "
+        "each of them without the other. Orange and blue belong together in a row.",
+        images.taken_apart(report.loaded.net, judged.first, report.dataset.class_names),
+    )
+
+
+def _reconstructions(report: Report) -> Section:
+    net, names = report.loaded.net, report.dataset.class_names
+    first = f", the first {MOST_CLASSES} of {len(names)}" if len(names) > MOST_CLASSES else ""
+    return _section(
+        "reconstructions",
+        "Drawn again from one capsule",
+        f"Above a test image of each class{first}, below what the decoder draws from the longest capsule alone: "
+        f"{net.routing.out_features} numbers.",
+        images.reconstructions(net, report.dataset.test, names),
+    )
+
+
+def _speed(report: Report) -> Section:
+    options = report.loaded.options
+    batch = options.batch_size
+    notes = "; ".join(f"{row['name']}: {row['note']}" for row in report.rows if row["note"])
+    mixed = "" if options.amp == "off" else f" in mixed precision, {options.amp}"
+    return _section(
+        "speed",
+        "Speed and memory",
+        f"A training step of this network{mixed}: forward, loss, backward and AdamW, {batch} {options.samples}, on "
+        f"the CPU that drew this page (threads: {torch.get_num_threads()}), in turns in one process: fused is "
+        "capsroute, reference plain PyTorch, compiled the reference under torch.compile. Losses and gradients were "
+        "compared before anything was timed. Memory is without parameters, gradients and the optimizer's state. "
+        f"{notes}",
+        curves.speed(report.rows, batch),
+    )
 
 
 def write(run_dir: Path, report: Report, judged: Judged) -> list[Path]:
     """Write the page and its figures to a directory; returns their paths, the page first."""
-    options, loaded = report.options, report.loaded
     with styled():
         made = list(sections(report, judged))
+    folder = run_dir / PICTURES
+    folder.mkdir(exist_ok=True)
+    paths = [run_dir / PAGE]
+    for section in made:
+        paths.append(folder / f"{section.name}.png")
+        write_atomically(paths[-1], section.png)
+    write_atomically(paths[0], page_of(report, judged, made).encode(errors="replace"))
+    remove_pictures(run_dir, but={section.name for section in made})
+    return paths
+
+
+def page_of(report: Report, judged: Judged, made: Sequence[Section]) -> str:
+    """The page, with the figures that were made."""
+    loaded, options = report.loaded, report.loaded.options
     test = judged.accuracy
     parameters = sum(x.numel() for x in loaded.net.parameters())
     what = "pairs of overlapping digits" if options.overlap else "test images"
@@ -187,7 +209,7 @@ def write(run_dir: Path, report: Report, judged: Judged) -> list[Path]:
         notes.append("Overlapping digits are taken apart in the report of a run of: capsroute train --overlap")
     if not report.rows:
         notes.append("Speed was not measured.")
-    page = render(
+    return render(
         f"Capsule network on {report.dataset.name}",
         f"{'Both digits named' if options.overlap else 'Named'} in {test:.2%} of {len(judged.labels):,} {what} that "
         "it was not trained on.",
@@ -196,14 +218,6 @@ def write(run_dir: Path, report: Report, judged: Judged) -> list[Path]:
         [(name.replace("_", " "), _words(value)) for name, value in shown.items()],
         notes,
     )
-    folder = run_dir / "report"
-    folder.mkdir(exist_ok=True)
-    paths = [run_dir / PAGE]
-    for section in made:
-        paths.append(folder / f"{section.name}.png")
-        write_atomically(paths[-1], section.png)
-    write_atomically(paths[0], page.encode(errors="replace"))
-    return paths
 
 
 def _surest(judged: Judged) -> int:

@@ -6,13 +6,13 @@ import argparse
 import json
 from pathlib import Path
 
-from .._console import add_backend, complain, emit, number, say
+from .._console import add_backend, checked_backend, complain, emit, number, say
 from .._optional import optional
 from ..bench.compare import DisagreementError
 from ..bench.step import format_rows
 from ..training.checkpoint import CheckpointError, history_from_json
 from ..training.cli import add_data, load_run
-from ..training.run import HISTORY
+from ..training.run import HISTORY, alone_in
 from ..training.trainer import Epoch
 from . import build
 
@@ -31,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.path.is_dir():
         raise NotADirectoryError(f"{args.path} is no directory of a run")
     try:
-        result = write_report(args, args.path, speed=not args.no_speed, seconds=args.seconds)
+        backend = checked_backend(args.backend)
+        result = write_report(args, args.path, backend=backend, speed=not args.no_speed, seconds=args.seconds)
     except DisagreementError as error:
         complain(args, error)
         return 1
@@ -39,21 +40,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def write_report(args: argparse.Namespace, run_dir: Path, *, speed: bool, seconds: float = 10.0) -> dict:
-    """Write the report of a run, and tell what it holds."""
+def write_report(
+    args: argparse.Namespace, run_dir: Path, *, backend: str = "auto", speed: bool = True, seconds: float = 10.0
+) -> dict:
+    """Write the report of a run, and tell what it holds.
+
+    It computes on the CPU, wherever the run was trained: `backend` is to serve that.
+    """
     optional("matplotlib")  # before anything takes long
-    loaded, dataset = load_run(args, run_dir)
-    report = build.Report(loaded, dataset, *_history(run_dir), ())
-    judged = build.judge(loaded.net, dataset, overlapping=report.options.overlap)
-    if speed:
-        say(args, f"One training step of this network, {report.options.batch_size} {report.options.samples}:")
-        rows = build.training_step_rows(report, judged.first, seconds)
-        say(args, format_rows(rows))
-        report = report._replace(rows=rows)
-    files = build.write(run_dir, report, judged)
+    with alone_in(run_dir):
+        loaded, dataset = load_run(args, run_dir, backend)
+        options = loaded.options
+        report = build.Report(loaded, dataset, *_history(run_dir), ())
+        judged = build.judge(loaded.net, dataset, overlapping=options.overlap)
+        if speed:
+            say(args, f"One training step of this network, {options.batch_size} {options.samples}:")
+            rows = build.training_step_rows(report, judged.first, seconds)
+            say(args, format_rows(rows))
+            report = report._replace(rows=rows)
+        files = build.write(run_dir, report, judged)
     say(args, f"wrote {files[0]}")
     for row in report.rows:
-        row["images_per_second"] = row["seconds"] and report.options.batch_size / row["seconds"]
+        row["images_per_second"] = row["seconds"] and options.batch_size / row["seconds"]
     return {"files": [str(path) for path in files], "training_step": list(report.rows)}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._optional import optional
 from ..nn import CapsNet
 from ..training.batches import Batch
 from ..training.data import Split
@@ -15,7 +16,7 @@ from .style import BLUE, FONT, MOST_CLASSES, ORANGE, figure, short, show, stacke
 
 STEPS = torch.arange(-5, 6) / 20  # -0.25 to 0.25, what is added to a feature of a capsule: the paper's figure 4
 PAIRS = 5  # of overlapping digits that are shown
-COLOURS = torch.tensor([[0.90, 0.62, 0.0], [0.0, 0.45, 0.70]])  # orange and blue, as in style
+COLOURS = ORANGE, BLUE  # the first digit of a pair, and the other
 
 
 @torch.no_grad()
@@ -90,7 +91,7 @@ def taken_apart(net: CapsNet, batch: Batch, class_names: Sequence[str]):
             right = bool((labels[row] == named[row, k]).any())
             name = short(class_names[int(named[row, k])])
             words = stacked(*(("read as", name) if right else ("read as", f"{name}:", "wrong")), within=16)
-            place[2 + k].set_xlabel(words, color=(ORANGE, BLUE)[k], fontweight="bold", fontsize=FONT - 1)
+            place[2 + k].set_xlabel(words, color=COLOURS[k], fontweight="bold", fontsize=FONT - 1)
         one, other = (short(class_names[j]) for j in labels[row].tolist())
         place[1].set_xlabel(stacked(f"{one} and", other, within=16), fontsize=FONT - 1)
         for each in place:
@@ -103,5 +104,5 @@ def taken_apart(net: CapsNet, batch: Batch, class_names: Sequence[str]):
 def _coloured(parts: Tensor, first: int = 0):
     """Parts ``[K, C, H, W]`` over each other, each in its colour, as an array ``[H, W, 3]``."""
     grey = parts.mean(1)  # [K, H, W]
-    colours = COLOURS[first : first + len(parts)]
-    return torch.einsum("khw,kc->hwc", grey, colours).clamp(0, 1).numpy()
+    colours = optional("matplotlib.colors").to_rgba_array(COLOURS[first : first + len(parts)])[:, :3]
+    return torch.einsum("khw,kc->hwc", grey, torch.tensor(colours).to(grey)).clamp(0, 1).numpy()

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._optional import optional
 
 # Okabe and Ito's colours; in grey they differ by their lightness.
-ORANGE, BLUE, GREEN, GREY = "#E69F00", "#0072B2", "#009E73", "#666666"
+ORANGE, BLUE, GREY = "#E69F00", "#0072B2", "#666666"
 MOST_CLASSES = 10  # that a figure of images shows
 WIDTH = 5.2  # inches; at a phone's width the letters of 9 points are still read
 DPI = 200
@@ -27,8 +27,8 @@ def figure(height: float):
 @contextmanager
 def styled() -> Iterator[None]:
     """The context in which figures are drawn and saved."""
-    sizes = {"font.size": FONT, "axes.titlesize": FONT, "figure.titlesize": FONT + 1}
-    with optional("matplotlib").rc_context({**sizes, "text.parse_math": False}), warnings.catch_warnings():
+    settings = {"font.size": FONT, "axes.titlesize": FONT, "text.parse_math": False}
+    with optional("matplotlib").rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name in any script is drawn, if as boxes
         yield
 

@@ -43,6 +43,11 @@ class Checkpoint(NamedTuple):
     model: dict
     info: dict
 
+    @property
+    def options(self) -> TrainingOptions:
+        """How it was trained, which the info of a run's network says."""
+        return TrainingOptions(**self.info["options"]).check()
+
 
 def save(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write a network; a reader sees the old file or the whole new one, also after a crash."""
@@ -116,6 +121,20 @@ def load_training(
         raise _misfit(path, error) from error
 
 
+def load_configuration(path: str | Path) -> tuple[dict, TrainingOptions, dict]:
+    """The network's keyword arguments, the options and the info of a training, of whose tensors none is read.
+
+    Raises:
+        CheckpointError: if the file is cut off, or not such a checkpoint.
+        OSError: if it cannot be read.
+    """
+    _, content = _read(path, "training", tensors=False)
+    try:
+        return dict(content["model"]), TrainingOptions(**content["options"]).check(), dict(content["info"])
+    except WRONG as error:
+        raise _misfit(path, error) from error
+
+
 def history_to_json(history: list[Epoch]) -> list[dict]:
     """The history as JSON knows it: scores by name."""
     return [{"train": e.train._asdict(), "held_out": e.held_out._asdict(), "seconds": e.seconds} for e in history]
@@ -132,27 +151,27 @@ def _write(path: str | Path, kind: str, tensors: dict[str, Tensor], content: dic
     write_atomically(path, optional("safetensors.torch").save(contiguous, metadata))
 
 
-def _read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
+def _read(path: str | Path, kind: str, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict]:
     safetensors = optional("safetensors")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            names = file.keys()
-            tensors = {name: file.get_tensor(name).clone() for name in names}  # the file may change later
+            names = file.keys() if tensors else ()
+            found = {name: file.get_tensor(name).clone() for name in names}  # the file may change later
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path} is no whole safetensors file: {error}") from error
     if KEY not in metadata:
         raise CheckpointError(f"{path} is a safetensors file, but no checkpoint of capsroute")
     try:
         content = json.loads(metadata[KEY])
-        found = content["version"], content["kind"]
+        version, found_kind = content["version"], content["kind"]
     except WRONG as error:
         raise _misfit(path, error) from error
-    if found[0] != VERSION:
-        raise CheckpointError(f"{path} is a checkpoint of version {found[0]}, expected {VERSION}")
-    if found[1] != kind:
-        raise CheckpointError(f'{path} is a checkpoint of kind "{found[1]}", expected "{kind}"')
-    return tensors, content
+    if version != VERSION:
+        raise CheckpointError(f"{path} is a checkpoint of version {version}, expected {VERSION}")
+    if found_kind != kind:
+        raise CheckpointError(f'{path} is a checkpoint of kind "{found_kind}", expected "{kind}"')
+    return found, content
 
 
 def _network(model: dict, tensors: dict[str, Tensor], backend: str) -> CapsNet:

@@ -11,7 +11,7 @@ from pathlib import Path
 from .._console import add_backend, checked_backend, emit, number, say
 from . import checkpoint, data, distributed
 from .options import AMP_DTYPES, SCHEDULES, TrainingOptions
-from .run import MODEL, TRAINING, RunError, image_shape, run_training, stored
+from .run import MODEL, TRAINING, RunError, Stored, image_shape, run_training, source_of, stored
 from .trainer import evaluate
 
 DATA_VARIABLE = "CAPSROUTE_DATA"
@@ -20,7 +20,9 @@ MODEL_DEFAULTS = {"channels": 64, "types": 32, "iterations": 3}
 WHERE_DEFAULTS = {"backend": "auto", "device": "auto", "tensorboard": False}  # kept with a run, beside its options
 
 
-def add_data(parser: argparse.ArgumentParser, default: str = f"the run's own; of a file alone {ENVIRONMENT}") -> None:
+def add_data(
+    parser: argparse.ArgumentParser, default: str = f"the run's own; if it does not say, {ENVIRONMENT}"
+) -> None:
     """Add what says which images."""
     parser.add_argument(
         "--data-dir",
@@ -34,7 +36,7 @@ def add_data(parser: argparse.ArgumentParser, default: str = f"the run's own; of
 def add_device(parser: argparse.ArgumentParser, default: str | None = "auto") -> None:
     """Add --device."""
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default=default, help="default: a GPU if torch sees one"
+        "--device", choices=distributed.DEVICES, default=default, help="default: a GPU if torch sees one"
     )
 
 
@@ -92,7 +94,7 @@ def load_data(args: argparse.Namespace, run: dict | None = None) -> tuple[data.D
     Returns them and where they came from, to be given as `run` another time.
     """
     whose = "images of the run"
-    if run is None:
+    if not run:
         run, whose = {"data_dir": os.environ.get(DATA_VARIABLE)}, DATA_VARIABLE
     data_dir = args.data_dir or run.get("data_dir") or None
     size = args.image_size or (run.get("image_size") if data.resizes(data_dir) else None)
@@ -114,9 +116,9 @@ def train(args: argparse.Namespace) -> int:
     known = stored(args.out) if args.resume else None
     if args.resume and known is None and not _says_what(args):
         raise RunError(f"{args.out} holds no run to go on with: say which images and options one is to begin with")
-    dataset, source = load_data(args, known and known[1])
+    dataset, source = load_data(args, known and known.source)
     try:
-        result = train_as_asked(args, dataset, source, resume=args.resume, overwrite=args.overwrite)
+        result = train_as_asked(args, dataset, source, known, resume=args.resume, overwrite=args.overwrite)
     except KeyboardInterrupt:
         if not (args.out / TRAINING).exists():
             raise
@@ -138,19 +140,21 @@ def _says_what(args: argparse.Namespace) -> bool:
 
 
 def train_as_asked(
-    args: argparse.Namespace, dataset: data.Dataset, source: dict, *, resume: bool = False, overwrite: bool = False
+    args: argparse.Namespace,
+    dataset: data.Dataset,
+    source: dict,
+    known: Stored | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> dict:
-    """Train as the arguments of :func:`add_training` say, and tell what came of it."""
-    known = stored(args.out) if resume else None
-    options, model, where = TrainingOptions(), dict(MODEL_DEFAULTS), dict(WHERE_DEFAULTS)
-    if known:
-        options, model = known[0].options, dict(known[0].model)
-        where |= {name: known[1][name] for name in where if name in known[1]}
+    """Train as the arguments of :func:`add_training` say, else as a run that is known, and tell what came of it."""
+    known = known or Stored(MODEL_DEFAULTS, TrainingOptions(), {})
     given = _given(args)
-    where |= {name: given[name] for name in where if name in given}
-    options = options._replace(**{name: given[name] for name in options._fields if name in given}).check()
-    model |= {name: given[name] for name in MODEL_DEFAULTS if name in given}
+    options = known.options._replace(**{name: given[name] for name in TrainingOptions._fields if name in given}).check()
+    model = known.model | {name: given[name] for name in MODEL_DEFAULTS if name in given}
     model |= {"image_shape": image_shape(dataset, options), "classes": dataset.classes}
+    where = {name: given.get(name, known.source.get(name, value)) for name, value in WHERE_DEFAULTS.items()}
     start = time.perf_counter()
     device = distributed.pick_device(where["device"])
     run = run_training(
@@ -192,8 +196,8 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
-def load_run(args: argparse.Namespace, run_dir: Path) -> tuple[checkpoint.Checkpoint, data.Dataset]:
-    """The network of a run, or of a file, and its images.
+def load_run(args: argparse.Namespace, run_dir: Path, backend: str) -> tuple[checkpoint.Checkpoint, data.Dataset]:
+    """The network of a run, or of a file, on the CPU, and its images.
 
     Raises:
         ValueError: if the network is not for such images, or the training has not come to its end.
@@ -203,17 +207,10 @@ def load_run(args: argparse.Namespace, run_dir: Path) -> tuple[checkpoint.Checkp
         raise RunError(
             f"the training in {run_dir} is not finished; go on with: capsroute train --out {run_dir} --resume"
         )
-    device = getattr(args, "device", "cpu")
-    loaded = checkpoint.load(path, backend=checked_backend(args.backend, distributed.pick_device(device)))
+    loaded = checkpoint.load(path, backend=backend)
+    dataset, _ = load_data(args, source_of(path, loaded.info))
     try:
-        known = stored(run_dir) if run_dir.is_dir() else None
-    except checkpoint.CheckpointError:
-        if args.data_dir is None:  # the training is asked for where the images are, and for nothing else
-            raise
-        known = None
-    dataset, _ = load_data(args, known and known[1])
-    try:
-        options = TrainingOptions(**loaded.info["options"]).check()
+        options = loaded.options
     except (LookupError, TypeError, ValueError) as error:
         raise checkpoint.CheckpointError(f"{path} does not say how it was trained: {error}") from error
     expected = tuple(loaded.model["image_shape"]), loaded.model["classes"]
@@ -227,10 +224,10 @@ def load_run(args: argparse.Namespace, run_dir: Path) -> tuple[checkpoint.Checkp
 
 def evaluate_run(args: argparse.Namespace) -> int:
     """Run `capsroute eval`."""
-    loaded, dataset = load_run(args, args.path)
-    net = loaded.net.to(distributed.pick_device(args.device))
-    options = TrainingOptions(**loaded.info["options"])
-    score = evaluate(net, dataset.test, overlapping=options.overlap)
-    say(args, f"test accuracy {score.accuracy:.2%} on {len(dataset.test)} {options.samples}, loss {score.loss:.4f}")
+    device = distributed.pick_device(args.device)
+    loaded, dataset = load_run(args, args.path, checked_backend(args.backend, device))
+    score = evaluate(loaded.net.to(device), dataset.test, overlapping=loaded.options.overlap)
+    samples = loaded.options.samples
+    say(args, f"test accuracy {score.accuracy:.2%} on {len(dataset.test)} {samples}, loss {score.loss:.4f}")
     emit(args, {"dataset": dataset.name, "test_accuracy": score.accuracy, "test_loss": score.loss})
     return 0

@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 from .batches import WHOLE, Share
 
+DEVICES = ("auto", "cpu", "cuda")
+
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[Share]:
@@ -30,8 +32,10 @@ def pick_device(name: str) -> torch.device:
     """`auto` is a GPU where torch sees one; each of several processes on a machine takes its own.
 
     Raises:
-        ValueError: if the device is not there.
+        ValueError: if the device is not there, or the name is none of DEVICES.
     """
+    if name not in DEVICES:  # not from the command line: a run's file says what its --device was
+        raise ValueError(f"--device must be one of {', '.join(DEVICES)}, got {name!r}")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":

@@ -65,6 +65,8 @@ class TrainingOptions(NamedTuple):
         Raises:
             ValueError: naming the option, what was expected and what came.
         """
+        for name, default in self._field_defaults.items():
+            _expect_kind(name, getattr(self, name), type(default))
         for name, least in (("epochs", 1), ("batch_size", 1), ("patience", 0)):
             _expect(getattr(self, name) >= least, name, f"at least {least}", self)
         _expect(0 <= self.seed < 2**32, "seed", "from 0 to 2^32 - 1, all that torch's generator looks at", self)
@@ -89,6 +91,13 @@ class TrainingOptions(NamedTuple):
         done = (step - rise) / max(1, steps - rise)  # from 0 to below 1
         fall = {"cosine": (1 + math.cos(math.pi * done)) / 2, "exponential": LEAST**done, "constant": 1.0}
         return self.learning_rate * fall[self.schedule]
+
+
+def _expect_kind(name: str, value: object, kind: type) -> None:
+    """A float may be a whole number; True is none, though Python takes it for 1."""
+    kinds = (int, float) if kind is float else kind
+    if not isinstance(value, kinds) or isinstance(value, bool) != (kind is bool):
+        raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
 
 
 def _expect(holds: bool, name: str, what: str, options: TrainingOptions) -> None:

@@ -16,7 +16,7 @@ class Shown:
     """What a training tells: after every step, and after every epoch. This one is silent."""
 
     def step(self, **fields) -> None:
-        """As `report` of :func:`capsroute.training.trainer.train_epoch`."""
+        """As `on_step` of :func:`capsroute.training.trainer.train_epoch`."""
 
     def epoch(self, history: list[Epoch]) -> None:
         """With the scores of all epochs so far."""

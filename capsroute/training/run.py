@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,12 +23,20 @@ from .._optional import optional
 from ..nn import CapsNet
 from . import distributed, overlap
 from .batches import Share, steps_per_epoch
-from .checkpoint import Checkpoint, history_to_json, load_training, save, save_training
-from .data import Dataset, hold_out
+from .checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    history_to_json,
+    load_configuration,
+    load_training,
+    save,
+    save_training,
+)
+from .data import Dataset, Split, hold_out
 from .options import TrainingOptions
 from .progress import progress
 from .tensorboard import tensorboard_log
-from .trainer import Epoch, Report, Score, Training, evaluate, train_epoch
+from .trainer import Epoch, OnStep, Score, Training, evaluate, train_epoch
 
 try:
     import fcntl
@@ -38,7 +46,11 @@ except ImportError:  # not on Windows, where two runs in one directory are not t
 TRAINING = "training.safetensors"
 MODEL = "model.safetensors"
 HISTORY = "history.json"
-REPORT = "report.html", "report"  # that `capsroute report` writes beside them
+# What `capsroute report` writes beside them: a page, and a folder of the pictures that it has.
+PAGE = "report.html"
+PICTURES = "report"
+PICTURE_NAMES = "curves", "confusion", "coupling", "apart", "reconstructions", "perturbations", "speed"
+SOURCE_KINDS = {"data_dir": str, "image_size": int, "tensorboard": bool}  # that the commands look at
 
 
 class RunError(ValueError):
@@ -64,13 +76,37 @@ def found_in(run_dir: Path) -> list[str]:
     return [name for name in (TRAINING, MODEL, HISTORY) if (run_dir / name).exists()]
 
 
-def stored(run_dir: Path) -> tuple[Training, dict] | None:
-    """The training in a directory and the `source` that it was begun with; None if none was begun."""
+class Stored(NamedTuple):
+    """What a training was begun with."""
+
+    model: dict
+    options: TrainingOptions
+    source: dict
+
+
+def stored(run_dir: Path) -> Stored | None:
+    """What the training in a directory was begun with; None if none was begun."""
     path = run_dir / TRAINING
     if not path.exists():
         return None
-    training, info = load_training(path)
-    return training, info.get("source") or {}
+    model, options, info = load_configuration(path)
+    return Stored(model, options, source_of(path, info))
+
+
+def source_of(path: Path, info: dict) -> dict:
+    """The `source` of a run, as the info of one of its files tells it; empty if it does not.
+
+    Raises:
+        CheckpointError: if it is nothing that a run could have written.
+    """
+    source = info.get("source") or {}
+    if not isinstance(source, dict):
+        raise CheckpointError(f"{path} does not say where its images came from: source is {source!r}")
+    for name, kind in SOURCE_KINDS.items():
+        value = source.get(name)
+        if value is not None and type(value) is not kind:  # True is an int, but no size
+            raise CheckpointError(f"{path} has a {name} that is no {kind.__name__}: {value!r}")
+    return source
 
 
 def run_training(
@@ -85,7 +121,7 @@ def run_training(
     overwrite: bool = False,
     tensorboard: bool = False,
     source: dict | None = None,
-    on_step: Report = lambda **fields: None,
+    on_step: OnStep = lambda **fields: None,
 ) -> Run:
     """Train with a progress bar, and leave the network, the history and the state to go on from in `run_dir`.
 
@@ -103,7 +139,7 @@ def run_training(
         tensorboard: also log to `run_dir/tensorboard`.
         source: where the images came from, and whatever else is to be known where :func:`stored` finds the run again.
             None: what a resumed run has.
-        on_step: called after every step, as `report` of :func:`capsroute.training.trainer.train_epoch`.
+        on_step: called after every step, as by :func:`capsroute.training.trainer.train_epoch`.
 
     Raises:
         RunError: if another process writes to `run_dir`, if there is a run in it and neither `resume` nor `overwrite`
@@ -115,59 +151,43 @@ def run_training(
     options.check()
     run_dir.mkdir(parents=True, exist_ok=True)  # before training: a bad place should cost no time,
     optional("safetensors.torch")  # nor should what is not installed
-    device = torch.device(device)
+    device, writes = torch.device(device), rank() == 0
     info = {"dataset": dataset.name, "checksum": dataset.checksum()}
-    training = Training.begin(model, options, backend, device)
-    writes = rank() == 0
     with ExitStack() as stack:
         if writes:
-            stack.enter_context(_alone_in(run_dir))
+            stack.enter_context(alone_in(run_dir))
             for name in (TRAINING, MODEL, HISTORY):
                 remove_unfinished(run_dir / name)
         if (found := found_in(run_dir)) and not overwrite:
-            if TRAINING not in found:
-                raise RunError(f"{run_dir} holds {found[0]}, but no {TRAINING} to go on from: --overwrite begins anew")
-            if not resume:
-                raise RunError(
-                    f"{run_dir} holds a run already: give --resume to go on with it, --overwrite to begin anew"
-                )
-            training, known = _resumed(training, run_dir, info, backend, device)
-            source = known if source is None else source
-        train, held_out = dataset.train, dataset.test
-        if options.validation:
-            train, held_out = hold_out(train, options.validation)
-        if options.overlap:
-            for split in (train, held_out, dataset.test):
-                overlap.check(split.labels)
+            _check_resumable(run_dir, found, resume)
+            training, known = load_training(run_dir / TRAINING, backend=backend, device=device)
+            _check_same(run_dir, training, known, {**model, **options._asdict(), **info})
+            source = known.get("source") if source is None else source
+        else:
+            training = Training.begin(model, options, backend, device)
+        train, held_out = _splits(dataset, options)
         share = stack.enter_context(distributed.processes(device))
         stack.callback(training.leave_processes)
         steps_per_epoch(len(train), options.batch_size, share.count)  # can all processes train?
-        show, log = stack.enter_context(progress(training, len(train), share)), None
+        show = stack.enter_context(progress(training, len(train), share))
+        after_epoch = [lambda training: show.epoch(training.history)]
         if tensorboard and writes:
-            log = stack.enter_context(tensorboard_log(run_dir / "tensorboard", len(training.history)))
-
-        def report(**fields) -> None:
-            on_step(**fields)
-            show.step(**fields)
-
-        def keep() -> None:
-            if writes:
-                save_training(run_dir / TRAINING, training, {**info, "source": source})
-
-        keep()  # --resume is to find this run, its images and its options, whatever becomes of the first epoch
-        if overwrite and writes:
-            _remove_results(run_dir)
+            after_epoch.append(stack.enter_context(tensorboard_log(run_dir / "tensorboard", len(training.history))))
+        if writes:
+            keep = partial(save_training, run_dir / TRAINING, info={**info, "source": source})
+            keep(training)  # --resume is to find this run, whatever becomes of the first epoch
+            after_epoch.append(keep)
+            if found and overwrite:
+                _remove_results(run_dir)
         while not training.finished:
-            train_epoch(training, train, held_out, share=share, report=report)
-            show.epoch(training.history)
-            if log:
-                log(training)
-            keep()
-        return _finish(run_dir, training, dataset, share, writes)
+            train_epoch(training, train, held_out, share=share, on_step=_each(on_step, show.step))
+            for call in after_epoch:
+                call(training)
+        return _finish(run_dir, training, dataset, source, share, writes)
 
 
 @contextmanager
-def _alone_in(run_dir: Path) -> Iterator[None]:
+def alone_in(run_dir: Path) -> Iterator[None]:
     """Hold a directory, to which one process at a time may write."""
     if fcntl is None:
         yield
@@ -184,32 +204,66 @@ def _alone_in(run_dir: Path) -> Iterator[None]:
 
 
 def _remove_results(run_dir: Path) -> None:
-    """What an older run made, which would pass for results of the one that has begun."""
-    for name in (MODEL, HISTORY, *REPORT):
-        path = run_dir / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    """What an older run made, which would pass for results of the one that has begun; nothing but that."""
+    for name in (MODEL, HISTORY, PAGE):
+        (run_dir / name).unlink(missing_ok=True)
+    remove_pictures(run_dir)
 
 
-def _resumed(
-    fresh: Training, run_dir: Path, info: dict, backend: str, device: torch.device
-) -> tuple[Training, dict | None]:
-    """The training in a directory, and its source, if its network, options and images are those of a fresh one."""
-    training, found = load_training(run_dir / TRAINING, backend=backend, device=device)
-    asked = {**fresh.model, **fresh.options._asdict(), **info}
-    stored = {**training.model, **training.options._asdict(), **{name: found.get(name) for name in info}}
-    if found.get("checksum") == info["checksum"]:  # the same images, whatever their directory is called now
-        stored["dataset"] = info["dataset"]
-    asked, stored = json.loads(json.dumps([asked, stored]))  # tuples are lists in a file
-    for name in sorted({*asked, *stored}):
-        if asked.get(name) != stored.get(name):
-            raise RunError(f"{run_dir} holds a run with {name} {stored.get(name)}, asked for is {asked.get(name)}")
-    return training, found.get("source")
+def remove_pictures(run_dir: Path, but: Collection[str] = ()) -> None:
+    """Remove the pictures of an older report, but those named; their folder too, if it holds nothing else."""
+    folder = run_dir / PICTURES
+    if not folder.is_dir():
+        return
+    for name in set(PICTURE_NAMES) - set(but):
+        (folder / f"{name}.png").unlink(missing_ok=True)
+    with suppress(OSError):  # it holds something else, or is a link
+        folder.rmdir()
 
 
-def _finish(run_dir: Path, training: Training, dataset: Dataset, share: Share, writes: bool) -> Run:
+def _check_resumable(run_dir: Path, found: list[str], resume: bool) -> None:
+    if TRAINING not in found:
+        raise RunError(f"{run_dir} holds {found[0]}, but no {TRAINING} to go on from: --overwrite begins anew")
+    if not resume:
+        raise RunError(f"{run_dir} holds a run already: give --resume to go on with it, --overwrite to begin anew")
+
+
+def _check_same(run_dir: Path, training: Training, info: dict, asked: dict) -> None:
+    """That the network, options and images of a training in a directory are those asked for."""
+    images = {name: info.get(name) for name in ("dataset", "checksum")}
+    if images["checksum"] == asked["checksum"]:  # the same, whatever their directory is called now
+        images["dataset"] = asked["dataset"]
+    known = {**training.model, **training.options._asdict(), **images}
+    asked, known = json.loads(json.dumps([asked, known]))  # tuples are lists in a file
+    for name in sorted({*asked, *known}):
+        if asked.get(name) != known.get(name):
+            raise RunError(f"{run_dir} holds a run with {name} {known.get(name)}, asked for is {asked.get(name)}")
+
+
+def _splits(dataset: Dataset, options: TrainingOptions) -> tuple[Split, Split]:
+    """The images to train on, and those to look at after each epoch, if they can be laid over each other."""
+    train, held_out = dataset.train, dataset.test
+    if options.validation:
+        train, held_out = hold_out(train, options.validation)
+    if options.overlap:
+        for split in (train, held_out, dataset.test):
+            overlap.check(split.labels)
+    return train, held_out
+
+
+def _each(*calls: OnStep) -> OnStep:
+    """All of these in their order, as one."""
+
+    def call(**fields) -> None:
+        for one in calls:
+            one(**fields)
+
+    return call
+
+
+def _finish(
+    run_dir: Path, training: Training, dataset: Dataset, source: dict | None, share: Share, writes: bool
+) -> Run:
     """Test the result, and write what people and `capsroute eval` read."""
     net, options = training.result(), training.options
     test = evaluate(net, dataset.test, overlapping=options.overlap, share=share)
@@ -218,6 +272,7 @@ def _finish(run_dir: Path, training: Training, dataset: Dataset, share: Share, w
         "dataset": dataset.name,
         "class_names": list(dataset.class_names),
         "options": options._asdict(),
+        "source": source,
         "best_epoch": run.best_epoch,
         "test": test._asdict(),
     }

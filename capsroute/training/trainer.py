@@ -19,7 +19,7 @@ from .data import Split
 from .distributed import total
 from .options import AMP_DTYPES, TrainingOptions
 
-Report = Callable[..., None]
+OnStep = Callable[..., None]
 
 
 class Score(NamedTuple):
@@ -58,7 +58,7 @@ class Training:
     ) -> Training:
         """A training of a new network; the seed alone decides its parameters, and no random state is touched."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed)
+            torch.default_generator.manual_seed(options.seed)  # torch.manual_seed would seed the GPUs' too
             return cls.of(CapsNet(**model, backend=backend), model, options, device)
 
     @classmethod
@@ -101,7 +101,7 @@ class Training:
 
 
 def train_epoch(
-    training: Training, train: Split, held_out: Split, *, share: Share = WHOLE, report: Report = lambda **_: None
+    training: Training, train: Split, held_out: Split, *, share: Share = WHOLE, on_step: OnStep = lambda **_: None
 ) -> None:
     """One more epoch.
 
@@ -112,7 +112,7 @@ def train_epoch(
         training: what goes on.
         train, held_out: the images to train on, and to look at after.
         share: of this process, one of several inside :func:`capsroute.training.distributed.processes`.
-        report: called after every step with `epoch` (from 1), `step` (from 1 in the whole training), `images`,
+        on_step: called after every step with `epoch` (from 1), `step` (from 1 in the whole training), `images`,
             `loss` and `correct`, the last two of this process's own images.
 
     Raises:
@@ -120,14 +120,14 @@ def train_epoch(
     """
     start = time.perf_counter()
     options = training.options
-    score = _train_batches(training, train, share, report)
+    score = _train_batches(training, train, share, on_step)
     judged = evaluate(training.net, held_out, overlapping=options.overlap, share=share)
     training.history.append(Epoch(score, judged, time.perf_counter() - start))
     if options.validation and training.best_epoch == len(training.history):
         training.best = {name: x.detach().clone() for name, x in training.net.state_dict().items()}
 
 
-def _train_batches(training: Training, train: Split, share: Share, report: Report) -> Score:
+def _train_batches(training: Training, train: Split, share: Share, on_step: OnStep) -> Score:
     net, options, optimizer, scaler = training.net.train(), training.options, training.optimizer, training.scaler
     device = next(net.parameters()).device
     loss_of, sums = CapsNetLoss(), []
@@ -162,7 +162,7 @@ def _train_batches(training: Training, train: Split, share: Share, report: Repor
         scaler.update()
         correct = count_correct(output.lengths, labels)
         sums.append((value * len(images), correct, len(images)))
-        report(epoch=epoch, step=step + 1, images=len(images), loss=value, correct=correct)
+        on_step(epoch=epoch, step=step + 1, images=len(images), loss=value, correct=correct)
     loss_sum, correct, count = total(*map(sum, zip(*sums, strict=True)), device=device)
     return Score(loss_sum / count, correct / count)
 
