@@ -95,6 +95,32 @@ def test_nan_stays_in_its_sample(backend, coupling, name):
 
 
 @with_coupling
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("sizes", [(2, 3, 4, 5), (2, 3, 70, 20)], ids=str)
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_a_vote_that_is_not_finite_stays_in_its_number_without_a_query(backend, value, sizes, prior, coupling):
+    votes = torch.randn(sizes)
+    votes[0, 1, 2, 3] = value
+    votes.requires_grad_()
+    logits = torch.randn(sizes[:-1], requires_grad=True) if prior else None
+    s = capsroute.votes_pass(votes, None, logits=logits, coupling=coupling, backend=backend)
+    assert (~s.isfinite()).nonzero().tolist() == [[0, 2, 3]]
+    leaves = [votes, logits] if prior else [votes]
+    assert torch.autograd.grad(s, leaves, cotangent(s))[0].isfinite().all()
+
+
+def test_a_logit_of_nan_is_in_all_pairs_of_its_row_that_are_allowed(backend):
+    """Also in one so far below the largest that its coupling would be 0."""
+    votes = torch.ones(1, 1, 4, 2, requires_grad=True)
+    logits = torch.tensor([NAN, 0.0, -200.0, -INF]).view(1, 1, 4)
+    s, c = capsroute.votes_pass(votes, None, logits=logits, return_coupling=True, backend=backend)
+    grad = torch.autograd.grad(s, votes, torch.ones_like(s))[0]
+    for x in (c[0, 0], s[0, :, 0], grad[0, 0, :, 0]):
+        assert x.isnan().tolist() == [True, True, True, False]
+        assert x[3] == 0
+
+
+@with_coupling
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_fully_masked_sample_gives_squashed_bias(backend, coupling, form, bias):
@@ -281,6 +307,24 @@ def test_with_detached_coupling_logits_alone_get_no_gradient(backend):
     problem = random_problem(logits="BIJ", detach_coupling=True)
     problem.tensors["logits"].requires_grad_()
     assert not problem.run(backend).requires_grad
+
+
+@with_coupling
+@pytest.mark.parametrize("name", ["query", "logits"])
+def test_a_gradient_has_the_same_bits_whatever_else_wants_one(backend, coupling, name):
+    """Of one pass from a query, over votes so alike that the mean of their slopes is nearly all of each."""
+    tensors = {
+        "votes": 3 + 0.05 * torch.randn(2, 64, 2, 8),
+        "query": torch.randn(2, 2, 8),
+        "logits": torch.randn(2, 64, 2),
+    }
+
+    def gradient(*wanted):
+        leaves = {key: x.clone().requires_grad_(key in wanted) for key, x in tensors.items()}
+        s = capsroute.votes_pass(**leaves, coupling=coupling, backend=backend)
+        return torch.autograd.grad(s, leaves["votes"], cotangent(s))[0]
+
+    assert torch.equal(gradient("votes", name), gradient("votes"))
 
 
 @with_coupling

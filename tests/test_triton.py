@@ -99,10 +99,16 @@ def spread_out(device):
 
 @pytest.mark.parametrize(
     ("form", "name", "dim", "far"),
-    [("ijod", "u", 0, 2**31 + 5), ("votes", "votes", 2, 2**30 + 8), ("votes", "logits", 2, 2**30 + 8)],
+    [
+        ("ijod", "u", 0, 2**31 + 5),
+        ("votes", "votes", 2, 2**30 + 8),
+        ("votes", "logits", 2, 2**30 + 8),
+        ("jod", "weight", 0, 2**30 + 8),
+        ("jod", "weight", 1, 2**30 + 8),
+    ],
 )
 def test_offsets_beyond_31_bits(spread_out, form, name, dim, far):
-    """Samples that lie more than 2^31 numbers apart, output capsules of which the third does."""
+    """Samples that lie more than 2^31 numbers apart, output capsules and features of which the third does."""
     problem = random_problem((2, 3, 2, 3, 4), form=form, dtype=torch.float16, logits="BIJ")
     expected = problem.run("triton")
     problem.tensors[name] = spread_out(problem.tensors[name], dim, far)

@@ -145,7 +145,9 @@ class Backpropagation {
     for (int64_t k = p_.R - 1; k >= 0; --k) {
       finish.dV = k > 0 ? dV_ : nullptr;
       finish.dquery = k == 0 ? static_cast<A*>(out_.query) : nullptr;
-      const bool corrects = p_.over_inputs && out_.logits;  // db_ij over inputs is known only after its sum
+      // Over inputs db_ij is known only after its sum: the gradients of the logits and, with a query, of the votes use
+      // it.
+      const bool corrects = p_.over_inputs && (out_.logits || p_.query.data);
       const bool sums = finish.dV || finish.dquery || partial_p_ || corrects;
       if (!sums && (uniform(p_, k) || p_.over_inputs)) return;  // p is known without
       pass.query = k > 0 || p_.query.data ? states_.query + k * layout_.row_state(p_) : nullptr;

@@ -109,12 +109,14 @@ class GradientStream {
       A e[K], q[K];
       clear(e), clear(q);
       if (active) load_slice(e, a_.states.row_ds + k * state, at, place_.lane);
-      if (active && (k > 0 || p_.query.data)) load_slice(q, a_.states.query + k * state, at, place_.lane);
+      const bool query = k > 0 || p_.query.data;  // else 0 * NaN is not added, as in pass()
+      if (active && query) load_slice(q, a_.states.query + k * state, at, place_.lane);
       A logit[N], target[N];
       CAPSROUTE_UNROLL
       for (int n = 0; n < N; ++n) {  // added in the order of pass(), as its softmax is taken again
         logit[n] = place_.slice == 0 ? prior[n] : A(0);
-        logit[n] += dot(h[n], q), target[n] = dot(h[n], e);
+        if (query) logit[n] += dot(h[n], q);
+        target[n] = dot(h[n], e);
       }
       if (a_.layout.row_slices > 1) add_slices(logit, target);
       CAPSROUTE_UNROLL
@@ -124,7 +126,7 @@ class GradientStream {
         couple_again(k, i + n, logit[n], target[n], p, db);
         dlogits[n] += db;
         CAPSROUTE_UNROLL
-        for (int f = 0; f < K; ++f) dh[n][f] += p * e[f] + db * q[f];
+        for (int f = 0; f < K; ++f) dh[n][f] += query ? p * e[f] + db * q[f] : p * e[f];
       }
     }
     if (!a_.dlogits || !active || place_.slice != 0 || !CAPSROUTE_WITHIN(place_.b, p_.B)) return;
@@ -141,8 +143,7 @@ class GradientStream {
     }
     const int64_t count = p_.over_inputs ? p_.J : p_.I, index = p_.over_inputs ? place_.j : i;
     const A* all = statistics_at(a_.statistics, k * a_.layout.tiles + place_.tile, count, index, place_.lane);
-    const A share = exp(logit - load(all));
-    p = share != 0 ? share * load(all + kLanes) : A(0);
+    p = exp(logit - load(all)) * load(all + kLanes);
     db = p == 0 ? A(0) : p * (target - load(all + 2 * kLanes));
   }
 

@@ -40,7 +40,7 @@ struct Pass {
   Layout layout;
   Split split;
   const X* weight;      // [I, D, J, O padded] for Source::made
-  const A* query;       // [tile, j, row, lane], or null: zero
+  const A* query;       // [tile, j, row, lane], or null: there is none
   const A* gradient;    // likewise, e of the backward
   A* partial;           // [chunk, tile, j, row, lane], or null: the sums are not wanted
   A* group_statistics;  // [group, tile, i, 3, lane], or null: this pass does not leave them
@@ -93,7 +93,7 @@ CAPSROUTE_DEVICE void couple(const Pass<X>& a, bool last, const Place& place, in
     const A share = exp(l[j * step] - m);
     z += share;
     if constexpr (backward) y += share * t[j * step];
-    l[j * step] = share;
+    l[j * step] = l[j * step] == -infinity<A>() ? A(-1) : share;  // -1: forbidden, not only far below m
   }
   if (!merged) {
     if (a.group_statistics) {
@@ -111,7 +111,7 @@ CAPSROUTE_DEVICE void couple(const Pass<X>& a, bool last, const Place& place, in
   CAPSROUTE_ROLL
   for (int j = 0; j < place.units / slices; ++j) {
     const A share = l[j * step];
-    const A c = live && share != 0 ? share * r : A(0);  // not live or forbidden: 0, not 0 * NaN
+    const A c = live && share != -1 ? share * r : A(0);  // not live or forbidden: 0, not 0 * NaN
     if constexpr (backward) {
       l[j * step] = c != 0 ? c * (t[j * step] - mean) : A(0);
     } else {
@@ -174,7 +174,7 @@ CAPSROUTE_DEVICE void pass(const Pass<X>& a, const Acc<X>* query, bool last_pass
       used[n] = used[n] && logit != -infinity<A>();
       logit = place.slice == 0 ? logit : A(0);
       if (used[n]) {
-        logit += dot(h[n], q);
+        if (query) logit += dot(h[n], q);  // not 0 * NaN
         if constexpr (backward) target = dot(h[n], e);
       } else {
         clear(h[n]);  // whatever it holds
@@ -225,7 +225,8 @@ CAPSROUTE_DEVICE void pass(const Pass<X>& a, const Acc<X>* query, bool last_pass
   if (!place.active || !a.partial) return;
   if (over_inputs && place.slice == 0 && (backward || !known)) {
     A* own = statistics_at(a.chunk_statistics, chunk * a.layout.tiles + place.tile, p.J, place.j, place.lane);
-    store(own, backward ? excess : m), store(own + kLanes, z);
+    store(own, backward ? excess : m);
+    if constexpr (!backward) store(own + kLanes, z);
   }
   const int64_t to = chunk * a.layout.row_state(p) + at * kLanes + place.lane;
   CAPSROUTE_UNROLL

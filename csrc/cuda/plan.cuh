@@ -128,11 +128,11 @@ CAPSROUTE_DEVICE void clear(A (&x)[K]) {
   for (int k = 0; k < K; ++k) x[k] = 0;
 }
 
-// A slice of one lane's column of a state, or zeros if there is none.
+// A slice of one lane's column of a state.
 template <class A, int K>
 CAPSROUTE_DEVICE void load_slice(A (&x)[K], const A* state, int64_t at, int lane) {
   CAPSROUTE_UNROLL
-  for (int k = 0; k < K; ++k) x[k] = state ? load(state + (at + k) * kLanes + lane) : A(0);
+  for (int k = 0; k < K; ++k) x[k] = load(state + (at + k) * kLanes + lane);
 }
 
 template <class A>

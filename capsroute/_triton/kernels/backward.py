@@ -118,6 +118,18 @@ def query_before(queries, k, n, at, inside, P: tl.constexpr):
 
 
 @triton.jit
+def of_query(x, k, P: tl.constexpr):
+    """x, which was multiplied with V^(k-1) or will be; 0 without one, as of a vote that is not finite 0 x is NaN.
+
+    For one pass whose logits have a gradient. Of several passes such a vote spoils all that this could save.
+    """
+    GIVEN: tl.constexpr = P.given
+    if not GIVEN:
+        x = tl.where(k > 0, x, 0.0)
+    return x
+
+
+@triton.jit
 def coupling_and_slope(h, prior, allowed, V, ds, tops, totals, means, k, row, b, i, j, B, I, P: tl.constexpr):
     """p_ij and db_ij of pass k, [TB, JB, 1].
 
@@ -127,7 +139,10 @@ def coupling_and_slope(h, prior, allowed, V, ds, tops, totals, means, k, row, b,
     J: tl.constexpr = P.J
     a, t = prior, tl.zeros_like(prior)
     if P.moves:
-        a += tl.sum(h * V, 2, keep_dims=True)
+        of_votes = tl.sum(h * V, 2, keep_dims=True)
+        if P.need_logits != "":
+            of_votes = of_query(of_votes, k, P)
+        a += of_votes
         t = tl.sum(h * ds, 2, keep_dims=True)
         if P.logits:  # of a forbidden pair ds may be NaN
             t = tl.where(allowed, t, 0.0)
@@ -163,7 +178,7 @@ def rows(u, weight, logits, mask, queries, slopes, parts, k, B, I, strides, P: t
     for i in range(begin, tl.minimum(begin + P.group, I)):
         row, allowed, prior = pairs(logits, mask, b < B, b, i, j, strides, P)
         h = votes(u, weight, b, i, j, x, row, allowed, strides, P)
-        a = tl.where(allowed, prior + tl.sum(h * V, 2, keep_dims=True), float("-inf"))
+        a = tl.where(allowed, prior + of_query(tl.sum(h * V, 2, keep_dims=True), k, P), float("-inf"))
         m, total = softmax_parts(a, P)
         t = tl.where(allowed, tl.sum(h * ds, 2, keep_dims=True), 0.0)
         T = tl.sum(tl.exp(a - m) * t, 1, keep_dims=True)
@@ -231,7 +246,10 @@ def vote_gradient(h, prior, allowed, queries, slopes, tops, totals, means, row, 
         p, db = coupling_and_slope(h, prior, allowed, V, ds, tops, totals, means, k, row, b, i, j, B, I, P)
         dh = tl.fma(tl.broadcast_to(p, [IB, JB, XB]), tl.broadcast_to(ds, [IB, JB, XB]), dh)
         if P.moves:
-            dh = tl.fma(tl.broadcast_to(db, [IB, JB, XB]), tl.broadcast_to(V, [IB, JB, XB]), dh)
+            slope = db
+            if P.need_logits != "":
+                slope = of_query(db, k, P)
+            dh = tl.fma(tl.broadcast_to(slope, [IB, JB, XB]), tl.broadcast_to(V, [IB, JB, XB]), dh)
             dlogits += db
     return tl.where(allowed, dh, 0.0), dlogits
 

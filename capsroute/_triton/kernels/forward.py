@@ -249,6 +249,12 @@ def added(parts, online, m, b, j, x, groups, B, P: tl.constexpr):
 
 
 @triton.jit
+def in_weight(j, o, strides):
+    """Where W_j[o, 0] is in a shared weight, [1, JB, OB]; its strides may pass 2^31 numbers."""
+    return j.to(tl.int64) * strides[0] + o.to(tl.int64) * strides[1]
+
+
+@triton.jit
 def from_keys(parts, online, m, weight, b, j, o, groups, B, strides, P: tl.constexpr):
     """s_j = W_j (sum over i of c_ij u_i) [TB, JB, OB], the inner sum in parts."""
     ACC: tl.constexpr = P.acc
@@ -259,10 +265,12 @@ def from_keys(parts, online, m, weight, b, j, o, groups, B, strides, P: tl.const
     O: tl.constexpr = P.O
     D: tl.constexpr = P.D
     s = tl.zeros([TB, JB, OB], ACC)
+    at = in_weight(j, o, strides)
     for d in range(D):
         x_d = added(parts, online, m, b, j, d, groups, B, P)
-        w_d = tl.load(weight + j * strides[0] + o * strides[1] + d * strides[2], mask=(j < J) & (o < O), other=0)
-        s = tl.fma(tl.broadcast_to(x_d, [TB, JB, OB]), tl.broadcast_to(w_d.to(ACC), [TB, JB, OB]), s)
+        w_d = tl.load(weight + at, mask=(j < J) & (o < O), other=0).to(ACC)
+        s = tl.fma(tl.broadcast_to(x_d, [TB, JB, OB]), tl.broadcast_to(w_d, [TB, JB, OB]), s)
+        at += strides[2]
     return s
 
 
@@ -273,10 +281,14 @@ def to_keys(V, weight, out, b, j, o, B, strides, P: tl.constexpr):
     J: tl.constexpr = P.J
     O: tl.constexpr = P.O
     D: tl.constexpr = P.D
-    for d in range(D):
-        w_d = tl.load(weight + j * strides[0] + o * strides[1] + d * strides[2], mask=(j < J) & (o < O), other=0)
-        q_d = tl.sum(V * w_d.to(ACC), 2, keep_dims=True)
-        tl.store(out + (b * J + j) * D + d, q_d, mask=(b < B) & (j < J))
+    at = in_weight(j, o, strides)
+    out += (b * J + j) * D
+    for _ in range(D):
+        w_d = tl.load(weight + at, mask=(j < J) & (o < O), other=0).to(ACC)
+        q_d = tl.sum(V * w_d, 2, keep_dims=True)
+        tl.store(out, q_d, mask=(b < B) & (j < J))
+        at += strides[2]
+        out += 1
 
 
 @triton.jit(do_not_specialize=["B", "groups"])
