@@ -24,8 +24,7 @@ INTERRUPTED = 130  # as a shell reports it
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 done, 1 fell short, 2 called wrongly, 130 interrupted."""
     args = _parser().parse_args(argv)
-    if args.seed is not None:
-        torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed or 0)
     try:
         return args.run(args)
     except EXPECTED as error:

@@ -90,8 +90,9 @@ def test_partners_are_of_another_class_and_all_images_serve():
     partners = overlap.draw_partners(labels, of, torch.Generator().manual_seed(0))
     assert (labels[partners] != labels[of]).all()
     assert partners.unique().tolist() == list(range(40))
-    with pytest.raises(ValueError, match="at least two classes"):
-        overlap.draw_partners(torch.zeros(3, dtype=torch.int64), torch.arange(3), torch.Generator())
+    for labels in ([0, 0, 0], [0, 2, 2]):  # of two classes any network would name both
+        with pytest.raises(ValueError, match="at least three classes"):
+            overlap.draw_partners(torch.tensor(labels), torch.arange(3), torch.Generator())
 
 
 def test_digits_are_moved_whole_as_far_as_the_canvas_goes():

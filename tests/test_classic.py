@@ -217,3 +217,12 @@ def test_fault_a_reconstruction_that_weighs_nothing():
 def test_wrong_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         CapsuleLayer(*arguments)
+
+
+def test_class_indices_are_not_taken_for_one_hot_labels():
+    """Ten of them would broadcast with ten classes."""
+    images, classes, labels = torch.rand(10, 1, 28, 28), torch.rand(10, 10), torch.arange(10)
+    with pytest.raises(ValueError, match=r"labels must be one-hot \[10, 10\], got \[10\]"):
+        CapsuleLoss()(images, labels, classes, torch.rand(10, 784))
+    with pytest.raises(ValueError, match=r"y must be one-hot \[10, 10\], got \[10\]"):
+        CapsuleNet()(images, labels)

@@ -144,6 +144,17 @@ def test_train_and_eval_on_idx_files(capsys, mnist_dir, run_dir):
     assert "is for images" in err
 
 
+def test_a_run_is_not_judged_by_images_that_were_changed(capsys, mnist_dir):
+    out_dir = mnist_dir / "run"
+    assert run(capsys, "train", "--data-dir", mnist_dir, "--out", out_dir, *TINY)[0] == 0
+    labels = mnist_dir / "t10k-labels-idx1-ubyte"
+    labels.write_bytes(labels.read_bytes()[:-1] + b"\0")
+    status, _, err = run(capsys, "eval", out_dir)
+    assert status == 2
+    assert f"these are not the images that {out_dir / MODEL} was trained on: give --data-dir" in err
+    assert run(capsys, "eval", out_dir, "--data-dir", mnist_dir)[0] == 0
+
+
 def test_errors_are_one_readable_line(capsys, tmp_path, run_dir):
     (tmp_path / "cut").write_bytes((run_dir / MODEL).read_bytes()[:1000])
     (tmp_path / "file").write_text("")
@@ -236,6 +247,22 @@ def test_images_are_named_by_who_named_them(capsys, monkeypatch, mnist_dir):
     assert err == "capsroute train: error: CAPSROUTE_DATA: /nope is no directory\n"
     err = run(capsys, "train", "--out", mnist_dir / "other", "--data-dir", "/none")[2]
     assert err == "capsroute train: error: /none is no directory\n"
+
+
+def test_a_folder_for_validation_that_is_not_used_is_told(capsys, tmp_path):
+    for split in ("train", "val", "test"):
+        for name in ("ant", "bee"):
+            make_images(tmp_path / "photos" / split / name, 3, (10, 200, 30), size=(9, 9))
+    words = ("train", "--data-dir", tmp_path / "photos", *TINY)
+    told = "6 images for validation are not used: --validation would"
+    assert told in run(capsys, *words, "--out", tmp_path / "without")[1]
+    assert told not in run(capsys, *words, "--out", tmp_path / "with", "--validation", 0.5)[1]
+
+
+@pytest.mark.parametrize("words", [(), ("--seed", 0)])
+def test_random_numbers_do_not_depend_on_what_was_drawn_before(capsys, words):
+    run(capsys, "info", *words)
+    torch.testing.assert_close(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(0)))
 
 
 def test_too_little_memory_is_told_in_one_line(capsys, monkeypatch, tmp_path):

@@ -61,6 +61,27 @@ def test_what_is_held_out_is_stratified_and_the_same_always(digits):
         hold_out(digits.train[:20], 0.1)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.tensor([0, 2])}, "labels of mine must be below 2, one for each class name, got 2"),
+        ({"labels": torch.tensor([0, -1])}, "labels of testing images of mine must be at least 0, got -1"),
+        ({"labels": torch.tensor([0, 1], dtype=torch.int32)}, r"must be int64 \[2\], got torch.int32 \[2\]"),
+        ({"labels": torch.tensor([0])}, r"must be int64 \[2\], got torch.int64 \[1\]"),
+        ({"images": torch.rand(2, 4, 4)}, r"float32 \[N, C, H, W\], got torch.float32 \[2, 4, 4\]"),
+        ({"images": torch.rand(2, 1, 4, 4).double()}, "must be uint8 or float32 .*, got torch.float64"),
+        ({"images": torch.full((2, 1, 4, 4), 255.0)}, "must be from 0 to 1 in float32, got 255 to 255"),
+        ({"images": torch.full((2, 1, 4, 4), float("nan"))}, "must be from 0 to 1 in float32, got nan"),
+        ({"images": torch.rand(0, 1, 4, 4), "labels": torch.arange(0)}, "there are no testing images of mine"),
+        ({"images": torch.rand(2, 1, 4, 5)}, r"\[1, 4, 4\] for training, \[1, 4, 5\] for testing"),
+    ],
+)
+def test_a_dataset_is_checked(change, message):
+    right = {"images": torch.rand(2, 1, 4, 4), "labels": torch.tensor([0, 1])}
+    with pytest.raises(DataError, match=message):
+        data.make_dataset("mine", Split(**right), Split(**{**right, **change}), ["ant", "bee"])
+
+
 # IDX
 
 
@@ -232,6 +253,20 @@ def test_a_folder_with_train_and_test_and_other_sizes(tmp_path):
     assert dataset.image_shape == (1, 7, 7)  # grey stays grey
     assert dataset.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert dataset.test.images[:, 0, 3, 3].tolist() == [10, 10, 20, 20]
+
+
+@pytest.mark.parametrize("name", ["val", "validation"])
+def test_a_folder_for_validation_is_read_as_that(tmp_path, name):
+    for split, colour in (("train", 1), (name, 2), ("test", 3)):
+        for label in ("a", "b"):
+            make_images(tmp_path / split / label, 2, colour, mode="L")
+    dataset = data.load(tmp_path)
+    assert [int(x.images.unique()) for x in (dataset.train, dataset.test, dataset.validation)] == [1, 3, 2]
+    assert dataset.validation.labels.tolist() == [0, 0, 1, 1]
+    assert dataset._replace(validation=None).checksum() != dataset.checksum()
+    make_images(tmp_path / name / "c", 1, 2, mode="L")
+    with pytest.raises(DataError, match=f"train and .*{name} must have the same classes, only one has c"):
+        data.load(tmp_path)
 
 
 @pytest.mark.parametrize(("colour", "channels"), [((70, 70, 70), 1), ((70, 70, 71), 3)])

@@ -64,6 +64,14 @@ def test_labels_are_checked(labels, error, message):
         Decoder(3, 4, (1, 8, 8))(torch.rand(2, 3, 4), labels)
 
 
+def test_one_hot_labels_are_not_taken_for_classes():
+    message = r"with K < J = 3, got \[2, 3\]; of one-hot labels pass \.argmax\(1\)"
+    with pytest.raises(ValueError, match=message):
+        MarginLoss()(torch.rand(2, 3), torch.eye(3, dtype=torch.int64)[:2])
+    MarginLoss()(torch.rand(2, 3), torch.tensor([[0, 1], [2, 0]]))
+    MarginLoss()(torch.rand(2, 1), torch.tensor([[0], [0]]))
+
+
 def test_the_spread_loss_wants_one_label():
     with pytest.raises(ValueError, match=r"labels must be \[B\] with B = 2, got \[2, 1\]"):
         SpreadLoss()(torch.rand(2, 3), torch.tensor([[0], [1]]))

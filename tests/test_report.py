@@ -118,7 +118,7 @@ def test_the_page_says_what_matters_first(report):
     path, text = report
     accuracy = json.loads((path / "history.json").read_text())["test"]["accuracy"]
     assert f"<dd>{accuracy:.2%}</dd>" in text
-    assert "pairs of overlapping digits" in text if "overlap" in path.name else "64 test images" in text
+    assert "pairs of overlapping images" in text if "overlap" in path.name else "64 test images" in text
     assert "compiled: no compiler" in text  # why there is no bar
 
 
@@ -141,7 +141,7 @@ def alone(tmp_path, digits):
 def test_a_network_is_judged_by_the_images_that_are_given(run_dir, digits, tmp_path):
     path = shutil.copytree(run_dir, tmp_path / run_dir.name)
     half = digits._replace(test=digits.test[:32], name="others")
-    assert report_on(path, half, "--no-speed") == 0
+    assert report_on(path, half, "--no-speed", "--data-dir", str(tmp_path)) == 0
     overlapping = "overlap" in run_dir.name
     loaded = build.judge(build_net(run_dir), half, overlapping=overlapping)
     named = loaded.lengths.topk(1 + overlapping, -1).indices.sort(-1).values
@@ -149,6 +149,15 @@ def test_a_network_is_judged_by_the_images_that_are_given(run_dir, digits, tmp_p
     text = (path / "report.html").read_text()
     assert f"amed in {share:.2%} of 32 " in text
     assert f"<td>{html.escape(NASTY, quote=False)}" in text.replace("&#34;", '"')  # what it was made with
+
+
+def test_images_that_nobody_named_are_those_of_the_training(run_dir, digits, tmp_path, capsys):
+    path = tmp_path / "model.safetensors"
+    shutil.copy(run_dir / path.name, path)
+    assert report_on(tmp_path, digits._replace(test=digits.test[:32]), "--no-speed") == 2
+    message = f"these are not the images that {path} was trained on: give --data-dir"
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_an_older_report_leaves_no_picture_behind(alone, digits):
@@ -184,6 +193,7 @@ def test_a_wrong_training_step_is_told(alone, digits, monkeypatch, capsys):
     monkeypatch.setattr(build, "compare_training_step", compare)
     assert report_on(alone, digits) == 1
     assert capsys.readouterr().err == "capsroute report: error: fused: result 0 is wrong\n"
+    assert "Speed was not measured: fused: result 0 is wrong." in (alone / "report.html").read_text()
 
 
 @pytest.mark.parametrize("amp", ["off", "bfloat16"])
@@ -293,12 +303,14 @@ def test_confusion_counts_what_was_named_instead():
 
 def test_speed_is_drawn_as_measured():
     rows = [
-        {"name": "fused", "seconds": 0.01, "peak_bytes": 2**21},
-        {"name": "reference", "seconds": 0.1, "peak_bytes": 2**25},
+        {"name": "fused", "seconds": 0.01, "lower": 0.008, "upper": 0.016, "peak_bytes": 2**21},
+        {"name": "reference", "seconds": 0.1, "lower": 0.1, "upper": 0.1, "peak_bytes": 2**25},
         {"name": "compiled", "seconds": None, "peak_bytes": None},
     ]
     rate, memory = curves.speed(rows, 64).axes
     assert [bar.get_width() for bar in rate.patches] == [6400, 640]
+    (spread,) = rate.containers[0].lines[2]  # of the times, as bench prints it
+    assert [ends[:, 0].tolist() for ends in spread.get_segments()] == [[4000, 8000], [640, 640]]
     assert [text.get_text() for text in memory.texts] == ["2 MiB", "32 MiB"]
     rows[1]["peak_bytes"] = None  # its process was killed
     assert [text.get_text() for text in curves.speed(rows, 64).axes[1].texts] == ["2 MiB", "not measured"]
@@ -318,6 +330,29 @@ def test_coupling_is_shown_pass_by_pass(digits):
     assert torch.equal(torch.tensor(grid[3].images[0].get_array()), share[2, ..., label])  # image, pass 1, 2, 3
     assert grid[1].get_ylabel() == f"to {label}"
     assert grid[3].get_xlabel() == f"length {lengths[2, label]:.2f}"
+
+
+@pytest.mark.parametrize(("least", "expected"), [(0.5, 2.0), (0.05, 10.0), (0.0, 10.0)])
+def test_shares_far_below_an_even_one_are_told_apart(digits, monkeypatch, least, expected):
+    share = torch.ones(1, 2, 2, 10)
+    share[0, 0, 0, 0], share[0, 1, 1, 0] = least, 1.5
+    monkeypatch.setattr(coupling, "coupling_by_pass", lambda *_: (share, torch.ones(1, 10)))
+    heat = coupling.coupling(None, digits.test.images[0], [0], digits.class_names).axes[1].images[0]
+    assert (heat.norm.vmin, heat.norm.vmax) == pytest.approx((1 / expected, expected))
+    assert heat.norm(heat.get_array())[0, 0] == pytest.approx(0, abs=1e-6)  # the last colour, not none
+
+
+def test_the_words_say_no_more_than_the_figures(digits):
+    options = TrainingOptions(shift=0.0)
+    model = {**SMALL, "image_shape": digits.image_shape, "classes": 10, "iterations": 1}
+    loaded = Checkpoint(CapsNet(**model), model, {"options": options._asdict()})
+    report = build.Report(loaded, digits, [Epoch(Score(1.0, 0.5), Score(1.0, 0.5), 1.0)], 1, [])
+    made = list(build.sections(report, build.judge(loaded.net, digits, overlapping=False)))
+    assert [section.name for section in made] == ["curves", "confusion", "reconstructions", "perturbations"]
+    words = " ".join(section.title + section.caption for section in made).lower()
+    assert not [word for word in ("augmented", "stroke", "digit") if word in words]
+    legend = curves.learning_curves(report.epochs, 1, "test", augmented=False).axes[0].get_legend()
+    assert legend.get_texts()[0].get_text() == "training"
 
 
 def test_perturbations_change_one_feature_at_a_time(digits):

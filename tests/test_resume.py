@@ -79,7 +79,7 @@ def test_resume_begins_a_run_only_if_something_says_which(capsys, monkeypatch, m
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(("--validation", 0.99), "cannot be held out"), (("--overlap",), "images of at least two classes")],
+    [(("--validation", 0.99), "cannot be held out"), (("--overlap",), "must be of at least three classes")],
 )
 def test_a_run_is_not_overwritten_by_one_that_cannot_begin(capsys, mnist_dir, run_dir, words, message):
     shutil.copytree(run_dir, mnist_dir / "run")

@@ -77,6 +77,30 @@ def test_mixed_precision_may_round_more(batch):
     assert len(step.compare_training_step(rounded, *batch, seconds=0)) == 2
 
 
+class Half(CapsNet):
+    """In float16."""
+
+    def forward(self, images, labels):
+        with torch.autocast("cpu", torch.float16):
+            return super().forward(images, labels)
+
+
+def small(kind, backend):
+    return kind((1, 10, 10), 10, channels=4, types=1, hidden=(8,), backend=backend)
+
+
+def test_small_gradients_of_float16_are_kept(batch, monkeypatch):
+    """Those of the primary capsules' bias: not scaled they are below what float16 holds."""
+    seen, wide = [], []
+    for kind, kept in ((Half, seen), (CapsNet, wide)):
+        monkeypatch.setattr(step, "check_equal", lambda _, results, *__, kept=kept: kept.append(results))
+        torch.manual_seed(0)
+        images, labels = torch.rand(128, 1, 10, 10), torch.arange(128) % 10
+        step.compare_training_step(partial(small, kind), images, labels, seconds=0)
+    for x, y in zip(seen[0][1:], wide[0][1:], strict=True):
+        assert (x / step.SCALE - y).norm() < 0.02 * y.norm()
+
+
 def test_wrong_training_step_is_refused(batch):
     with pytest.raises(compare.DisagreementError, match="fused"):
         step.compare_training_step(partial(network, distorted="auto"), *batch, seconds=0)

@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 import unittest.mock
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from capsroute.nn import CapsNet, CapsNetLoss
-from capsroute.training import checkpoint, data, distributed, overlap
+from capsroute.training import batches, checkpoint, data, distributed, overlap, progress, trainer
 from capsroute.training.batches import Share
 from capsroute.training.checkpoint import load, load_training
 from capsroute.training.options import TrainingOptions
@@ -283,9 +284,15 @@ def test_a_run_leaves_its_network_history_and_state(few, tmp_path, capsys):
     assert history["best_epoch"] == run.best_epoch
     err = capsys.readouterr().err.splitlines()  # not a terminal: a line an epoch
     assert len(err) == 3
-    assert err[2].startswith(f"epoch 3/3  loss {run.history[2].train.loss:.4f}  accuracy ")
+    assert err[2].startswith(f"epoch 3/3  training loss {run.history[2].train.loss:.4f}  validation accuracy ")
     assert "images/s" in err[2]
     assert "left" in err[2]
+
+
+def test_images_for_validation_are_what_an_epoch_is_chosen_by(few, tmp_path):
+    own = few._replace(validation=few.test[:20])
+    run = run_training(tmp_path, own, SMALL, FAST._replace(epochs=1, validation=0.2))
+    assert run.history[0].held_out == evaluate(run.net, own.validation)
 
 
 def test_a_directory_is_written_to_by_one_process(few, tmp_path):
@@ -403,9 +410,41 @@ def test_only_the_same_run_is_resumed(few, tmp_path, change):
     elif change == "model":
         model, message = {**SMALL, "types": 3}, "a run with types 2, asked for is 3"
     else:
-        dataset, message = few._replace(test=few.test[:63]), "a run with checksum"
+        dataset = few._replace(test=few.test[:63])
+        message = "was trained on other images, digits, than those asked for, digits"
     with pytest.raises(RunError, match=message):
         run_training(tmp_path, dataset, model, options, resume=True)
+
+
+def test_images_a_second_are_those_of_the_steps(few, monkeypatch):
+    now = [0.0]
+
+    def pass_time(result, seconds):
+        now[0] += seconds
+        return result
+
+    score = Score(1.0, 0.5)
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(trainer, "_train_batches", lambda *_: pass_time(score, 2.0))
+    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: pass_time(score, 5.0))
+    training = Training.begin(SMALL, FAST)
+    trainer.train_epoch(training, few.train, few.test)
+    assert training.history == [trainer.Epoch(score, score, 2.0)]
+
+
+def test_a_bar_tells_the_speed_of_the_steps(monkeypatch):
+    fields = {}
+    bar = SimpleNamespace(add_task=lambda *_, **__: 0, update=lambda _, **new: fields.update(new))
+    shown = progress._Bar(bar, 2, 0, 30, batches.WHOLE)
+    score, history = Score(1.0, 0.5), []
+    for epoch, times in ((1, (0.0, 1.0, 2.0)), (2, (100.0, 100.5))):
+        for at in times:
+            monkeypatch.setattr(progress.time, "monotonic", lambda at=at: at)
+            shown.step(epoch=epoch, images=10, loss=1.0)
+        assert fields["rate"] == 10 * epoch
+        history.append(trainer.Epoch(score, score, 3.0 * epoch))
+        shown.epoch(history)
+        assert fields["rate"] == 10 / epoch
 
 
 def test_the_network_sees_a_larger_canvas_where_digits_overlap(few):
@@ -436,3 +475,18 @@ def test_tensorboard_shows_every_epoch_once_also_after_resuming(few, tmp_path):
         logged = [(event.step, event.value) for event in events.Scalars(tag)]
         assert logged == [(k, pytest.approx(value(epoch))) for k, epoch in enumerate(run.history, 1)]
     assert events.Scalars("learning_rate")[-1].value < 1e-3
+
+
+def test_overwriting_removes_the_logs_of_the_run_and_no_others(few, tmp_path):
+    pytest.importorskip("tensorboard")
+    logs, options = tmp_path / "tensorboard", FAST._replace(epochs=1)
+    run_training(tmp_path, few, SMALL, options, tensorboard=True)
+    (old,) = logs.iterdir()
+    mine = logs / "events.out.tfevents.1.me.2.3"
+    mine.touch()
+    run_training(tmp_path, few, SMALL, options, tensorboard=True, overwrite=True)
+    (new,) = set(logs.iterdir()) - {mine}
+    assert new != old
+    mine.unlink()
+    run_training(tmp_path, few, SMALL, options, overwrite=True)
+    assert not logs.exists()

@@ -17,6 +17,8 @@ from .registry import compiled, no_compiler
 BACKENDS = {"fused": "auto", "reference": "reference", "compiled": "reference"}
 MIXED = 4  # times what rounding explains of one operator: in mixed precision every layer rounds its results
 
+SCALE = 1024.0  # of the loss in float16, whose small gradients would be lost; AdamW does not mind
+
 ModelFactory = Callable[[str], nn.Module]
 
 
@@ -27,6 +29,7 @@ class _Step:
         self.model = model_factory(BACKENDS[name])
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters)
+        self.scale = 1.0
         loss_of = CapsNetLoss()
 
         def loss() -> Tensor:
@@ -35,10 +38,10 @@ class _Step:
         self.loss = compiled(loss) if name == "compiled" else loss
 
     def __call__(self) -> list[Tensor]:
-        """One step; returns the loss and the gradients."""
+        """One step; returns the loss and the gradients, which are `scale` times those of the loss."""
         self.optimizer.zero_grad()
         loss = self.loss()
-        loss.backward()
+        (loss * self.scale).backward()
         self.optimizer.step()
         return [loss.detach(), *(x.grad for x in self.parameters)]
 
@@ -73,6 +76,8 @@ def compare_training_step(
         step.model.load_state_dict(steps["reference"].model.state_dict())
     with torch.no_grad():  # in mixed precision not that of the gradients
         dtype = steps["reference"].model(images[:1], labels[:1]).reconstruction.dtype
+    for step in steps.values():
+        step.scale = SCALE if dtype == torch.float16 else 1.0
     rounding = MIXED * TOLERANCE[dtype] if dtype.itemsize < 4 else 0.0
     first = {name: step() for name, step in steps.items()}
     for name, results in first.items():

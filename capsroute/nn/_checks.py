@@ -85,5 +85,10 @@ def check_labels(labels: Tensor, batch: int, several: bool = True) -> None:
 def is_labelled(labels: Tensor, batch: int, classes: int, several: bool = True) -> Tensor:
     """Checked labels [B] or [B, K] as bool [B, J]. torch refuses those outside 0..J-1; F.one_hot would refuse vmap."""
     check_labels(labels, batch, several)
+    if labels.dim() == 2 and labels.shape[1] >= max(classes, 2):  # taken for indices, 0 and 1 would pass as classes
+        raise ValueError(
+            f"labels must be [B] or [B, K] with K < J = {classes}, got {list(labels.shape)}; "
+            "of one-hot labels pass .argmax(1)"
+        )
     nowhere = labels.new_zeros(batch, classes, dtype=torch.bool)
     return nowhere.scatter(1, labels if labels.dim() == 2 else labels.unsqueeze(1), True)

@@ -155,6 +155,7 @@ class CapsuleNet(nn.Module):
         classes = capsule_lengths(x)
         if y is None:
             y = F.one_hot(classes.argmax(1), classes.shape[1])
+        _check_one_hot("y", y, classes)
         chosen = torch.where(y.unsqueeze(-1) > 0, x, 0)
         return classes, self.decoder(chosen.flatten(1))
 
@@ -171,9 +172,16 @@ class CapsuleLoss(nn.Module):
             classes: capsule lengths ``[B, 10]``.
             reconstructions: ``[B, 784]``.
         """
+        _check_one_hot("labels", labels, classes)
         present = F.relu(0.9 - classes).square()
         absent = F.relu(classes - 0.1).square()
         margin = (labels * present + 0.5 * (1 - labels) * absent).sum(1).mean()
         # the sum over pixels, averaged over the batch, as in the paper
         error = (reconstructions - images.flatten(1)).square().sum(1).mean()
         return margin + 0.0005 * error
+
+
+def _check_one_hot(name: str, labels: Tensor, classes: Tensor) -> None:
+    """Ten class indices would broadcast with ten classes, and be taken for one-hot labels."""
+    if labels.shape != classes.shape:
+        raise ValueError(f"{name} must be one-hot {list(classes.shape)}, got {list(labels.shape)}")

@@ -36,6 +36,7 @@ class Report(NamedTuple):
         epochs: the history; empty if it is not known.
         best_epoch: of them the one, counted from 1, whose network it is.
         rows: of :func:`capsroute.bench.step.compare_training_step`; empty if not measured.
+        unmeasured: why not, if it was to be measured.
     """
 
     loaded: Checkpoint
@@ -43,6 +44,7 @@ class Report(NamedTuple):
     epochs: Sequence[Epoch]
     best_epoch: int
     rows: Sequence[dict]
+    unmeasured: str = ""
 
 
 class Judged(NamedTuple):
@@ -105,20 +107,22 @@ def sections(report: Report, judged: Judged) -> Iterator[Section]:
         "square root of the share of the row, so that single errors are seen.",
         curves.confusion_matrix(curves.confusion(judged.lengths, judged.labels), names),
     )
-    yield _section(
-        "coupling",
-        "Routing comes to agree",
-        f"One test image of {' and '.join(names[j] for j in labels)}. Each map: how strongly the input capsules of a "
-        "position couple to the output capsule of the row, pass by pass; white is an even share, orange more, violet "
-        "less. In the first pass all shares are even; then votes that agree win, and the capsule's length grows.",
-        coupling.coupling(loaded.net, image, labels, names),
-    )
+    if loaded.net.routing.iterations > 1:  # in one pass alone all shares are even
+        yield _section(
+            "coupling",
+            "Routing, pass by pass",
+            f"One test image of {' and '.join(names[j] for j in labels)}. Each map: how strongly the input capsules "
+            "of a position couple to the output capsule of the row; white is an even share, orange more, violet less. "
+            "In the first pass all shares are even; each later one gives more to votes that agreed with the outcome "
+            "of those before. Below each map is the capsule's length.",
+            coupling.coupling(loaded.net, image, labels, names),
+        )
     yield _apart(report, judged) if loaded.options.overlap else _reconstructions(report)
     yield _section(
         "perturbations",
         "What a capsule's numbers mean",
         f"The capsule of {names[labels[0]]}, drawn with one of its features changed at a time, from -0.25 to 0.25: "
-        "stroke width, slant, the place of a part. The middle column is the unchanged capsule.",
+        "a row for each feature. The middle column is the unchanged capsule.",
         images.perturbations(loaded.net, image, labels[0]),
     )
     if report.rows:
@@ -126,20 +130,23 @@ def sections(report: Report, judged: Judged) -> Iterator[Section]:
 
 
 def _curves(report: Report) -> Section:
-    held_out = "validation" if report.loaded.options.validation else "test, which decided nothing"
+    options = report.loaded.options
+    held_out = "validation" if options.validation else "test, which decided nothing"
+    augmented = any(options.augmentation)
+    harder = "Augmented images may be harder than those held out" if augmented else "The network still learns meanwhile"
     return _section(
         "curves",
         "Learning",
-        "Loss and errors by epoch. Augmented images are harder than those held out, so that the dashed line may "
-        "lie above the other.",
-        curves.learning_curves(report.epochs, report.best_epoch, held_out),
+        f"Loss and errors by epoch; the dashed line is a mean over the steps of an epoch. {harder}, so that it may lie "
+        "above the other.",
+        curves.learning_curves(report.epochs, report.best_epoch, held_out, augmented=augmented),
     )
 
 
 def _apart(report: Report, judged: Judged) -> Section:
     return _section(
         "apart",
-        "Overlapping digits taken apart",
+        "Overlapping images taken apart",
         "The network sees the first column alone. The two longest capsules are its answer, and the decoder draws "
         "each of them without the other. Orange and blue belong together in a row.",
         images.taken_apart(report.loaded.net, judged.first, report.dataset.class_names),
@@ -169,7 +176,8 @@ def _speed(report: Report) -> Section:
         f"A training step of this network{mixed}: forward, loss, backward and AdamW, {batch} {options.samples}, on "
         f"the CPU that drew this page (threads: {torch.get_num_threads()}), in turns in one process: fused is "
         "capsroute, reference plain PyTorch, compiled the reference under torch.compile. Losses and gradients were "
-        "compared before anything was timed. Memory is without parameters, gradients and the optimizer's state. "
+        "compared before anything was timed; the thin lines hold the middle half of the times. Memory is without "
+        "parameters, gradients and the optimizer's state. "
         f"{notes}",
         curves.speed(report.rows, batch),
     )
@@ -195,7 +203,7 @@ def page_of(report: Report, judged: Judged, made: Sequence[Section]) -> str:
     loaded, options = report.loaded, report.loaded.options
     test = judged.accuracy
     parameters = sum(x.numel() for x in loaded.net.parameters())
-    what = "pairs of overlapping digits" if options.overlap else "test images"
+    what = options.samples if options.overlap else "test images"
     cards = [
         ("test accuracy", f"{test:.2%}"),
         (what, f"{len(judged.labels):,}"),
@@ -206,12 +214,13 @@ def page_of(report: Report, judged: Judged, made: Sequence[Section]) -> str:
     shown = {"data": data, **loaded.model, **options._asdict(), "capsroute": __version__}
     notes = []
     if not options.overlap:
-        notes.append("Overlapping digits are taken apart in the report of a run of: capsroute train --overlap")
+        notes.append("Overlapping images are taken apart in the report of a run of: capsroute train --overlap")
     if not report.rows:
-        notes.append("Speed was not measured.")
+        why = f": {report.unmeasured}" if report.unmeasured else ""
+        notes.append(f"Speed was not measured{why}.")
     return render(
         f"Capsule network on {report.dataset.name}",
-        f"{'Both digits named' if options.overlap else 'Named'} in {test:.2%} of {len(judged.labels):,} {what} that "
+        f"{'Both named' if options.overlap else 'Named'} in {test:.2%} of {len(judged.labels):,} {what} that "
         "it was not trained on.",
         cards,
         made,

@@ -46,7 +46,12 @@ def write_report(
     """Write the report of a run, and tell what it holds.
 
     It computes on the CPU, wherever the run was trained: `backend` is to serve that.
+
+    Raises:
+        DisagreementError: once the rest of it is written, if the training step is wrong, of whose speed it then
+            says nothing.
     """
+    disagreement = None
     optional("matplotlib")  # before anything takes long
     with alone_in(run_dir):
         loaded, dataset = load_run(args, run_dir, backend)
@@ -55,11 +60,15 @@ def write_report(
         judged = build.judge(loaded.net, dataset, overlapping=options.overlap)
         if speed:
             say(args, f"One training step of this network, {options.batch_size} {options.samples}:")
-            rows = build.training_step_rows(report, judged.first, seconds)
-            say(args, format_rows(rows))
-            report = report._replace(rows=rows)
+            try:
+                report = report._replace(rows=build.training_step_rows(report, judged.first, seconds))
+                say(args, format_rows(report.rows))
+            except DisagreementError as error:
+                disagreement, report = error, report._replace(unmeasured=str(error))
         files = build.write(run_dir, report, judged)
     say(args, f"wrote {files[0]}")
+    if disagreement:
+        raise disagreement
     for row in report.rows:
         row["images_per_second"] = row["seconds"] and options.batch_size / row["seconds"]
     return {"files": [str(path) for path in files], "training_step": list(report.rows)}

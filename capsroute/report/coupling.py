@@ -44,8 +44,10 @@ def coupling(net: CapsNet, image: Tensor, labels: Sequence[int], class_names: Se
     others = [j for j in lengths[-1].argsort(descending=True).tolist() if j not in labels]
     classes = [*labels, *others[: SHOWN - len(labels)]]
     passes = len(share)
-    most = max(float(share.max()), 1.01)
-    scale = optional("matplotlib.colors").LogNorm(1 / most, most)  # even is the middle, and white
+    shown = share[..., classes]
+    least = max(float(shown.min()), 1 / share.shape[-1])  # as far below even as any share can be above: J times
+    most = max(float(shown.max()), 1 / least, 1.01)
+    scale = optional("matplotlib.colors").LogNorm(1 / most, most, clip=True)  # even is the middle, and white
     drawn = figure(0.5 + 1.25 * len(classes))
     axes = drawn.subplots(len(classes), 1 + passes, squeeze=False)
     show(axes[0, 0], image)
@@ -62,9 +64,15 @@ def coupling(net: CapsNet, image: Tensor, labels: Sequence[int], class_names: Se
             if row == 0:
                 place.set_title(f"pass {k + 1}")
         axes[row, 1].set_ylabel(stacked("to", short(class_names[j])), fontweight="bold" if present else None)
+    _add_scale(drawn, axes, heat, cut=bool(shown.min() < 1 / most))
+    return drawn
+
+
+def _add_scale(drawn, axes, heat, *, cut: bool) -> None:
+    """What the colours mean; `cut` where some shares are below the last of them."""
+    most = heat.norm.vmax
     ticks = [most**power for power in (-1, -0.5, 0, 0.5, 1)]
-    numbers = "{x:.2f}" if most < 2 else "{x:.2g}"
-    bar = drawn.colorbar(heat, ax=axes, location="bottom", ticks=ticks, format=numbers, shrink=0.8, aspect=40)
+    words = {"format": "{x:.2f}" if most < 2 else "{x:.2g}", "extend": "min" if cut else "neither"}
+    bar = drawn.colorbar(heat, ax=axes, location="bottom", ticks=ticks, shrink=0.8, aspect=40, **words)
     bar.ax.xaxis.set_minor_locator(optional("matplotlib.ticker").NullLocator())
     bar.set_label("coupling, as a multiple of an even share 1/J")
-    return drawn

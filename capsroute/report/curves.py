@@ -16,15 +16,16 @@ MOST_NUMBERS = 12  # classes of a confusion matrix whose cells have room for num
 MOST_NAMES = 30  # classes whose names have room
 
 
-def learning_curves(history: Sequence[Epoch], best_epoch: int, held_out: str):
+def learning_curves(history: Sequence[Epoch], best_epoch: int, held_out: str, *, augmented: bool = True):
     """The loss and the share of errors by epoch, on the training images and on those held out."""
     drawn = figure(5.0)
     loss, error = drawn.subplots(2, 1, sharex=True)
     epochs = range(1, len(history) + 1)
+    seen = "training, augmented images" if augmented else "training"
     marker = "o" if len(history) < 3 else None  # a line of one point cannot be seen
     for axes, value in ((loss, lambda score: score.loss), (error, lambda score: 100 * (1 - score.accuracy))):
         train, held = [value(e.train) for e in history], [value(e.held_out) for e in history]
-        axes.plot(epochs, train, color=ORANGE, ls="--", marker=marker, label="training, augmented images")
+        axes.plot(epochs, train, color=ORANGE, ls="--", marker=marker, label=seen)
         axes.plot(epochs, held, color=BLUE, lw=2, marker=marker, label=held_out)
         axes.plot(best_epoch, held[best_epoch - 1], "D", color=BLUE, ms=6, label=f"the result: epoch {best_epoch}")
         plain(axes)
@@ -97,12 +98,14 @@ def speed(rows: Sequence[dict], batch: int):
     rate, memory = drawn.subplots(1, 2, sharey=True)
     names = [row["name"] for row in measured]
     colours = [BLUE if name == "fused" else GREY for name in names]
-    for axes, values, words, title in (
-        (rate, [batch / row["seconds"] for row in measured], "{:,.0f}".format, "images/s: more is better"),
-        (memory, [row["peak_bytes"] for row in measured], format_bytes, "extra memory: less is better"),
+    rates = [batch / row["seconds"] for row in measured]
+    spread = [[abs(batch / row[end] - batch / row["seconds"]) for row in measured] for end in ("upper", "lower")]
+    for axes, values, error, words, title in (
+        (rate, rates, spread, "{:,.0f}".format, "images/s: more is better"),
+        (memory, [row["peak_bytes"] for row in measured], None, format_bytes, "extra memory: less is better"),
     ):
         known = [value or 0 for value in values]  # the process that measures memory may be killed
-        bars = axes.barh(names, known, color=colours, height=0.6)
+        bars = axes.barh(names, known, xerr=error, capsize=3, color=colours, height=0.6)
         axes.bar_label(bars, ["not measured" if value is None else words(value) for value in values], padding=3)
         axes.set_xlim(0, 1.45 * max(*known, 1))
         axes.set_title(title)

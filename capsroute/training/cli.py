@@ -61,7 +61,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     option("rotation", share, "augmentation: rotate by up to so many degrees")
     option("scale", share, "augmentation: zoom in and out by up to this share")
     option("shear", share, "augmentation: shear by up to so many degrees")
-    option("validation", share, "share of the training images held out to choose the best epoch by")
+    option("validation", share, "choose the best epoch by this share of the training images, or by a folder val")
     option("patience", number(int), "stop when the validation loss has not fallen for so many epochs; 0: never")
     option("channels", count, "channels of the first convolution (the paper: 256)")
     option("types", count, "primary capsules at each position")
@@ -155,6 +155,8 @@ def train_as_asked(
     model = known.model | {name: given[name] for name in MODEL_DEFAULTS if name in given}
     model |= {"image_shape": image_shape(dataset, options), "classes": dataset.classes}
     where = {name: given.get(name, known.source.get(name, value)) for name, value in WHERE_DEFAULTS.items()}
+    if dataset.validation and not options.validation:
+        say(args, f"{len(dataset.validation)} images for validation are not used: --validation would")
     start = time.perf_counter()
     device = distributed.pick_device(where["device"])
     run = run_training(
@@ -197,10 +199,11 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def load_run(args: argparse.Namespace, run_dir: Path, backend: str) -> tuple[checkpoint.Checkpoint, data.Dataset]:
-    """The network of a run, or of a file, on the CPU, and its images.
+    """The network of a run, or of a file, on the CPU, and its images: those of --data-dir, else its own.
 
     Raises:
-        ValueError: if the network is not for such images, or the training has not come to its end.
+        ValueError: if the network is not for such images, was trained on others than are found where nobody names
+            any, or the training has not come to its end.
     """
     path = run_dir / MODEL if run_dir.is_dir() else run_dir
     if not path.exists() and (run_dir / TRAINING).exists():
@@ -219,6 +222,9 @@ def load_run(args: argparse.Namespace, run_dir: Path, backend: str) -> tuple[che
         raise ValueError(
             f"{path} is for images {expected[0]} of {expected[1]} classes, {dataset.name} has {found[0]} of {found[1]}"
         )
+    # An older file holds no checksum.
+    if not args.data_dir and loaded.info.get("checksum", checksum := dataset.checksum()) != checksum:
+        raise ValueError(f"{dataset.name}: these are not the images that {path} was trained on: give --data-dir")
     return loaded, dataset
 
 

@@ -28,8 +28,8 @@ class TrainingOptions(NamedTuple):
         amp: "off", or the dtype of automatic mixed precision, "bfloat16" or "float16".
         shift, rotation, scale, shear: of :class:`capsroute.training.augment.Augmentation`.
         overlap: train and test on two digits over each other.
-        validation: the share of the training split that is held out, to choose the best epoch by; 0: the last
-            epoch is the result, and nothing is held out.
+        validation: the share of the training split that is held out, to choose the best epoch by, unless the dataset
+            has images for that; 0: the last epoch is the result, and nothing is held out.
         patience: stop when the validation loss has not fallen for so many epochs; 0: never.
         seed: of the initial parameters, the order of the images and their augmentation.
     """
@@ -55,9 +55,14 @@ class TrainingOptions(NamedTuple):
         return Augmentation(self.shift, self.rotation, self.scale, self.shear)
 
     @property
+    def held_out(self) -> str:
+        """Which split the network is judged by after each epoch."""
+        return "validation" if self.validation else "test"
+
+    @property
     def samples(self) -> str:
         """What the network sees, in words."""
-        return "pairs of overlapping digits" if self.overlap else "images"
+        return "pairs of overlapping images" if self.overlap else "images"
 
     def check(self) -> TrainingOptions:
         """The options, if they make sense.

@@ -23,13 +23,13 @@ def canvas(image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def check(labels: Tensor) -> None:
-    """That every image finds a partner.
+    """That every image finds a partner, and there is something to tell apart.
 
     Raises:
-        ValueError: if there is but one class.
+        ValueError: if there are fewer than three classes: of two, both are in every image, and nothing is to be learnt.
     """
-    if bool((labels == labels[0]).all()):
-        raise ValueError("overlapping digits need images of at least two classes")
+    if int(labels.bincount().count_nonzero()) < 3:
+        raise ValueError("overlapping images must be of at least three classes: of two, every pair has both")
 
 
 def draw_partners(labels: Tensor, of: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a training shows while it runs: loss, accuracy, images a second, time left."""
+"""What a training shows while it runs: loss, accuracy, images a second of the steps alone, time left."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ class Shown:
 class _Lines(Shown):
     """A line on stderr after every epoch: for logs."""
 
-    def __init__(self, epochs: int, done: int, images: int):
+    def __init__(self, epochs: int, done: int, images: int, held_out: str):
         self.epochs, self.images, self.first, self.start = epochs, images, done, time.monotonic()
+        self.held_out = held_out
 
     def epoch(self, history: list[Epoch]) -> None:
         last, done = history[-1], len(history)
         left = (time.monotonic() - self.start) / (done - self.first) * (self.epochs - done)
         print(
-            f"epoch {done}/{self.epochs}  loss {last.train.loss:.4f}  accuracy {last.held_out.accuracy:.2%}  "
+            f"epoch {done}/{self.epochs}  training loss {last.train.loss:.4f}  "
+            f"{self.held_out} accuracy {last.held_out.accuracy:.2%}  "
             f"{self.images / last.seconds:,.0f} images/s  {left:.0f} s left",
             file=sys.stderr,
             flush=True,
@@ -43,15 +45,23 @@ class _Bar(Shown):
     """A bar on the terminal."""
 
     def __init__(self, bar, epochs: int, done: int, images: int, share: Share):
-        self.bar, self.share = bar, share
-        fields = {"epoch": done, "epochs": epochs, "loss": 0.0, "accuracy": "-"}
+        self.bar, self.share, self.images = bar, share, images
+        self.at, self.since, self.seen = 0, 0.0, 0  # an epoch, its first step, and the images after that
+        fields = {"epoch": done, "epochs": epochs, "loss": 0.0, "accuracy": "-", "rate": 0.0}
         self.task = bar.add_task("train", total=epochs * images, completed=done * images, **fields)
 
     def step(self, *, epoch: int, images: int, loss: float, **_) -> None:
-        self.bar.update(self.task, advance=images * self.share.count, epoch=epoch, loss=loss)
+        advance, now = images * self.share.count, time.monotonic()
+        self.bar.update(self.task, advance=advance, epoch=epoch, loss=loss)
+        if epoch != self.at:
+            self.at, self.since, self.seen = epoch, now, 0
+            return
+        self.seen += advance
+        self.bar.update(self.task, rate=self.seen / max(now - self.since, 1e-9))
 
     def epoch(self, history: list[Epoch]) -> None:
-        self.bar.update(self.task, accuracy=f"{history[-1].held_out.accuracy:.2%}")
+        last = history[-1]
+        self.bar.update(self.task, accuracy=f"{last.held_out.accuracy:.2%}", rate=self.images / last.seconds)
 
 
 @contextmanager
@@ -63,26 +73,22 @@ def progress(training: Training, images: int, share: Share) -> Iterator[Shown]:
         images: how many an epoch has.
         share: of this process; only the first one shows anything.
     """
-    epochs, done = training.options.epochs, len(training.history)
+    epochs, done, held_out = training.options.epochs, len(training.history), training.options.held_out
     if share.rank or training.finished:
         yield Shown()
         return
     rich = optional("rich.progress")
     console = optional("rich.console").Console(stderr=True)
     if not console.is_terminal:
-        yield _Lines(epochs, done, images)
+        yield _Lines(epochs, done, images, held_out)
         return
-
-    class Speed(rich.ProgressColumn):
-        def render(self, task):
-            return optional("rich.text").Text(f"{task.finished_speed or task.speed or 0:,.0f} images/s")
 
     columns = (
         rich.TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
         rich.BarColumn(),
-        rich.TextColumn("loss {task.fields[loss]:.4f}"),
-        rich.TextColumn("accuracy {task.fields[accuracy]}"),
-        Speed(),
+        rich.TextColumn("training loss {task.fields[loss]:.4f}"),
+        rich.TextColumn(f"{held_out} accuracy {{task.fields[accuracy]}}"),
+        rich.TextColumn("{task.fields[rate]:,.0f} images/s"),
         rich.TimeRemainingColumn(elapsed_when_finished=True),
     )
     with rich.Progress(*columns, console=console) as bar:

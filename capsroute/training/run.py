@@ -35,7 +35,7 @@ from .checkpoint import (
 from .data import Dataset, Split, hold_out
 from .options import TrainingOptions
 from .progress import progress
-from .tensorboard import tensorboard_log
+from .tensorboard import logs_in, tensorboard_log
 from .trainer import Epoch, OnStep, Score, Training, evaluate, train_epoch
 
 try:
@@ -46,6 +46,7 @@ except ImportError:  # not on Windows, where two runs in one directory are not t
 TRAINING = "training.safetensors"
 MODEL = "model.safetensors"
 HISTORY = "history.json"
+LOGS = "tensorboard"
 # What `capsroute report` writes beside them: a page, and a folder of the pictures that it has.
 PAGE = "report.html"
 PICTURES = "report"
@@ -171,14 +172,15 @@ def run_training(
         steps_per_epoch(len(train), options.batch_size, share.count)  # can all processes train?
         show = stack.enter_context(progress(training, len(train), share))
         after_epoch = [lambda training: show.epoch(training.history)]
+        old_logs = logs_in(run_dir / LOGS)
         if tensorboard and writes:
-            after_epoch.append(stack.enter_context(tensorboard_log(run_dir / "tensorboard", len(training.history))))
+            after_epoch.append(stack.enter_context(tensorboard_log(run_dir / LOGS, len(training.history))))
         if writes:
             keep = partial(save_training, run_dir / TRAINING, info={**info, "source": source})
             keep(training)  # --resume is to find this run, whatever becomes of the first epoch
             after_epoch.append(keep)
             if found and overwrite:
-                _remove_results(run_dir)
+                _remove_results(run_dir, old_logs)
         while not training.finished:
             train_epoch(training, train, held_out, share=share, on_step=_each(on_step, show.step))
             for call in after_epoch:
@@ -203,11 +205,13 @@ def alone_in(run_dir: Path) -> Iterator[None]:
         os.close(handle)  # and with it the lock
 
 
-def _remove_results(run_dir: Path) -> None:
+def _remove_results(run_dir: Path, logs: Collection[Path]) -> None:
     """What an older run made, which would pass for results of the one that has begun; nothing but that."""
-    for name in (MODEL, HISTORY, PAGE):
-        (run_dir / name).unlink(missing_ok=True)
+    for path in (*(run_dir / name for name in (MODEL, HISTORY, PAGE)), *logs):
+        path.unlink(missing_ok=True)
     remove_pictures(run_dir)
+    with suppress(OSError):  # it holds something else, the new run's log, or is not there
+        (run_dir / LOGS).rmdir()
 
 
 def remove_pictures(run_dir: Path, but: Collection[str] = ()) -> None:
@@ -231,8 +235,12 @@ def _check_resumable(run_dir: Path, found: list[str], resume: bool) -> None:
 def _check_same(run_dir: Path, training: Training, info: dict, asked: dict) -> None:
     """That the network, options and images of a training in a directory are those asked for."""
     images = {name: info.get(name) for name in ("dataset", "checksum")}
-    if images["checksum"] == asked["checksum"]:  # the same, whatever their directory is called now
-        images["dataset"] = asked["dataset"]
+    if images["checksum"] != asked["checksum"]:
+        raise RunError(
+            f"{run_dir} holds a run that was trained on other images, {images['dataset']}, than those asked for, "
+            f"{asked['dataset']}"
+        )
+    images["dataset"] = asked["dataset"]  # whatever their directory is called now
     known = {**training.model, **training.options._asdict(), **images}
     asked, known = json.loads(json.dumps([asked, known]))  # tuples are lists in a file
     for name in sorted({*asked, *known}):
@@ -244,7 +252,8 @@ def _splits(dataset: Dataset, options: TrainingOptions) -> tuple[Split, Split]:
     """The images to train on, and those to look at after each epoch, if they can be laid over each other."""
     train, held_out = dataset.train, dataset.test
     if options.validation:
-        train, held_out = hold_out(train, options.validation)
+        own = dataset.validation
+        train, held_out = hold_out(train, options.validation) if own is None else (train, own)
     if options.overlap:
         for split in (train, held_out, dataset.test):
             overlap.check(split.labels)
@@ -270,6 +279,7 @@ def _finish(
     run = Run(net, training.history, training.best_epoch, test)
     about = {
         "dataset": dataset.name,
+        "checksum": dataset.checksum(),
         "class_names": list(dataset.class_names),
         "options": options._asdict(),
         "source": source,

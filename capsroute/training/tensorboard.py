@@ -1,4 +1,4 @@
-"""TensorBoard logs of a training: loss, accuracy, images a second and learning rate by epoch."""
+"""TensorBoard logs of a training: loss, accuracy, seconds and learning rate by epoch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from pathlib import Path
 
 from .._optional import optional
 from .trainer import Training
+
+SUFFIX = ".capsroute"  # of the names of files: others may be a user's
+
+
+def logs_in(log_dir: Path) -> list[Path]:
+    """The files that runs have logged to a directory."""
+    return list(log_dir.glob(f"events.out.tfevents.*{SUFFIX}"))
 
 
 @contextmanager
@@ -19,12 +26,13 @@ def tensorboard_log(log_dir: Path, epochs: int) -> Iterator[Callable[[Training],
         epochs: how many are done; what an interrupted run has logged beyond them is dropped.
     """
     optional("tensorboard", extra="tensorboard")  # torch's own error does not say what to install
-    writer = optional("torch.utils.tensorboard").SummaryWriter(str(log_dir), purge_step=epochs + 1)
+    writer = optional("torch.utils.tensorboard").SummaryWriter(
+        str(log_dir), purge_step=epochs + 1, filename_suffix=SUFFIX
+    )
 
     def log(training: Training) -> None:
         epoch, number = training.history[-1], len(training.history)
-        held_out = "validation" if training.options.validation else "test"
-        for split, score in (("training", epoch.train), (held_out, epoch.held_out)):
+        for split, score in (("training", epoch.train), (training.options.held_out, epoch.held_out)):
             writer.add_scalar(f"loss/{split}", score.loss, number)
             writer.add_scalar(f"accuracy/{split}", score.accuracy, number)
         writer.add_scalar("learning_rate", training.optimizer.param_groups[0]["lr"], number)

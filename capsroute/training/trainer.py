@@ -37,7 +37,7 @@ class Epoch(NamedTuple):
 
     train: Score
     held_out: Score  # on the validation split; on the test split where there is none, and then it decides nothing
-    seconds: float
+    seconds: float  # of the training alone
 
 
 @dataclass
@@ -121,8 +121,9 @@ def train_epoch(
     start = time.perf_counter()
     options = training.options
     score = _train_batches(training, train, share, on_step)
+    seconds = time.perf_counter() - start
     judged = evaluate(training.net, held_out, overlapping=options.overlap, share=share)
-    training.history.append(Epoch(score, judged, time.perf_counter() - start))
+    training.history.append(Epoch(score, judged, seconds))
     if options.validation and training.best_epoch == len(training.history):
         training.best = {name: x.detach().clone() for name, x in training.net.state_dict().items()}
 

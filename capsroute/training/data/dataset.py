@@ -36,12 +36,16 @@ class Split:
 
 
 class Dataset(NamedTuple):
-    """Two splits of the same kind of images, and what the classes are called."""
+    """Splits of the same kind of images, and what the classes are called.
+
+    `validation` is what `--validation` chooses the best epoch by, instead of a share of `train`; None: there is none.
+    """
 
     name: str
     train: Split
     test: Split
     class_names: Sequence[str]
+    validation: Split | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -56,26 +60,53 @@ class Dataset(NamedTuple):
     def checksum(self) -> int:
         """Of every image and label, so that a training is not resumed on other data."""
         value = 0
-        for x in (self.train.images, self.train.labels, self.test.images, self.test.labels):
-            value = zlib.crc32(x.contiguous().numpy(), value)
+        for split in filter(None, (self.train, self.test, self.validation)):
+            for x in (split.images, split.labels):
+                value = zlib.crc32(x.contiguous().numpy(), value)
         return value
 
 
-def make_dataset(name: str, train: Split, test: Split, class_names: Sequence[str] | None = None) -> Dataset:
+def make_dataset(
+    name: str,
+    train: Split,
+    test: Split,
+    class_names: Sequence[str] | None = None,
+    validation: Split | None = None,
+) -> Dataset:
     """A dataset, checked; without names the classes are called by their numbers, up to the largest label.
 
     Raises:
-        DataError: if a split is empty, or the splits do not fit each other.
+        DataError: if a split is empty or not what :class:`Split` says, a label has no class, or the splits do not
+            fit each other.
     """
-    for title, split in (("training", train), ("test", test)):
-        if not len(split):
-            raise DataError(f"{name} has no {title} images")
-    shapes = [list(split.images.shape[1:]) for split in (train, test)]
-    if shapes[0] != shapes[1]:
-        raise DataError(f"images of {name} are {shapes[0]} for training, {shapes[1]} for testing")
+    splits = {"training": train, "testing": test} | ({} if validation is None else {"validation": validation})
+    for title, split in splits.items():
+        _check_split(f"{title} images of {name}", split)
+        if split.images.shape[1:] != train.images.shape[1:]:
+            shapes = [list(x.images.shape[1:]) for x in (train, split)]
+            raise DataError(f"images of {name} are {shapes[0]} for training, {shapes[1]} for {title}")
+    most = max(int(split.labels.max()) for split in splits.values())
     if class_names is None:
-        class_names = [str(j) for j in range(1 + int(max(train.labels.max(), test.labels.max())))]
-    return Dataset(name, train, test, tuple(class_names))
+        class_names = [str(j) for j in range(1 + most)]
+    if most >= len(class_names):
+        raise DataError(f"labels of {name} must be below {len(class_names)}, one for each class name, got {most}")
+    return Dataset(name, train, test, tuple(class_names), validation)
+
+
+def _check_split(what: str, split: Split) -> None:
+    """That a split is what :class:`Split` says."""
+    images, labels = split.images, split.labels
+    if images.dim() != 4 or images.dtype not in (torch.uint8, torch.float32):
+        raise DataError(f"{what} must be uint8 or float32 [N, C, H, W], got {images.dtype} {list(images.shape)}")
+    if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+        raise DataError(f"labels of {what} must be int64 [{len(images)}], got {labels.dtype} {list(labels.shape)}")
+    if not images.numel():
+        raise DataError(f"there are no {what}")
+    least, most = (float(x) for x in images.aminmax())
+    if images.dtype == torch.float32 and not (least >= 0 and most <= 1):  # nor are they, if one is NaN
+        raise DataError(f"{what} must be from 0 to 1 in float32, got {least:g} to {most:g}")
+    if labels.min() < 0:
+        raise DataError(f"labels of {what} must be at least 0, got {int(labels.min())}")
 
 
 def hold_out(split: Split, fraction: float) -> tuple[Split, Split]:

@@ -14,11 +14,11 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", "
 GREY_MODES = {"1", "L", "LA"}  # of Pillow
 PALETTE_MODES = {"P", "PA"}  # grey or not: the palette decides
 DEEP_MODES = ("I", "F")  # "I;16" too: Pillow would clip them to 8 bits
-TEST_FOLDERS = ("test", "val", "valid", "validation")
+VALIDATION_FOLDERS = ("val", "valid", "validation")  # the test split where there is no folder test
 
 
 def image_folder(data_dir: Path, image_size: int | None = None) -> Dataset:
-    """`train/CLASS/IMAGE` and `test/CLASS/IMAGE` (or `val`), or `CLASS/IMAGE`, split 80 to 20, stratified.
+    """`train/CLASS/IMAGE` and `test/CLASS/IMAGE` (or `val`, or both), or `CLASS/IMAGE`, split 80 to 20, stratified.
 
     Images are grey if all of them are, else red, green and blue.
 
@@ -30,23 +30,27 @@ def image_folder(data_dir: Path, image_size: int | None = None) -> Dataset:
         DataError: if there are no images, an image cannot be read, or sizes or classes differ.
     """
     train_dir = data_dir / "train"
-    test_dir = next((data_dir / name for name in TEST_FOLDERS if (data_dir / name).is_dir()), None)
-    if train_dir.is_dir() != (test_dir is not None):
+    judging = [data_dir / name for name in ("test", *VALIDATION_FOLDERS) if (data_dir / name).is_dir()]
+    if train_dir.is_dir() != bool(judging):
         raise DataError(f"{data_dir} must have folders train and test, or none of them, got one")
     name = f"images:{data_dir.resolve().name}"
-    if test_dir is None:
+    if not judging:
         class_names, files = _list(data_dir)
         whole = Split(_read(list(files), image_size), torch.tensor(list(files.values()), device="cpu"))
         return make_dataset(name, *hold_out(whole, 0.2), class_names)
     class_names, train = _list(train_dir)
-    test_names, test = _list(test_dir)
-    if class_names != test_names:
-        odd = sorted(set(class_names) ^ set(test_names))
-        raise DataError(f"{train_dir} and {test_dir} must have the same classes, only one has {', '.join(odd)}")
-    images = _read([*train, *test], image_size)  # together: all grey or all in colour
-    labels = torch.tensor([*train.values(), *test.values()], device="cpu")
-    whole = Split(images, labels)
-    return make_dataset(name, whole[: len(train)], whole[len(train) :], class_names)
+    folders = [train]
+    for folder in judging[:2]:
+        names, files = _list(folder)
+        if class_names != names:
+            odd = sorted(set(class_names) ^ set(names))
+            raise DataError(f"{train_dir} and {folder} must have the same classes, only one has {', '.join(odd)}")
+        folders.append(files)
+    images = _read([path for files in folders for path in files], image_size)  # together: all grey or all in colour
+    counts = [len(files) for files in folders]
+    labels = [torch.tensor(list(files.values()), device="cpu") for files in folders]
+    splits = map(Split, images.split(counts), labels)
+    return make_dataset(name, next(splits), next(splits), class_names, next(splits, None))
 
 
 def _list(folder: Path) -> tuple[list[str], dict[Path, int]]:
