@@ -257,6 +257,7 @@ std::vector<Case> cases() {
                    .over_inputs = true,
                    .query = true});
     all.push_back({.form = form, .B = 40, .I = 3, .D = 8, .J = 2, .O = 16, .R = 2, .bias = true, .detach = true});
+    all.push_back({.form = form, .B = 2, .I = 3, .D = 8, .J = 3, .O = 5, .R = 1, .query = true});
   }
   all.push_back(
       {.form = Weight::pair, .B = 33, .I = 5, .D = 8, .J = 3, .O = 16, .R = 3, .dtype = bf16, .in_place = true});
