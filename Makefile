@@ -1,6 +1,6 @@
 # make demo   sets up .venv and trains a capsule network on handwritten digits
 # make test   sets up .venv, checks the style and runs the tests
-# make bench  the first table of the README
+# make bench  the table of the README
 # make docs   the pages of docs/, in build/docs
 # make gpu-proof   what can be shown of the GPU kernels without a GPU (half an hour on 2 cores)
 # make gpu-check   everything on a GPU: the tests, the benchmarks, compute-sanitizer; a report to paste into an issue
@@ -26,7 +26,7 @@ lint: .venv/installed
 	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) tests/cpp/*.h tests/cpp/*.cpp benchmarks/*.cpp
 
 bench: .venv/installed
-	$(BIN)/capsroute bench --case mnist mnist-1 comirec segcaps --threads 1 --memory --seconds 4
+	$(BIN)/capsroute bench --case mnist mnist-1 mind comirec segcaps --threads 1 --memory --seconds 4
 
 docs: .venv/installed
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
