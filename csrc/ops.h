@@ -85,6 +85,9 @@ inline Problem stream_of(const Tensor& u, const Optional& weight, const Optional
     p.J = u.size(2), p.O = u.size(3);
   }
   STD_TORCH_CHECK(p.J >= 1 && p.O >= 1 && (!weight || p.D >= 1), "capsroute: D, J and O must be at least 1");
+  // A tensor that is expanded may have any size; what is computed of sizes must not overflow.
+  STD_TORCH_CHECK(double(p.B) * double(p.I) * double(p.D > 0 ? p.D : 1) * double(p.J) * double(p.O) < double(1LL << 50),
+                  "capsroute: B I D J O must be less than 2^50");
   auto broadcasts = [](int64_t have, int64_t want) { return have == want || have == 1; };
   if (logits) {
     STD_TORCH_CHECK(logits->dim() == 3 && broadcasts(logits->size(0), p.B) && broadcasts(logits->size(1), p.I) &&
@@ -198,9 +201,9 @@ struct Gradients {
         third(output(need_third, like_third, shape_of(like_third), like_u)),
         logits(output(need_logits, like_logits, shape_of(like_logits), like_u)) {}
 
-  // Runs the backward, which writes them and was told all else.
-  void compute(const Problem& p, Backward out, const Tensor& s, const Tensor& norm, const Tensor& like,
-               const Optional& like_logits) {
+  // Runs the backward, which writes them, the third to the member that is given, and was told all else.
+  void compute(const Problem& p, Backward out, void* Backward::* member, const Tensor& s, const Tensor& norm,
+               const Tensor& like, const Optional& like_logits) {
     auto saved = [&](const Tensor& x, int64_t count) {
       return x.scalar_type() == accumulation_type(like) && x.numel() == count && x.is_contiguous();
     };
@@ -213,7 +216,7 @@ struct Gradients {
     out.s = s.const_data_ptr(), out.norm = norm.const_data_ptr();
     if (like_logits) out.logits_B = like_logits->size(0), out.logits_I = like_logits->size(1);
     out.u = pointer(u), out.weight = pointer(weight), out.logits = pointer(logits);
-    (out.grad_v.data ? out.bias : out.query) = pointer(third);
+    out.*member = pointer(third);
     Tier::backward(p, out, like);
   }
 
@@ -240,7 +243,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_backward(const Tensor& grad_v, 
   STD_TORCH_CHECK(votes.scalar_type() == accumulation_type(u) && votes.is_contiguous(),
                   "capsroute: votes must be what the forward saved");
   out.votes = pointer(votes), out.room = bytes(votes);
-  gradients.compute(p, out, s, norm, u, logits);
+  gradients.compute(p, out, &Backward::bias, s, norm, u, logits);
   return gradients.all();
 }
 
@@ -256,7 +259,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> routing_pass_backward(const Tensor& g
   Gradients<Tier> gradients(p, u, weight, query, logits, need_u, need_weight, need_query, need_logits);
   Backward out{};
   out.grad_s = float_array(grad_s);
-  gradients.compute(p, out, s, norm, u, logits);
+  gradients.compute(p, out, &Backward::query, s, norm, u, logits);
   return gradients.all();
 }
 

@@ -148,7 +148,7 @@ def compile_for(storage: str, target: int, folder: Path) -> list[tuple]:
 
 
 def readable(kernel: str) -> str:
-    for number, source in enumerate(("made", "staged", "given")):
+    for number, source in enumerate(("made", "keys", "given")):
         kernel = kernel.replace(f"(Source){number}", source)
     for number, direction in enumerate(("forward", "backward")):
         kernel = kernel.replace(f"(Direction){number}", direction)

@@ -242,6 +242,27 @@ def test_a_gradient_of_nan_stays_in_an_output_that_is_forbidden(backend, couplin
         assert torch.equal(x, y), name
 
 
+@with_coupling
+@pytest.mark.parametrize("form", ["jod", "od"])
+def test_a_gradient_of_nan_reaches_the_weight_of_inputs_that_are_zero(backend, coupling, form):
+    """0 * NaN is NaN: an output capsule is forbidden by its logits, not by a sum of zeros."""
+    problem = random_problem((2, 4, 3, 3, 5), form=form, logits="BIJ", iterations=1, coupling=coupling)
+    problem.tensors["u"].zero_()
+    assert problem.gradients(backend, torch.full((2, 3, 5), NAN), ["weight"])["weight"].isnan().all()
+
+
+@pytest.mark.parametrize("form", ["jod", "od"])
+def test_over_inputs_a_gradient_of_nan_stays_in_a_sample_that_is_masked(backend, form):
+    """Where the softmax runs over i, a masked pair is a forbidden one."""
+    if backend not in ("cpu", "reference"):
+        pytest.skip("NaN: docs/gpu.md")
+    problem = random_problem((2, 4, 3, 3, 5), form=form, logits="J", mask="BI", iterations=2, coupling="in")
+    problem.mask[0] = False
+    grad_v = torch.ones(2, 3, 5)
+    grad_v[0] = NAN
+    assert problem.gradients(backend, grad_v, ["weight"])["weight"].isfinite().all()
+
+
 def test_leak_takes_all_of_a_forbidden_row(backend):
     problem = random_problem(logits="BIJ", leaky=True)
     problem.tensors["logits"][1] = -INF
@@ -336,6 +357,14 @@ def test_returned_coupling_carries_no_gradient(backend, coupling):
 
 
 @with_coupling
+def test_returned_coupling_of_a_pass_carries_no_gradient(backend, coupling):
+    problem = random_problem(query="BJO", coupling=coupling).map(lambda x: x.requires_grad_())
+    s, c = problem.run(backend, return_coupling=True)
+    assert s.requires_grad
+    assert not c.requires_grad
+
+
+@with_coupling
 def test_returned_coupling_is_normalised(backend, coupling):
     c = random_problem((3, 9, 3, 3, 5), coupling=coupling).run(backend, return_coupling=True)[1]
     total = c.sum(-1 if coupling == "out" else -2)
@@ -409,6 +438,12 @@ def test_weight_shared_by_all_pairs_takes_j_from_logits_else_from_bias(backend):
     assert capsroute.capsule_linear(u, weight, bias=torch.randn(6, 4), backend=backend).shape == (2, 6, 4)
 
 
+def test_weight_shared_by_all_pairs_takes_j_from_a_query_for_all_samples(backend):
+    u, weight, query = torch.randn(2, 5, 3), torch.randn(4, 3), torch.randn(6, 4)
+    expected = capsroute.routing_pass(u, weight, query.expand(2, 6, 4), backend=backend)
+    assert torch.equal(capsroute.routing_pass(u, weight, query, backend=backend), expected)
+
+
 @with_coupling
 @pytest.mark.parametrize("parameters", ["own", "float32"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -421,3 +456,16 @@ def test_results_have_the_dtype_of_u_and_gradients_each_tensors_own(backend, cou
     assert {name: x.dtype for name, x in problem.tensors.items()} == {
         name: grads[name].dtype for name in problem.tensors
     }
+
+
+def test_the_scale_is_not_rounded_with_the_query(backend):
+    u, weight, query = (torch.randn(shape).bfloat16() for shape in ((2, 5, 3), (5, 6, 4, 3), (2, 6, 4)))
+    found = capsroute.routing_pass(u, weight, query, scale=0.7, backend=backend)
+    assert torch.equal(found, capsroute.routing_pass(u, weight, 0.7 * query.float(), backend=backend))
+
+
+@pytest.mark.parametrize("return_coupling", [False, True])
+def test_a_pass_without_a_query_has_the_dtype_of_u(backend, return_coupling):
+    u, weight = torch.randn(2, 5, 3).bfloat16(), torch.randn(5, 6, 4, 3).bfloat16()
+    results = capsroute.routing_pass(u, weight, None, return_coupling=return_coupling, backend=backend)
+    assert {x.dtype for x in (results if return_coupling else [results])} == {torch.bfloat16}

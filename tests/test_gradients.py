@@ -61,3 +61,22 @@ def test_second_derivatives_with_detached_coupling_are_the_references(fused, opt
         second.append(torch.autograd.grad(sum(x.square().sum() for x in first), tensors[:3]))
     for found, expected in zip(*second, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.not_interpreted
+@pytest.mark.parametrize("logits", ["1IJ", "J"])
+@pytest.mark.parametrize("form", FORMS)
+def test_sums_over_a_long_batch_keep_their_digits(fused, form, logits):
+    """Samples that are all alike, as a flat background's: one running sum loses the same digits with each of them."""
+    if fused != "cpu":
+        pytest.skip("a few digits less: docs/gpu.md")
+    one = random_problem((1, 3, 2, 3, 5), form=form, logits=logits, bias=True, dtype=torch.float32)
+    many, count = one.map(lambda x: x), 50_000
+    for name in {"u", "votes"} & many.tensors.keys():
+        many.tensors[name] = one.tensors[name].expand(count, *one.tensors[name].shape[1:])
+    grad_v = torch.arange(15.0).view(1, 3, 5)
+    wanted = [name for name in one.tensors if name not in ("u", "votes")]
+    alone = one.gradients(fused, grad_v, wanted)
+    summed = many.gradients(fused, grad_v.expand(count, 3, 5), wanted)
+    for name in wanted:
+        torch.testing.assert_close(summed[name] / count, alone[name], rtol=3e-6, atol=3e-6)

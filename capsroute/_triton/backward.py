@@ -47,7 +47,7 @@ class Chain:
 
     @classmethod
     def empty(cls, p: Problem, R: int, norm: Tensor, query: Tensor | None = None) -> Chain:
-        rows = p.tiled(gradient_tile(p)) or p.backward[0].tiled
+        rows = p.tiled(gradient_tile(p)) or p.backward()[0].tiled
         if p.over_inputs:
             statistics = Statistics(*norm, p.empty(R, p.B, p.J))
         else:
@@ -99,7 +99,7 @@ def routing_pass_backward(
     chain = Chain.empty(p, 1, norm, query)
     steps: list[Step] = []
     if query is not None:
-        steps, read = stream_query(p, query)
+        steps, read = stream_query(p, chain.V[0])
         chain.queries = read[None]
     steps.append(start(p, grad_s, s, chain))
     steps += rows_of(p, chain, 0) if chain.rows else []
@@ -138,7 +138,7 @@ def start(p: Problem, grad: Tensor, s: Tensor, chain: Chain, eps: float | None =
     """V^1 .. V^(R-1) and ds^R; without eps there is no squash, and ds is grad."""
     static, grid, warps = p.between()
     squash = eps is not None
-    traffic = p.output_bytes // p.itemsize * grad.itemsize + slope_bytes(p, grid)
+    traffic = p.output_bytes // p.itemsize * grad.itemsize + ds_bytes(p, grid)
     traffic += chain.R * p.output_bytes if squash else p.output_bytes if p.over_inputs else 0
     if squash:
         traffic += chain.V.nbytes
@@ -149,8 +149,8 @@ def start(p: Problem, grad: Tensor, s: Tensor, chain: Chain, eps: float | None =
     return Launch(kernels.start, grid, args, warps, traffic)
 
 
-def slope_bytes(p: Problem, grid: Grid) -> int:
-    """Of `kernels.store_slope`: ds, over i also T, for keys also W^T ds."""
+def ds_bytes(p: Problem, grid: Grid) -> int:
+    """Of `kernels.store_ds`: ds, over i also T, for keys also W^T ds."""
     total = p.output_bytes
     if p.over_inputs:
         total += p.B * p.J * p.itemsize + (grid[0] * p.bias.nbytes if p.bias is not None else 0)
@@ -161,7 +161,7 @@ def between(p: Problem, parts: Tensor, s: Tensor, dV: Tensor, chain: Chain, k: i
     """dV^k and ds^k from the parts of the stream of pass k + 1."""
     static, grid, warps = p.between()
     first = k == chain.R - 2  # nothing is in dV yet
-    traffic = parts.nbytes + p.output_bytes * (2 if first else 3) + slope_bytes(p, grid)
+    traffic = parts.nbytes + p.output_bytes * (2 if first else 3) + ds_bytes(p, grid)
     traffic += grid[0] * p.key_weight_bytes
     args = (parts, s, p.key_weight, p.bias, dV, chain.ds, chain.slopes, chain.statistics.means, k, p.B, len(parts), eps)
     return Launch(kernels.between, grid, (*args, p.weight_strides, first, static), warps, traffic)
@@ -169,7 +169,7 @@ def between(p: Problem, parts: Tensor, s: Tensor, dV: Tensor, chain: Chain, k: i
 
 def rows_of(p: Problem, chain: Chain, k: int) -> list[Step]:
     """The statistics of pass k over all j: those of each tile, then of all."""
-    static, grid, warps = p.backward
+    static, grid, warps = p.backward()
     static = replace(static, given=chain.given)
     parts = p.scratch("rows of tiles", grid[1], 3, p.B, p.I)
     traffic = p.read_bytes(grid) + parts.nbytes + grid[2] * chain.read_bytes(p, k)
@@ -183,7 +183,7 @@ def rows_of(p: Problem, chain: Chain, k: int) -> list[Step]:
 
 def stream(p: Problem, chain: Chain, k: int, of_weight: KeyWeight | None) -> tuple[list[Step], Tensor]:
     """The stream of pass k, and sum over i of db_ij h_ij in parts [groups, B, J, X]."""
-    static, grid, warps = p.backward
+    static, grid, warps = p.backward()
     static = replace(static, need_weight=of_weight is not None, given=chain.given)
     parts = p.scratch("parts", grid[2], p.B, p.J, p.X)
     sums = p.scratch("sums", *parts.shape) if of_weight is not None else None
@@ -195,28 +195,28 @@ def stream(p: Problem, chain: Chain, k: int, of_weight: KeyWeight | None) -> tup
     args = (p.u, p.pair_weight, p.logits, p.mask, chain.queries, chain.slopes, *chain.statistics, parts, sums)
     steps: list[Step] = [Launch(kernels.pass_, grid, (*args, k, p.B, p.I, p.strides, static), warps, traffic)]
     if of_weight is not None:
-        steps.append(Sum(sums, of_weight.sums[k]))
+        steps.append(Sum(sums, of_weight.sum_p[k]))
         at = k - 1 + chain.given
         if at >= 0:
-            steps.append(Sum(parts, of_weight.slopes[at]))
-            parts = of_weight.slopes[at][None]
+            steps.append(Sum(parts, of_weight.sum_db[at]))
+            parts = of_weight.sum_db[at][None]
     return steps, parts
 
 
 class KeyWeight(NamedTuple):
     """dW_j = sum over k, b of ds^k_j (sum_i p_ij u_i)^T + V^(k-1)_j (sum_i db_ij u_i)^T."""
 
-    sums: Tensor  # [R, B, J, D]: sum_i p_ij u_i
-    slopes: Tensor  # as Chain.V: sum_i db_ij u_i
+    sum_p: Tensor  # [R, B, J, D]: sum_i p_ij u_i
+    sum_db: Tensor  # as Chain.V: sum_i db_ij u_i
 
     @classmethod
     def empty(cls, p: Problem, R: int) -> KeyWeight:
         return cls(p.empty(R, p.B, p.J, p.D), p.empty(R - 1, p.B, p.J, p.D))
 
     def steps(self, p: Problem, chain: Chain, out: Tensor) -> list[Step]:
-        products = [(chain.ds, self.sums[: chain.R])]
-        if len(self.slopes):
-            products.append((chain.V, self.slopes))
+        products = [(chain.ds, self.sum_p[: chain.R])]
+        if len(self.sum_db):
+            products.append((chain.V, self.sum_db))
         static = p.between()[0]
         J = p.J if p.form == "output" else 1  # one weight for all j: they are rows as samples are
         static = replace(static, J=J, OB=min(static.OB, 32), DB=min(static.DB, 32))
@@ -254,7 +254,7 @@ def last_stream(p: Problem, chain: Chain, needs: Needs, results) -> list[Step]:
     kept = "".join(letter for letter, n in zip("bi", dlogits.shape[:2], strict=True) if n != 1) if needs.logits else ""
     kept = kept or ("j" if needs.logits else "")
     static = replace(
-        p.backward[0], TB=tile.rows, JB=tile.outputs, XB=tile.features, tiled=p.tiled(tile),
+        p.backward()[0], TB=tile.rows, JB=tile.outputs, XB=tile.features, tiled=p.tiled(tile),
         near=False, given=chain.given, moves=chain.R > 1 or chain.given or needs.logits,
         need_u=needs.u, need_weight=of_pairs, need_logits=kept,
     )  # fmt: skip

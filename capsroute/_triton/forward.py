@@ -168,7 +168,7 @@ def rows_of(p: Problem, static: Static, grid: Grid, warps: int, V: Tensor | None
 def merge_rows(p: Problem, static: Static, parts: Tensor, rows: list[Tensor | None]) -> Launch:
     """The statistics of all tiles from those of each, parts [tiles, 2 or 3, B, I]."""
     count, kinds = p.B * p.I, parts.shape[1]
-    static = replace(static, slope=kinds == 3, query=True)
+    static = replace(static, means=kinds == 3, query=True)
     traffic = parts.nbytes * (kinds + 1) // kinds + kinds * count * p.itemsize
     grid = (max(1, ceil(count, static.width)), 1, 1)
     return Launch(kernels.merge_rows, grid, (parts, *rows, count, len(parts), static), 4, traffic)

@@ -49,8 +49,6 @@ class Sum(NamedTuple):
     parts: Tensor
     out: Tensor
 
-    name = "sum"
-
     @property
     def traffic(self) -> int:
         return self.parts.nbytes + self.out.nbytes
@@ -191,7 +189,6 @@ class Problem:
         more = more or tuning.tiled(self.tuning, self.J, self.X)
         return self.stream(self.tuning.loaded if more else self.tuning.forward)
 
-    @property
     def backward(self) -> tuple[Static, Grid, int]:
         """Likewise of a pass of the backward."""
         return self.stream(self.tuning.backward)
@@ -231,7 +228,7 @@ class Problem:
 
     def between(self) -> tuple[Static, Grid, int]:
         """Likewise for what runs between two streams, on V alone."""
-        static, _, _ = self.backward
+        static, _, _ = self.backward()
         tile = tuning.tile(
             replace(self.tuning, row=static.OB), self.tuning.between, self.B, self.J, self.O, self.itemsize, 1
         )

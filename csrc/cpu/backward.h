@@ -5,19 +5,22 @@
 
 namespace capsroute::CAPSROUTE_ISA {
 
-constexpr int64_t kSumBlock = 64;  // terms that are added before they join a longer sum
+constexpr int64_t kSumBlock = 64;  // terms that are added before they join a longer sum, of float64
 
 template <class X>
 class BatchSums {
  public:
   using A = Acc<X>;
 
-  BatchSums(const BackwardPlan<X>& plan, const Kept<X>& kept, Carver& carver)
-      : plan_(plan), layout_(plan.layout), p_(plan.p), out_(plan.out), kept_(kept) {
+  BatchSums(const BackwardPlan<X>& plan, const Kept<X>& kept, const Rows<X>& rows, Carver& carver,
+            const Parallel& parallel)
+      : plan_(plan), layout_(plan.layout), p_(plan.p), out_(plan.out), kept_(kept), rows_(rows) {
     block_ = carver.take<A>(maximum(layout_.outputs(), pad<A>(p_.J)));
-    dbias_ = out_.bias ? carver.take<A>(layout_.outputs()) : nullptr;
-    dlogits_ = plan.logits_by_sum ? carver.take<A>(pad<A>(p_.J)) : nullptr;
-    dW_ = out_.weight && layout_.shared ? carver.take<A>(layout_.weights * p_.O * layout_.F) : nullptr;
+    dbias_ = out_.bias ? carver.take<double>(layout_.outputs()) : nullptr;
+    dlogits_ = plan.logits_by_sum ? carver.take<double>(pad<A>(p_.J)) : nullptr;
+    dW_ = out_.weight && layout_.shared ? carver.take<double>(layout_.weights * p_.O * layout_.F) : nullptr;
+    const int64_t parts = out_.weight && layout_.shared ? minimum(parallel.threads, layout_.weights * quads()) : 0;
+    block_dW_ = take_shares(carver, parts, [this](Carver& own) { own.take<A>(4 * layout_.F); });
   }
 
   void run(int64_t first, int64_t count, const Parallel& parallel) {
@@ -29,7 +32,7 @@ class BatchSums {
     if (dlogits_ && out_.logits_B == 1) add(dlogits_, kept_.logit_sums, J, count, J);
     if (dlogits_ && out_.logits_B > 1)
       for (int64_t n = 0; n < count; ++n) write_logits(kept_.logit_sums + n * J, first + n);
-    if (dW_ && p_.logits.data) clear_forbidden(count);
+    if (dW_ && rows_.may_forbid()) clear_forbidden(first, count);
     if (dW_) weight_gradient(count, parallel);
     if (first + count == p_.B) finish();
   }
@@ -41,39 +44,50 @@ class BatchSums {
     if (dW_) set_zero(dW_, layout_.weights * p_.O * layout_.F);
   }
 
-  void add(A* to, const A* from, int64_t stride, int64_t count, int64_t size) {
+  int64_t quads() const { return divide_up(p_.O, 4); }
+
+  static void join(double* to, const A* from, int64_t size) {
+    for (int64_t k = 0; k < size; ++k) to[k] += from[k];
+  }
+
+  void add(double* to, const A* from, int64_t stride, int64_t count, int64_t size) {
     for (int64_t n0 = 0; n0 < count; n0 += kSumBlock) {
       const int64_t end = minimum(count, n0 + kSumBlock);
       for (int64_t n = n0; n < end; ++n) fold_sum(block_, from + n * stride, size, n == n0);
-      fold_sum(to, block_, size, false);
+      join(to, block_, size);
     }
   }
 
   // An output capsule whose pairs are all forbidden adds nothing to dW, also where its vector is NaN.
-  void clear_forbidden(int64_t count) const {
-    for (int64_t n = 0; n < count * plan_.terms * p_.J; ++n) {
-      const A* sum = kept_.sums + n * layout_.F;
-      int64_t f = 0;
-      while (f < layout_.F && sum[f] == 0) ++f;
-      if (f == layout_.F) set_zero(kept_.outputs + n * layout_.O, layout_.O);
-    }
+  void clear_forbidden(int64_t first, int64_t count) const {
+    for (int64_t n = 0; n < count; ++n)
+      for (int64_t j = 0; j < p_.J; ++j) {
+        int64_t i = 0;
+        while (i < p_.I && rows_.forbids(first + n, i, j)) ++i;
+        for (int64_t term = 0; i == p_.I && term < plan_.terms; ++term)
+          set_zero(kept_.output(n, term) + j * layout_.O, layout_.O);
+      }
   }
 
   // dW_j = sum over samples and k of ds^k_j (sum_i p^k_ij u_i)^T + V^(k-1)_j (sum_i db^k_ij u_i)^T, by
   // four rows o at a time. Where all j share one matrix they are only more terms, which follow each other.
   void weight_gradient(int64_t count, const Parallel& parallel) {
     const bool one = p_.form == Weight::single;
-    const int64_t quads = divide_up(p_.O, 4), F = layout_.F, O = layout_.O;
+    const int64_t F = layout_.F, O = layout_.O;
     const int64_t terms = count * plan_.terms * (one ? p_.J : 1), next = one ? 1 : p_.J;
-    parallel_for(parallel, layout_.weights * quads, [&](int64_t item, int64_t) {
-      const int64_t j = item / quads, o = item % quads * 4;
-      for (int64_t n = 0; n < terms; n += kSumBlock)
-        outer(dW_ + (j * p_.O + o) * F, F, kept_.outputs + (n * next + j) * O + o, next * O, minimum(4, p_.O - o),
-              kept_.sums + (n * next + j) * F, next * F, F, minimum(kSumBlock, terms - n), Write::add);
+    parallel_for(parallel, layout_.weights * quads(), [&](int64_t item, int64_t part) {
+      const int64_t j = item / quads(), o = item % quads() * 4, rows = minimum(4, p_.O - o);
+      A* block = block_dW_.at(part).template take<A>(4 * F);
+      for (int64_t n = 0; n < terms; n += kSumBlock) {
+        outer(block, F, kept_.outputs + (n * next + j) * O + o, next * O, rows, kept_.sums + (n * next + j) * F,
+              next * F, F, minimum(kSumBlock, terms - n), Write::set);
+        join(dW_ + (j * p_.O + o) * F, block, rows * F);
+      }
     });
   }
 
-  void write_logits(const A* sums, int64_t row) const {
+  template <class T>
+  void write_logits(const T* sums, int64_t row) const {
     for (int64_t j = 0; j < p_.J; ++j) write_as(out_.logits, p_.logits.dtype, row * p_.J + j, sums[j]);
   }
 
@@ -90,7 +104,10 @@ class BatchSums {
   const Problem& p_;
   const Backward& out_;
   const Kept<X>& kept_;
-  A *block_, *dbias_, *dlogits_, *dW_;
+  const Rows<X>& rows_;
+  A* block_;
+  double *dbias_, *dlogits_, *dW_;  // over the whole batch
+  Shares block_dW_;
 };
 
 template <class X>
@@ -101,7 +118,7 @@ class BackwardStream {
         kept_(plan_, carver),
         logits_(plan_, kept_, carver, parallel),
         rows_(plan_, kept_, logits_, carver, parallel),
-        sums_(plan_, kept_, carver) {}
+        sums_(plan_, kept_, logits_.stream().rows, carver, parallel) {}
 
   Plan plan() const {
     Plan plan = logits_.stream().plan();

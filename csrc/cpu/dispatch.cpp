@@ -56,9 +56,15 @@ const Kernels& choose() {
 
 }  // namespace
 
-const Kernels* kernels_named(const char* name) {
+const Kernels* kernels_at(int64_t n) {
   for (const Kernels* table : tables)
-    if (!std::strcmp(name, table->name) && runs_here(*table)) return table;
+    if (runs_here(*table) && n-- == 0) return table;
+  return nullptr;
+}
+
+const Kernels* kernels_named(const char* name) {
+  for (int64_t n = 0; const Kernels* table = kernels_at(n); ++n)
+    if (!std::strcmp(name, table->name)) return table;
   return nullptr;
 }
 

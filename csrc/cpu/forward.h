@@ -12,6 +12,12 @@ void widen_outputs(Acc<X>* to, const From* from, int64_t j_stride, int64_t o_str
     widen(to + j * layout.O, from + j * j_stride, o_stride, layout.p.O, layout.O);
 }
 
+// The way back: padded [J, O] to dense.
+template <class To, class X>
+void narrow_outputs(To* to, const Acc<X>* from, const Layout<X>& layout) {
+  for (int64_t j = 0; j < layout.p.J; ++j) narrow(to + j * layout.p.O, from + j * layout.O, layout.p.O);
+}
+
 // The bias [J, O] in the accumulation type and padded, or null.
 template <class X>
 const Acc<X>* widen_bias(const Layout<X>& layout, Carver& carver) {
@@ -21,10 +27,8 @@ const Acc<X>* widen_bias(const Layout<X>& layout, Carver& carver) {
   A* bias = carver.take<A>(layout.outputs());
   if (!carver.base) return bias;
   const int64_t* stride = p.bias.stride;
-  if (p.bias.dtype == p.u.dtype)
-    widen_outputs(bias, static_cast<const X*>(p.bias.data), stride[0], stride[1], layout);
-  else
-    widen_outputs(bias, static_cast<const float*>(p.bias.data), stride[0], stride[1], layout);
+  with_parameter<X>(p.bias, p.u.dtype,
+                    [&](const auto* from) { widen_outputs(bias, from, stride[0], stride[1], layout); });
   return bias;
 }
 
@@ -122,11 +126,12 @@ class ForwardStream {
       const int64_t b = tile.first + n;
       A* s = sums + n * (layout_.shared ? outputs : state_);
       if (bias_) fold_sum(s, bias_, outputs, false);
-      if (out_.s && saved(step) >= 0) write(static_cast<A*>(out_.s) + (saved(step) * p_.B + b) * p_.J * p_.O, s);
+      if (out_.s && saved(step) >= 0)
+        narrow_outputs(static_cast<A*>(out_.s) + (saved(step) * p_.B + b) * p_.J * p_.O, s, layout_);
       if (step == p_.R - 1 && !out_.v) continue;
       for (int64_t j = 0; j < p_.J; ++j) squash(s + j * layout_.O, v + j * layout_.O, layout_.O, p_.eps);
       if (step == p_.R - 1)
-        write(static_cast<X*>(out_.v) + b * p_.J * p_.O, v);
+        narrow_outputs(static_cast<X*>(out_.v) + b * p_.J * p_.O, v, layout_);
       else
         fold_sum(V + n * outputs, v, outputs, false);
     }
@@ -145,7 +150,8 @@ class ForwardStream {
       const int64_t count = minimum(W<A>, tile.count - m);
       if (queries) to_lanes(queries + m * sums, sums, count, sums, scratch.q);
       scratch.sums.clear();
-      for (int64_t j = 0; p_.over_inputs && j < J; ++j) store(online_lanes(scratch).highest + j * W<A>, never<A>());
+      for (int64_t j = 0; p_.over_inputs && j < J; ++j)
+        store(online_lanes(scratch).highest + j * W<A>, all(kForbidden<A>));
       const A* q = queries ? scratch.q : nullptr;
       auto visit = [&](int64_t i, int64_t l, const auto& block, const A* q, const A*) {
         A* own = c + l * lanes;
@@ -176,10 +182,6 @@ class ForwardStream {
     return {sums, highest, highest + pad<A>(p_.J) * W<A>};
   }
 
-  A* of_tile(A* states, const Tile& tile, int64_t size) const {
-    return states + tile.slot * stream_.schedule.tile * size;
-  }
-
   // V of a tile becomes what its rows are dotted with.
   void compare_with(const A* V, const Tile& tile) const {
     const int64_t sums = layout_.sums();
@@ -194,7 +196,7 @@ class ForwardStream {
     const bool sums_alone = p_.R > 1 || !(out_.coupling || out_.logits);
     return p_.form == Weight::pair && !p_.over_inputs && !queried(0) && !p_.logits.data && sums_alone;
   }
-  A share() const { return A(1) / A(p_.leaky ? p_.J + 1 : p_.J); }
+  A share() const { return equal_share<A>(p_.J, p_.leaky); }
 
   bool queried(int64_t step) const { return p_.query.data || minimum(step, p_.R - 1) > 0; }
 
@@ -206,7 +208,7 @@ class ForwardStream {
   void clear(A* states, int64_t count) const {
     set_zero(states, count * state_);
     for (int64_t n = 0; p_.over_inputs && n < count; ++n)
-      for (int64_t j = 0; j < p_.J; ++j) online(states, n).highest[j] = -A(__builtin_inf());
+      for (int64_t j = 0; j < p_.J; ++j) online(states, n).highest[j] = kForbidden<A>;
   }
 
   // The sums over i of exp(logit - highest) h_ij become those of c_ij h_ij; an output capsule without inputs gets 0.
@@ -220,12 +222,6 @@ class ForwardStream {
       norm[j] = online.total[j] == 0 ? 0 : online.highest[j];
       norm[out_.saved * p_.B * p_.J + j] = online.total[j];
     }
-  }
-
-  // Padded [J, O] to dense.
-  template <class To>
-  void write(To* to, const A* from) const {
-    for (int64_t j = 0; j < p_.J; ++j) narrow(to + j * p_.O, from + j * layout_.O, p_.O);
   }
 
   // What is wanted of the pairs of a pass: [J, W], of so many samples and input capsules, one of which is 1.

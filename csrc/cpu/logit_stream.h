@@ -39,7 +39,7 @@ class LogitStream {
 
   // V^k from s^k, ds^R from the gradient of v.
   void begin(const Tile& tile) {
-    A *s = s_ + tile.slot * layout_.outputs(), *v = of_tile(v_, tile);
+    A *s = s_ + tile.slot * layout_.outputs(), *v = of_tile(v_, tile, layout_.outputs());
     for (int64_t n = 0; n < tile.count; ++n) {
       A* V = dV(tile, n);  // free until the end of this loop
       read_query(p_, tile.sample + n, V, layout_);
@@ -74,7 +74,7 @@ class LogitStream {
 
   void finish(const Tile& tile, int64_t step) {
     const int64_t k = p_.R - step, sums = layout_.sums(), outputs = layout_.outputs();
-    A *s = s_ + tile.slot * outputs, *v = of_tile(v_, tile);
+    A *s = s_ + tile.slot * outputs, *v = of_tile(v_, tile, layout_.outputs());
     for (int64_t n = 0; n < tile.count; ++n) {
       const A *logit_sum = total(tile, n), *coupled = logit_sum + sums;
       if (p_.over_inputs && plan_.logits_move) correct_sums(tile, n, k, s);
@@ -94,7 +94,7 @@ class LogitStream {
       if (k > 1)
         keep_ds(tile.first + n, k - 1, dV(tile, n), s);
       else if (plan_.out.query)
-        write_query(tile.first + n, dV(tile, n));
+        narrow_outputs(static_cast<A*>(plan_.out.query) + (tile.sample + n) * p_.J * p_.O, dV(tile, n), layout_);
     }
     if (k > 1) to_rows(tile, plan_.e(k - 1));
   }
@@ -187,11 +187,8 @@ class LogitStream {
     return pairs && plan_.queried(k) ? pairs + plan_.db_slot(k) * layout_.lanes() : scratch.logits;
   }
 
-  A* of_tile(A* outputs, const Tile& tile) const {
-    return outputs + tile.slot * stream_.schedule.tile * layout_.outputs();
-  }
-  A* dV(const Tile& tile, int64_t n) const { return of_tile(dV_, tile) + n * layout_.outputs(); }
-  A* total(const Tile& tile, int64_t n) const { return total_ + (tile.slot * stream_.schedule.tile + n) * sums_; }
+  A* dV(const Tile& tile, int64_t n) const { return of_tile(dV_, tile, layout_.outputs()) + n * layout_.outputs(); }
+  A* total(const Tile& tile, int64_t n) const { return of_tile(total_, tile, sums_) + n * sums_; }
 
   // Takes the mean's error x_j from sum over i of db_ij h_ij, and keeps it for the db_ij themselves.
   void correct_sums(const Tile& tile, int64_t n, int64_t k, A* s) const {
@@ -228,11 +225,6 @@ class LogitStream {
       keep(n, plan_.e(p_.R), grad);
       if (p_.over_inputs) keep_means(n, p_.R, s);
     }
-  }
-
-  void write_query(int64_t n, const A* dV) const {
-    A* to = static_cast<A*>(plan_.out.query) + (first_ + n) * p_.J * p_.O;
-    for (int64_t j = 0; j < p_.J; ++j) narrow(to + j * p_.O, dV + j * layout_.O, p_.O);
   }
 
   void keep(int64_t n, int64_t term, const A* outputs) const {
@@ -274,7 +266,7 @@ class LogitStream {
   const Problem& p_;
   const Kept<X>& kept_;
   const A* bias_;       // for a softmax over i
-  const int64_t sums_;  // of one sample: sum of db_ij h_ij, if shared of p_ij u_i, if by sum of db_ij
+  const int64_t sums_;  // of one sample: [sum of db h | if shared, sum of p u | if logit_sums, sum of db]
   const Stream<X> stream_;
   int64_t first_ = 0;
   A *dV_, *s_, *v_, *total_, *partial_;

@@ -22,11 +22,6 @@ CAPSROUTE_INLINE Vec<A> dot(const DottedBlock<A>, const A* dots, int64_t j, Size
   return load(dots + j * W<A>);
 }
 
-template <class A>
-CAPSROUTE_INLINE Vec<A> never() {
-  return all<A>(-A(__builtin_inf()));
-}
-
 // logits_ij + h_ij . q_j, and -inf for a forbidden pair, whatever q_j is.
 template <class Lanes, class A, class Size>
 CAPSROUTE_INLINE Vec<A> logit_of(const Lanes block, const A* q, int64_t j, Size F) {
@@ -34,7 +29,13 @@ CAPSROUTE_INLINE Vec<A> logit_of(const Lanes block, const A* q, int64_t j, Size 
   if (!block.prior) return logit;
   const Vec<A> prior = load(block.prior + j * W<A>);
   logit += prior;
-  return block.forbids ? (prior == never<A>() ? prior : logit) : logit;
+  return block.forbids ? (prior == all(kForbidden<A>) ? prior : logit) : logit;
+}
+
+// The coupling of a pass that couples all j alike.
+template <class A>
+CAPSROUTE_INLINE A equal_share(int64_t J, bool leaky) {
+  return A(1) / A(leaky ? J + 1 : J);
 }
 
 // c_ij = softmax over j of (logits_ij + h_ij . q_j), to c[j, lane]; 0 in lanes that are not live and
@@ -43,18 +44,18 @@ template <class Lanes, class A, class Size>
 void couple(const Lanes block, const A* q, int64_t J, Size F, bool leaky, A* c, A* logits = nullptr) {
   const Mask<A> live = block.live != 0;
   if (!q && !block.prior && !logits) {
-    const Vec<A> uniform = live ? all<A>(A(1) / A(leaky ? J + 1 : J)) : all<A>(0);
+    const Vec<A> uniform = live ? all(equal_share<A>(J, leaky)) : all<A>(0);
     for (int64_t j = 0; j < J; ++j) store(c + j * W<A>, uniform);
     return;
   }
-  Vec<A> highest = all<A>(leaky ? A(0) : -A(__builtin_inf()));
+  Vec<A> highest = all<A>(leaky ? A(0) : kForbidden<A>);
   for (int64_t j = 0; j < J; ++j) {
     Vec<A> logit = logit_of(block, q, j, F);
-    highest = highest > logit ? highest : logit;  // a NaN passes on its way, and makes the sum NaN
+    highest = highest > logit ? highest : logit;  // the next logit replaces a NaN here, but the sum becomes NaN
     store(c + j * W<A>, logit);
   }
   if (logits) __builtin_memcpy(logits, c, J * W<A> * sizeof(A));
-  if (block.forbids) highest = highest == -A(__builtin_inf()) ? all<A>(0) : highest;
+  if (block.forbids) highest = highest == kForbidden<A> ? all<A>(0) : highest;
   Vec<A> sum = leaky ? exp_negative<A>(-highest) : all<A>(0);
   for (int64_t j = 0; j < J; ++j) {
     const Vec<A> share = exp_negative<A>(load(c + j * W<A>) - highest);
@@ -66,7 +67,7 @@ void couple(const Lanes block, const A* q, int64_t J, Size F, bool leaky, A* c, 
   for (int64_t j = 0; j < J; ++j) {
     Vec<A> share = load(c + j * W<A>);
     share = used ? share * scale : all<A>(0);
-    if (block.forbids) share = load(block.prior + j * W<A>) == -A(__builtin_inf()) ? all<A>(0) : share;
+    if (block.forbids) share = load(block.prior + j * W<A>) == kForbidden<A> ? all<A>(0) : share;
     store(c + j * W<A>, share);
   }
 }
@@ -90,7 +91,7 @@ CAPSROUTE_INLINE A rescale(A from, A to) {
 template <class Lanes, class A, class Size>
 CAPSROUTE_INLINE Vec<A> online_logit(const Lanes block, const A* q, int64_t j, Size F) {
   const Vec<A> logit = logit_of(block, q, j, F);
-  return block.live != 0 ? logit : never<A>();
+  return block.live != 0 ? logit : all(kForbidden<A>);
 }
 
 // Those of a block, to c[j, lane], and also to `logits`, if wanted.
@@ -116,7 +117,7 @@ void couple_online(const Block<A> block, const A* q, int64_t J, Size F, const On
       A* sums = online.sums + j * F;
       for (int64_t f = 0; f < F; f += W<A>) store(sums + f, load(sums + f) * scale);
     }
-    const Vec<A> share = exp_negative<A>(highest == never<A>()[0] ? logit : logit - highest);
+    const Vec<A> share = exp_negative<A>(highest == kForbidden<A> ? logit : logit - highest);
     online.total[j] += sum_lanes(share);
     store(c + j * W<A>, share);
   }
@@ -143,7 +144,7 @@ void couple_online(A* c, int64_t count, int64_t J, Size F, const Online<A>& onli
     Vec<A> sum = all<A>(0);
     for (int64_t l = 0; l < count; ++l) {
       const Vec<A> logit = load(own + l * J * W<A>);
-      const Vec<A> share = exp_negative<A>(highest == never<A>() ? logit : logit - highest);
+      const Vec<A> share = exp_negative<A>(highest == all(kForbidden<A>) ? logit : logit - highest);
       sum = l == 0 ? share : sum + share;
       store(own + l * J * W<A>, share);
     }
@@ -169,7 +170,7 @@ void couple_inputs(const Block<A> block, const A* q, int64_t J, Size F, const A*
   const Mask<A> live = block.live != 0;
   for (int64_t j = 0; j < J; ++j) {
     const Vec<A> logit = logit_of(block, q, j, F);
-    const Mask<A> used = block.forbids ? live & (load(block.prior + j * W<A>) != -A(__builtin_inf())) : live;
+    const Mask<A> used = block.forbids ? live & (load(block.prior + j * W<A>) != kForbidden<A>) : live;
     const A scale = total[j] == 0 ? 0 : 1 / total[j];
     store(c + j * W<A>, used ? exp_negative<A>(logit - highest[j]) * scale : all<A>(0));
   }

@@ -134,7 +134,14 @@ struct Tile {
   int64_t first, count;  // samples, of those that are scheduled
   int64_t sample;        // the first one, of the whole batch
   int64_t slot;
+  int64_t most;  // samples that a slot has room for
 };
+
+// The states of a tile's samples, each of so many numbers.
+template <class A>
+CAPSROUTE_INLINE A* of_tile(A* states, const Tile& tile, int64_t size) {
+  return states + tile.slot * tile.most * size;
+}
 
 // Runs a stream's steps over all tiles. A stream has
 //   begin(tile), group(tile, step, group, partial, part), fold(tile, step, partial, is_first),
@@ -145,7 +152,7 @@ void run_stream(Stream& stream, const Schedule& schedule, int64_t steps, const P
   const int64_t groups = schedule.groups;
   auto tile_at = [&](int64_t index, int64_t slot) {
     const int64_t first = index * schedule.tile;
-    return Tile{first, minimum(schedule.tile, schedule.batch - first), schedule.sample + first, slot};
+    return Tile{first, minimum(schedule.tile, schedule.batch - first), schedule.sample + first, slot, schedule.tile};
   };
   auto nth_group = [&](int64_t step, int64_t n) { return step % 2 == 0 ? groups - 1 - n : n; };
   if (!schedule.by_group) {

@@ -121,7 +121,9 @@ struct Kernels {
 // lower; chosen once.
 const Kernels& kernels();
 
-// The table with that name, or null if this build or this processor lacks it.
+// The tables that this build has and this processor can run, the best first: the n-th, or null past the last; and the
+// one with a name, or null.
+const Kernels* kernels_at(int64_t n);
 const Kernels* kernels_named(const char* name);
 
 }  // namespace capsroute

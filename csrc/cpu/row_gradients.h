@@ -12,6 +12,9 @@ inline constexpr int64_t kSubLanes = W<A> < 4 ? W<A> : 4;
 // W_i and dW_i of a whole block stay in the second-level cache from one sub-batch to the next, if they fit into this.
 // Else only as many capsules are taken as share such a load, and twice the samples to read W and dW less often.
 constexpr int64_t kOwnedWeights = int64_t(256) << 10, kLongSubBatch = 2 * kSubBatch;
+// What so many sub-batches give is summed before it joins the sum over the batch: a number that many are added to one
+// by one loses the digits of each. That longer sum is one of float64, if it takes no more than kLongSumBytes.
+constexpr int64_t kSummedSubBatches = 16, kLongSumBytes = int64_t(8) << 20;
 
 template <class A>
 CAPSROUTE_INLINE void write_as(void* to, DType dtype, int64_t at, A value) {
@@ -37,13 +40,19 @@ class RowGradients {
     share_ = p_.over_inputs ? W<A> : lanes_;
     const int64_t parts = minimum(parallel.threads, maximum(1, divide_up(p_.I, share_)));
     wants_weight_ = out_.weight && p_.form == Weight::pair;
+    const int64_t numbers = p_.I * p_.D * layout_.sums();
+    in_groups_ = wants_weight_ && p_.B > group();
+    const bool is_long = in_groups_ && numbers * int64_t(sizeof(double)) <= kLongSumBytes;
     // A whole batch in one write: nothing of dW is needed again.
     const bool once = p_.B <= sub_batch_, aligned = uintptr_t(out_.weight) % CAPSROUTE_VECTOR_BYTES == 0;
-    in_place_ = layout_.O == p_.O && (sizeof(X) == sizeof(A) || once);
-    if (wants_weight_ && !in_place_) dW_ = carver.take<A>(p_.I * p_.D * layout_.sums());
+    in_place_ = layout_.O == p_.O && (sizeof(X) == sizeof(A) || once) && !is_long;
+    if (is_long)
+      long_dW_ = carver.take<double>(numbers);
+    else if (wants_weight_ && !in_place_)
+      dW_ = carver.take<A>(numbers);
     // The system zeroes pages as it gives them: new memory is in a cache then, and stores past it only lose.
     if (in_place_ && aligned && once && !out_.ask_for_pages) first_write_ = Write::set_past;
-    if (plan.logits_by_row && out_.logits_B < p_.B) dlogits_ = carver.take<A>(layout_.blocks * layout_.lanes());
+    if (plan.logits_by_row && out_.logits_B < p_.B) dlogits_ = carver.take<double>(layout_.blocks * layout_.lanes());
     scratch_ = take_shares(carver, parts, [this](Carver& own) { carve_scratch(own); });
   }
 
@@ -76,6 +85,7 @@ class RowGradients {
     A* dh;                               // [kSubLanes][sub_batch][J, F]
     A* inputs;                           // [sub_batch][lanes][D]
     A* du;                               // [sub_batch][lanes][D]
+    A* dW;                               // [lanes][D, J, F], of a group of samples
     A* dlogits;                          // [J, W]
   };
 
@@ -89,11 +99,14 @@ class RowGradients {
     s.dh = carver.take<A>(kSubLanes<A> * sub_batch_ * layout_.sums());
     s.inputs = carver.take<A>(sub_batch_ * lanes_ * p_.D);
     s.du = carver.take<A>(sub_batch_ * lanes_ * p_.D);
+    s.dW = carver.take<A>(in_groups_ ? lanes_ * p_.D * layout_.sums() : 0);
     s.dlogits = carver.take<A>(layout_.lanes());
     return s;
   }
 
-  // What the logits of a whole block give is the business of its first share.
+  int64_t group() const { return kSummedSubBatches * sub_batch_; }
+
+  // The first share of a block handles the whole block's logits.
   void share_gradients(int64_t first, int64_t count, const Lanes& share, bool rows, const Scratch& scratch) {
     const int64_t i0 = share.i0, end = share.begin + share.count;
     if (wants_weight_ && in_place_ && first == 0) ask_for_weight(share);
@@ -120,6 +133,8 @@ class RowGradients {
         if (!rows) continue;
         if (wants_weight_) logits_.stream().rows.inputs(first + m, samples, i0 + l, some.count, scratch.inputs);
         row_gradients(first, m, samples, some, blocks, scratch);
+        if (in_groups_ && (m + samples == count || (m + samples) % group() == 0))
+          join_group(some, first == 0 && m < group(), scratch.dW);
         if (out_.u && p_.form == Weight::pair)
           for (int64_t n = 0; n < samples; ++n) {
             for (int64_t k = 0; p_.mask.data && k < some.count; ++k)  // exactly 0, also where W is not finite
@@ -238,7 +253,7 @@ class RowGradients {
       for (int64_t k = 0; k < minimum(kSubLanes<A>, lanes.count - l); ++k) {
         const A* dh = scratch.dh + k * sub_batch_ * sums;
         if (p_.form == Weight::pair)
-          pair_gradients(first + m, samples, lanes, l + k, dh, scratch);
+          pair_gradients(first, m, samples, lanes, l + k, dh, scratch);
         else
           for (int64_t n = 0; n < samples; ++n)
             given_gradient(first + m + n, lanes.i0 + lanes.begin + l + k, dh + n * sums);
@@ -247,19 +262,34 @@ class RowGradients {
   }
 
   // dW_i += sum over samples of u_i dh_i^T, du_i = W_i^T dh_i
-  void pair_gradients(int64_t b, int64_t samples, const Lanes& lanes, int64_t l, const A* dh,
+  void pair_gradients(int64_t first, int64_t m, int64_t samples, const Lanes& lanes, int64_t l, const A* dh,
                       const Scratch& scratch) const {
-    const int64_t sums = layout_.sums(), D = p_.D, i = lanes.i0 + lanes.begin + l;
-    auto add_to = [&](auto* dW) {
-      outer(dW + i * D * sums, sums, scratch.inputs + l * D, lanes.count * D, D, dh, sums, sums, samples,
-            b > 0 ? Write::add : first_write_);
+    const int64_t sums = layout_.sums(), D = p_.D, i = lanes.i0 + lanes.begin + l, b = first + m;
+    auto add_to = [&](auto* dW, bool is_first) {
+      outer(dW, sums, scratch.inputs + l * D, lanes.count * D, D, dh, sums, sums, samples,
+            is_first ? first_write_ : Write::add);
     };
-    if (wants_weight_) in_place_ ? add_to(static_cast<X*>(out_.weight)) : add_to(dW_);
+    if (in_groups_)
+      add_to(scratch.dW + l * D * sums, m % group() == 0);
+    else if (wants_weight_)
+      in_place_ ? add_to(static_cast<X*>(out_.weight) + i * D * sums, b == 0) : add_to(dW_ + i * D * sums, b == 0);
     if (!out_.u) return;
     const A* from[kLongSubBatch];
     A* to[kLongSubBatch];
     for (int64_t n = 0; n < samples; ++n) from[n] = dh + n * sums, to[n] = scratch.du + (n * lanes.count + l) * D;
     apply_transposed(logits_.stream().weights.pair + i * D * sums, sums, from, sums, to, D, samples);
+  }
+
+  // dW_i += what a group of samples gave, for some input capsules.
+  void join_group(const Lanes& lanes, bool is_first, const A* from) const {
+    const int64_t each = p_.D * layout_.sums(), at = (lanes.i0 + lanes.begin) * each;
+    auto add_to = [&](auto* to) {
+      for (int64_t k = 0; k < lanes.count * each; ++k) to[k] = is_first ? from[k] : to[k] + from[k];
+    };
+    if (long_dW_) return add_to(long_dW_ + at);
+    if constexpr (std::is_same_v<X, A>)
+      if (in_place_) return add_to(static_cast<A*>(out_.weight) + at);
+    add_to(dW_ + at);
   }
 
   // The gradient of given rows: of the votes, or of an input capsule that all j share.
@@ -278,10 +308,11 @@ class RowGradients {
       else
         write_logits(db, (first + m + n) * p_.I + i0, i0);
     }
-    if (dlogits_) fold_sum(dlogits_ + i0 * p_.J, scratch.dlogits, lanes, false);
+    for (int64_t k = 0; dlogits_ && k < lanes; ++k) dlogits_[i0 * p_.J + k] += scratch.dlogits[k];
   }
 
-  void write_logits(const A* db, int64_t row, int64_t i0) const {
+  template <class T>
+  void write_logits(const T* db, int64_t row, int64_t i0) const {
     for (int64_t l = 0; l < minimum(W<A>, p_.I - i0); ++l)
       for (int64_t j = 0; j < p_.J; ++j) write_as(out_.logits, p_.logits.dtype, (row + l) * p_.J + j, db[j * W<A> + l]);
   }
@@ -295,11 +326,13 @@ class RowGradients {
   // After the last chunk: sums over the batch, to their own dtype and shape.
   void finish(const Lanes& share) const {
     const int64_t start = share.i0 + share.begin;
-    if (dW_) {
+    auto write = [&](const auto* dW) {
       ask_for_weight(share);
       for (int64_t row = start * p_.D * p_.J; row < (start + share.count) * p_.D * p_.J; ++row)
-        narrow(static_cast<X*>(out_.weight) + row * p_.O, dW_ + row * layout_.O, p_.O);
-    }
+        narrow(static_cast<X*>(out_.weight) + row * p_.O, dW + row * layout_.O, p_.O);
+    };
+    if (dW_) write(dW_);
+    if (long_dW_) write(long_dW_);
     if (dlogits_ && share.begin == 0) write_logits(dlogits_ + share.i0 * p_.J, share.i0, share.i0);
   }
 
@@ -312,9 +345,11 @@ class RowGradients {
   int64_t lanes_, sub_batch_;  // of a block, and samples, that are taken together
   int64_t share_;              // of a block that one thread takes: all where its pairs are corrected in place
   bool wants_weight_, in_place_;
-  A* dW_ = nullptr;  // [I, D, J, O], where it is not made in place
+  bool in_groups_;             // of samples, whose dW are summed apart
+  A* dW_ = nullptr;            // [I, D, J, O], where it is not made in place
+  double* long_dW_ = nullptr;  // [I, D, J, O], of many groups
   Write first_write_ = Write::set;
-  A* dlogits_ = nullptr;  // [block][J, W], summed over the batch
+  double* dlogits_ = nullptr;  // [block][J, W], summed over the batch
   Shares scratch_;
 };
 

@@ -35,9 +35,13 @@ struct SampleBlock {
 template <class A>
 struct DottedBlock : SampleBlock<A> {};
 
-template <class A>
-CAPSROUTE_INLINE bool forbidden(A prior) {
-  return prior == -A(__builtin_inf());
+// Calls visit with a pointer to the numbers of a bias or logits: those of u's type X, its `own`, or float.
+template <class X, class Visit>
+CAPSROUTE_INLINE void with_parameter(const Array& array, DType own, const Visit& visit) {
+  if (array.dtype == own)
+    visit(static_cast<const X*>(array.data));
+  else
+    visit(static_cast<const float*>(array.data));
 }
 
 template <class X>
@@ -92,11 +96,10 @@ class Rows {
   // Input capsule u_i of sample b, [D], in the accumulation type; zeros where it is masked.
   void input(int64_t b, int64_t i, A* u) const {
     const int64_t* stride = p_.u.stride;
-    if (masked(b, i)) {
-      for (int64_t d = 0; d < p_.D; ++d) u[d] = 0;
-    } else {
+    if (masked(b, i))
+      set_zero(u, p_.D);
+    else
       widen(u, static_cast<const X*>(p_.u.data) + b * stride[0] + i * stride[1], stride[2], p_.D, p_.D);
-    }
   }
 
   // `count` <= W input capsules from i0 on for `samples` samples, to to[n][count][D].
@@ -188,10 +191,8 @@ class Rows {
     if (count < W<A> || p_.mask.data)
       for (int64_t n = 0; n < W<A>; ++n) block.live[n] = n < count && !masked(b + n, i);
     if (p_.logits.data) {
-      if (p_.logits.dtype == p_.u.dtype)
-        gather_prior<X>(block, b, count, i, prior);
-      else
-        gather_prior<float>(block, b, count, i, prior);
+      with_parameter<X>(p_.logits, p_.u.dtype,
+                        [&](const auto* logits) { gather_prior(block, logits, b, count, i, prior); });
       if (block.forbids) clear_forbidden(block, votes, dots);
     }
     return block;
@@ -203,18 +204,28 @@ class Rows {
     Block<A> block{nullptr, 0, 0, count, all<A>(1), nullptr, false};
     if (count < W<A> || p_.mask.data)
       for (int64_t l = 0; l < W<A>; ++l) block.live[l] = l < count && !masked(b, i0 + l);
-    if (p_.logits.data) {
-      if (p_.logits.dtype == p_.u.dtype)
-        gather_prior<X>(block, b, i0, count, prior);
-      else
-        gather_prior<float>(block, b, i0, count, prior);
-    }
+    if (p_.logits.data)
+      with_parameter<X>(p_.logits, p_.u.dtype,
+                        [&](const auto* logits) { gather_prior(block, logits, b, i0, count, prior); });
     return block;
   }
 
   // Whether samples have lanes of their own, not one mask and prior logits for all.
   bool lanes_differ() const {
     return (p_.mask.data && p_.mask.stride[0] != 0) || (p_.logits.data && p_.logits.stride[0] != 0);
+  }
+
+  // Whether some pair may be forbidden; and whether one is: by its prior logit, and where the softmax runs over i by
+  // the mask too.
+  bool may_forbid() const { return p_.logits.data || (p_.mask.data && p_.over_inputs); }
+  bool forbids(int64_t b, int64_t i, int64_t j) const {
+    if (masked(b, i) || !p_.logits.data) return masked(b, i) && p_.over_inputs;
+    const int64_t* stride = p_.logits.stride;
+    bool found = false;
+    with_parameter<X>(p_.logits, p_.u.dtype, [&](const auto* logits) {
+      found = to_acc(logits[b * stride[0] + i * stride[1] + j * stride[2]]) == kForbidden<A>;
+    });
+    return found;
   }
 
   // The block at i0 of sample b, from its lanes. `staged` holds its votes if make_votes made them, and is where
@@ -265,9 +276,9 @@ class Rows {
   }
 
   template <class L>
-  void gather_prior(Block<A>& block, int64_t b, int64_t i0, int64_t count, A* prior) const {
+  void gather_prior(Block<A>& block, const L* logits, int64_t b, int64_t i0, int64_t count, A* prior) const {
     const int64_t* stride = p_.logits.stride;
-    const L* logits = static_cast<const L*>(p_.logits.data) + b * stride[0] + i0 * stride[1];
+    logits += b * stride[0] + i0 * stride[1];
     for (int64_t l = 0; l < W<A>; ++l) {
       const L* from = logits + l * stride[1];
       const bool live = l < count && block.live[l] != 0;
@@ -275,14 +286,14 @@ class Rows {
     }
     block.prior = prior;
     Mask<A> never{};
-    for (int64_t j = 0; j < p_.J; ++j) never |= load(prior + j * W<A>) == -A(__builtin_inf());
+    for (int64_t j = 0; j < p_.J; ++j) never |= load(prior + j * W<A>) == kForbidden<A>;
     block.forbids = any(never);
   }
 
   template <class L>
-  void gather_prior(SampleBlock<A>& block, int64_t b, int64_t count, int64_t i, A* prior) const {
+  void gather_prior(SampleBlock<A>& block, const L* logits, int64_t b, int64_t count, int64_t i, A* prior) const {
     const int64_t* stride = p_.logits.stride;
-    const L* logits = static_cast<const L*>(p_.logits.data) + b * stride[0] + i * stride[1];
+    logits += b * stride[0] + i * stride[1];
     const Mask<A> live = block.live != 0;
     Mask<A> never{};
     for (int64_t j = 0; j < p_.J; ++j) {
@@ -291,7 +302,7 @@ class Rows {
         own[n] = n < count ? A(to_acc(logits[n * stride[0] + j * stride[2]])) : 0;
       own = live ? own : all<A>(0);
       store(prior + j * W<A>, own);
-      never |= own == -A(__builtin_inf());
+      never |= own == kForbidden<A>;
     }
     block.prior = prior, block.forbids = any(never);
   }
@@ -316,7 +327,7 @@ class Rows {
       A* row = staged + l * layout_.row;
       const X* from = static_cast<const X*>(p_.u.data) + b * stride[0] + (i0 + l) * stride[1];
       if (block.live[l] == 0)
-        clear(row, outputs * F);
+        set_zero(row, outputs * F);
       else if (layout_.shared)
         widen(row, from, stride[2], layout_.features, F);
       else
@@ -334,12 +345,12 @@ class Rows {
     }
     for (int64_t j = 0; j < p_.J; ++j)
       for (int64_t l = 0; l < block.count; ++l)
-        if (forbidden(block.prior[j * W<A> + l])) clear(staged + l * block.row + j * block.column, layout_.F);
+        if (block.prior[j * W<A> + l] == kForbidden<A>) set_zero(staged + l * block.row + j * block.column, layout_.F);
   }
 
   void clear_forbidden(const SampleBlock<A>& block, A* votes, A* const* dots) const {
     for (int64_t j = 0; j < p_.J; ++j) {
-      const Mask<A> never = load(block.prior + j * W<A>) == -A(__builtin_inf());
+      const Mask<A> never = load(block.prior + j * W<A>) == kForbidden<A>;
       for (int t = 0; dots && t < 2; ++t) store(dots[t] + j * W<A>, never ? all<A>(0) : load(dots[t] + j * W<A>));
       for (int64_t k = j * layout_.F; k < (j + 1) * layout_.F; ++k)
         store(votes + k * W<A>, never ? all<A>(0) : load(votes + k * W<A>));
@@ -360,10 +371,6 @@ class Rows {
     A zero = 0;
     for (int64_t k = 0; k < count; ++k) zero += x[k] * 0;
     return zero == 0;
-  }
-
-  static void clear(A* to, int64_t count) {
-    for (int64_t k = 0; k < count; ++k) to[k] = 0;
   }
 
   const Layout<X>& layout_;

@@ -11,8 +11,8 @@ namespace capsroute::CAPSROUTE_ISA {
 template <class A>
 struct Use {
   int64_t batch, passes;
-  int64_t sums;     // numbers of a sample that change with i,
-  int64_t joined;   // the first of which are sums over i
+  int64_t sums;     // numbers of a sample that each block updates
+  int64_t joined;   // how many of them, the first, are plain sums over i
   bool by_samples;  // a lane may be a sample
   A* votes;         // where those of a few samples are kept, if there is room
   int64_t room;     // bytes
@@ -263,11 +263,6 @@ class Stream {
   A* kept_ = nullptr;  // [slots][blocks][together][W, row], or by samples [slots][tile / W][I][J, F][W]
   Shares scratch_;
 };
-
-template <class A>
-CAPSROUTE_INLINE void set_zero(A* to, int64_t count) {
-  __builtin_memset(to, 0, count * sizeof(A));
-}
 
 // total = partial, or total += partial
 template <class A>

@@ -54,7 +54,16 @@ CAPSROUTE_INLINE Vec<A> all(A x) {
   }(std::make_index_sequence<W<A>>());
 }
 
-// ---- storage types, one value at a time
+// The logit of a pair that takes no part, and the largest of no logits.
+template <class A>
+inline constexpr A kForbidden = -A(__builtin_inf());
+
+template <class A>
+CAPSROUTE_INLINE void set_zero(A* to, int64_t count) {
+  __builtin_memset(to, 0, count * sizeof(A));
+}
+
+// Storage types, one value at a time.
 
 CAPSROUTE_INLINE float to_acc(float x) { return x; }
 CAPSROUTE_INLINE double to_acc(double x) { return x; }
@@ -97,7 +106,7 @@ CAPSROUTE_INLINE Half from_acc<Half>(float x) {
   return {uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13))};
 }
 
-// ---- loads and stores of W values, converting
+// Loads and stores of W values, converting.
 
 template <class A>
 CAPSROUTE_INLINE Vec<A> load(const A* p) {
@@ -198,7 +207,13 @@ CAPSROUTE_INLINE void narrow(X* out, const Acc<X>* in, int64_t n) {
   for (; k < n; ++k) out[k] = from_acc<X>(in[k]);
 }
 
-// ---- arithmetic across lanes and beyond + - * /
+template <class X>
+  requires(!std::is_same_v<X, double>)
+CAPSROUTE_INLINE void narrow(X* out, const double* in, int64_t n) {
+  for (int64_t k = 0; k < n; ++k) out[k] = from_acc<X>(float(in[k]));
+}
+
+// Arithmetic across lanes and beyond + - * /.
 
 template <class A, int64_t... l>
 CAPSROUTE_INLINE Vec<A> pick(Vec<A> a, Vec<A> b, std::integer_sequence<int64_t, l...>) {

@@ -65,15 +65,15 @@ class Backpropagation {
         out_(out),
         launcher_(p, stream),
         layout_(launcher_.layout),
-        staged_(source_of(p) == Source::staged),
+        keys_(source_of(p) == Source::keys),
         split_(Split::of(p, layout_.row_slices, most_warps<A>(Direction::backward), 1, kChunks)),
         carver_{static_cast<char*>(scratch)} {
     launcher_.pack_weight(carver_);
     const int64_t out_state = layout_.out_state(p), row_state = layout_.row_state(p);
     states_.V = carver_.take<A>(p.R * out_state);
     states_.ds = carver_.take<A>(p.R * out_state);
-    states_.query = staged_ ? carver_.take<A>(p.R * row_state) : states_.V;
-    states_.row_ds = staged_ ? carver_.take<A>(p.R * row_state) : states_.ds;
+    states_.query = keys_ ? carver_.take<A>(p.R * row_state) : states_.V;
+    states_.row_ds = keys_ ? carver_.take<A>(p.R * row_state) : states_.ds;
     dV_ = carver_.take<A>(out_state);
     partial_ = carver_.take<A>(split_.chunks * row_state);
     statistics_ = carver_.take<A>(p.R * launcher_.statistics_size());
@@ -100,7 +100,7 @@ class Backpropagation {
   }
 
  private:
-  bool shared_weight_gradient() const { return staged_ && out_.weight; }
+  bool shared_weight_gradient() const { return keys_ && out_.weight; }
 
   // Calls visit with a value of the type that bias or logits have: that of u, or float.
   template <class Visit>
@@ -215,7 +215,7 @@ class Backpropagation {
   const Backward& out_;
   Launcher<X> launcher_;
   const Layout& layout_;
-  bool staged_;
+  bool keys_;
   Split split_;
   Carver carver_;
   States<X> states_{};

@@ -27,7 +27,7 @@ class Capsule {
         warps(thread_count() / kLanes),
         tile(tile),
         j(j),
-        staged(source_of(p) == Source::staged),
+        keys(source_of(p) == Source::keys),
         row_at((tile * p.J + j) * layout.row_padded),
         out_at((tile * p.J + j) * layout.out_padded),
         p_(p),
@@ -98,7 +98,7 @@ class Capsule {
     read(first, static_cast<const A*>(p_.query.data) + j * stride[1], stride[0], stride[2]);
     for (int64_t o = warp; o < layout_.out_padded; o += warps)
       store(V + (out_at + o) * kLanes + lane, CAPSROUTE_WITHIN(o, p_.O) ? first[column_at(o, lane)] : A(0));
-    if (staged) to_rows(first, rows);
+    if (keys) to_rows(first, rows);
   }
 
   // column = x[b, o] for the tile's b, from memory whose strides these are; zeros past the batch
@@ -162,7 +162,7 @@ class Capsule {
 
   int lane, warp, warps;
   int64_t tile, j;
-  bool staged;
+  bool keys;
   int64_t row_at, out_at;  // where this capsule's features begin in a state
   A *first, *second, *of_lane;
 
@@ -231,8 +231,8 @@ CAPSROUTE_DEVICE void finish(const Finish<X>& a, int64_t pass, int64_t tile, int
   } else {
     capsule.sum_chunks(a.partial, a.chunks);
   }
-  if (capsule.staged) capsule.to_outputs();
-  A* s = capsule.staged ? capsule.second : capsule.first;
+  if (capsule.keys) capsule.to_outputs();
+  A* s = capsule.keys ? capsule.second : capsule.first;
   if (p.bias.data) {
     for (int64_t o = capsule.warp; CAPSROUTE_WITHIN(o, p.O); o += capsule.warps)
       s[column_at(o, lane)] += capsule.bias(o);
@@ -250,11 +250,11 @@ CAPSROUTE_DEVICE void finish(const Finish<X>& a, int64_t pass, int64_t tile, int
     A V = pass == 0 ? A(0) : load(state);
     if (CAPSROUTE_WITHIN(o, p.O)) {
       V += s[column_at(o, lane)] * capsule.of_lane[lane];
-      if (capsule.staged) capsule.first[column_at(o, lane)] = V;
+      if (capsule.keys) capsule.first[column_at(o, lane)] = V;
     }
     store(state, V);
   }
-  if (capsule.staged) {
+  if (capsule.keys) {
     CAPSROUTE_SYNC();
     capsule.to_rows(capsule.first, a.query);
   }

@@ -55,7 +55,7 @@ CAPSROUTE_DEVICE void use_ds(const FinishBackward<X>& a, const Capsule<X>& capsu
       mean += (capsule.second[column_at(o, lane)] - capsule.bias(o)) * capsule.first[column_at(o, lane)];
     store(all + 2 * kLanes, mean);
   }
-  if (capsule.staged) capsule.to_rows(capsule.first, a.states.row_ds + pass * a.layout.row_state(p));
+  if (capsule.keys) capsule.to_rows(capsule.first, a.states.row_ds + pass * a.layout.row_state(p));
 }
 
 template <class X>
@@ -86,7 +86,7 @@ CAPSROUTE_DEVICE void begin_backward(const FinishBackward<X>& a, int64_t tile, i
       store(a.states.V + (pass + 1) * out_state + (capsule.out_at + o) * kLanes + capsule.lane, V);
     }
     CAPSROUTE_SYNC();
-    if (capsule.staged) capsule.to_rows(capsule.first, a.states.query + (pass + 1) * row_state);
+    if (capsule.keys) capsule.to_rows(capsule.first, a.states.query + (pass + 1) * row_state);
   }
   read_s(a, capsule, capsule.second, p.R - 1);
   const int64_t last = p.R - 1;
@@ -117,7 +117,7 @@ CAPSROUTE_DEVICE void keep_sum(const FinishBackward<X>& a, const Capsule<X>& cap
   }
 }
 
-// Over inputs: the error of the mean of t, which is taken from the mean itself and so from every db_ij.
+// Over inputs: the error of the mean of t: added to the mean, so taken from every db_ij.
 template <class X>
 CAPSROUTE_DEVICE Acc<X> correct_mean(const FinishBackward<X>& a, const Capsule<X>& capsule) {
   Acc<X> error = 0;
@@ -144,9 +144,9 @@ CAPSROUTE_DEVICE void finish_backward(const FinishBackward<X>& a, int64_t tile, 
   }
   if (!a.dV && !a.dquery) return;
   capsule.sum_chunks(a.partial, a.chunks);
-  if (capsule.staged) capsule.to_outputs();
-  const A* x = capsule.staged ? capsule.second : capsule.first;
-  A* s = capsule.staged ? capsule.first : capsule.second;
+  if (capsule.keys) capsule.to_outputs();
+  const A* x = capsule.keys ? capsule.second : capsule.first;
+  A* s = capsule.keys ? capsule.first : capsule.second;
   if (p.over_inputs) read_s(a, capsule, s, a.pass);
   for (int64_t o = capsule.warp; CAPSROUTE_WITHIN(o, p.O); o += capsule.warps) {
     const int at = column_at(o, capsule.lane);

@@ -75,7 +75,7 @@ template <class Visit>
 void with_source(Source source, const Visit& visit) {
   switch (source) {
     case Source::made: return visit(std::integral_constant<Source, Source::made>());
-    case Source::staged: return visit(std::integral_constant<Source, Source::staged>());
+    case Source::keys: return visit(std::integral_constant<Source, Source::keys>());
     case Source::given: return visit(std::integral_constant<Source, Source::given>());
   }
 }
@@ -191,7 +191,7 @@ int64_t forward(const Problem& p, const Forward& out, void* scratch, void* strea
   Finish<X> finish{p, layout, split.chunks};
   finish.partial = pass.partial = carver.take<A>(split.chunks * layout.row_state(p));
   finish.V = carver.take<A>(layout.out_state(p));
-  finish.query = source_of(p) == Source::staged ? carver.take<A>(layout.row_state(p)) : finish.V;
+  finish.query = source_of(p) == Source::keys ? carver.take<A>(layout.row_state(p)) : finish.V;
   finish.s = static_cast<A*>(out.s), finish.v = static_cast<X*>(out.v), finish.norm = static_cast<A*>(out.norm);
   finish.saved = out.saved;
   A *statistics = nullptr, *group_statistics = nullptr;

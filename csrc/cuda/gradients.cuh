@@ -38,7 +38,7 @@ template <class X, Source source>
 struct GradientsMemory {
   using A = Acc<X>;
   static constexpr int K = kFeatures<A>, kDepth = cuda::kDepth<A>;
-  static constexpr int kSums = source == Source::made ? kDepth : source == Source::staged ? K : 0;  // for a slice
+  static constexpr int kSums = source == Source::made ? kDepth : source == Source::keys ? K : 0;  // for a slice
   int64_t rows, exchange, sums, dh, bytes;
 
   CAPSROUTE_ANYWHERE constexpr explicit GradientsMemory(int64_t units)
@@ -81,7 +81,7 @@ class GradientStream {
         votes_gradient(h, dh, i);
         if constexpr (source == Source::made) {
           back_to_inputs(dh, i);
-        } else if constexpr (source == Source::staged) {
+        } else if constexpr (source == Source::keys) {
           add_outputs(dh, i);
         } else {
           write_votes(dh, i);
@@ -132,7 +132,7 @@ class GradientStream {
     if (!a_.dlogits || !active || place_.slice != 0 || !CAPSROUTE_WITHIN(place_.b, p_.B)) return;
     CAPSROUTE_UNROLL
     for (int n = 0; n < N; ++n)
-      if (CAPSROUTE_WITHIN(i + n, last_)) store(a_.dlogits + (place_.b * p_.I + i + n) * p_.J + place_.j, dlogits[n]);
+      if (CAPSROUTE_WITHIN(i + n, last_)) store(a_.dlogits + pair_at(p_, place_.b, i + n, place_.j), dlogits[n]);
   }
 
   // p and db of pass k from the statistics that the streams left
@@ -165,8 +165,7 @@ class GradientStream {
     CAPSROUTE_UNROLL
     for (int n = 0; n < N; ++n) {
       const int at = n * size + place_.leader() * kLanes + place_.lane;
-      logit[n] = logits[at], target[n] = targets[at];
-      for (int s = 1; s < slices; ++s) logit[n] += logits[at + s * kLanes], target[n] += targets[at + s * kLanes];
+      logit[n] = sum_slices(logits + at, slices), target[n] = sum_slices(targets + at, slices);
     }
   }
 
@@ -283,7 +282,7 @@ class GradientStream {
     CAPSROUTE_UNROLL
     for (int n = 0; n < N; ++n) {
       if (!CAPSROUTE_WITHIN(i + n, last_)) continue;
-      X* to = a_.du + ((place_.b * p_.I + i + n) * p_.J + place_.j) * p_.O + place_.slice * K;
+      X* to = a_.du + pair_at(p_, place_.b, i + n, place_.j) * p_.O + place_.slice * K;
       CAPSROUTE_UNROLL
       for (int k = 0; k < K; ++k)
         if (CAPSROUTE_WITHIN(place_.slice * K + k, p_.O)) store(to + k, from_acc<X>(dh[n][k]));

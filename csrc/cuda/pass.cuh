@@ -58,6 +58,15 @@ constexpr int64_t pass_shared_bytes(int64_t units) {
   return Rows<X, source>::shared_bytes(units) + 2 * (direction == Direction::backward ? 2 : 1) * exchange;
 }
 
+// The sum of what the slices of an output capsule left, this lane's of the first.
+template <class A>
+CAPSROUTE_DEVICE A sum_slices(const A* of_first, int slices) {
+  A sum = *of_first;
+  CAPSROUTE_ROLL
+  for (int s = 1; s < slices; ++s) sum += of_first[s * kLanes];
+  return sum;
+}
+
 // The softmax over the group's j of input capsule i, by one thread for its lane. l holds the logits and t the h . e
 // of the slices; they leave as c, or as db, at each j's first slice.
 template <class X, Direction direction>
@@ -72,14 +81,11 @@ CAPSROUTE_DEVICE void couple(const Pass<X>& a, bool last, const Place& place, in
   A m = leak ? A(0) : -infinity<A>(), r = 0, mean = 0;
   CAPSROUTE_ROLL
   for (int j = 0; j < place.units / slices; ++j) {
-    CAPSROUTE_ROLL
-    for (int s = 1; s < slices; ++s) {
-      l[j * step] += l[j * step + s * kLanes];
-      if constexpr (backward) t[j * step] += t[j * step + s * kLanes];
-    }
-    m = l[j * step] > m ? l[j * step] : m;  // a NaN passes on its way, and makes the sum NaN
+    l[j * step] = sum_slices(l + j * step, slices);
+    if constexpr (backward) t[j * step] = sum_slices(t + j * step, slices);
+    m = l[j * step] > m ? l[j * step] : m;  // the next logit replaces a NaN here, but the sum becomes NaN
     if (!backward && last && a.logits && CAPSROUTE_WITHIN(place.b, p.B))
-      store(a.logits + (int64_t(place.b) * p.I + i) * p.J + place.first_output + j, l[j * step]);
+      store(a.logits + pair_at(p, place.b, i, place.first_output + j), l[j * step]);
   }
   if (merged) {
     const A* all = statistics_at(a.statistics, place.tile, p.I, i, place.lane);
@@ -117,7 +123,7 @@ CAPSROUTE_DEVICE void couple(const Pass<X>& a, bool last, const Place& place, in
     } else {
       l[j * step] = c;
       if (last && a.coupling && CAPSROUTE_WITHIN(place.b, p.B))
-        store(a.coupling + (int64_t(place.b) * p.I + i) * p.J + place.first_output + j, from_acc<X>(c));
+        store(a.coupling + pair_at(p, place.b, i, place.first_output + j), from_acc<X>(c));
     }
   }
 }
@@ -128,6 +134,74 @@ CAPSROUTE_DEVICE Acc<X> prior_logit(const Problem& p, const Place& place, int i,
   const int64_t* stride = p.logits.stride;
   if (!live || !p.logits.data) return 0;
   return load_element<X>(p.logits, p.u.dtype, place.b * stride[0] + i * stride[1] + place.j * stride[2]);
+}
+
+// The softmax over i of this lane and j: online, or known already.
+template <class X, Direction direction>
+struct ColumnSoftmax {
+  using A = Acc<X>;
+  static constexpr bool backward = direction == Direction::backward;
+  bool known;
+  A m = -infinity<A>(), z = 0;  // the largest logit so far, and the sum of exp(logit - m); if known, 1/z
+  A mean = 0, error = 0;        // of t
+
+  CAPSROUTE_DEVICE ColumnSoftmax(const Pass<X>& a, const Place& place, bool known) : known(known) {
+    if (!known || !place.active) return;
+    const A* all = statistics_at(a.statistics, place.tile, a.p.J, place.j, place.lane);
+    m = load(all), z = load(all + kLanes), mean = backward ? load(all + 2 * kLanes) : A(0);
+  }
+
+  // c, or db, of input capsule i from the slices' logits l and t; `sum` is rescaled as the maximum grows.
+  template <int K>
+  CAPSROUTE_DEVICE A couple(const Pass<X>& a, const Place& place, bool last_pass, int i, bool used, const A* l,
+                            const A* t, A (&sum)[K]) {
+    const int slices = int(a.layout.row_slices);
+    const bool leaves = !backward && last_pass && place.slice == 0 && CAPSROUTE_WITHIN(place.b, a.p.B);
+    const A logit = sum_slices(l, slices), target = backward ? sum_slices(t, slices) : A(0);
+    if (leaves && a.logits) store(a.logits + pair_at(a.p, place.b, i, place.j), logit);
+    if (known) {
+      const A share = used ? exp(logit - m) * z : A(0);
+      const A c = !backward ? share : share != 0 ? share * (target - mean) : A(0);
+      error += c;
+      if (leaves && a.coupling) store(a.coupling + pair_at(a.p, place.b, i, place.j), from_acc<X>(c));
+      return c;
+    }
+    if (!used) return 0;
+    const A highest = logit > m ? logit : m, scale = exp(m - highest), c = exp(logit - highest);
+    CAPSROUTE_UNROLL
+    for (int k = 0; k < K; ++k) sum[k] *= scale;
+    m = highest, z = z * scale + c;
+    return c;
+  }
+
+  // What the chunk adds to the softmax or, in the backward, to the mean's error.
+  CAPSROUTE_DEVICE void leave(const Pass<X>& a, const Place& place, int chunk) const {
+    if (place.slice != 0 || (known && !backward)) return;
+    A* own = statistics_at(a.chunk_statistics, chunk * a.layout.tiles + place.tile, a.p.J, place.j, place.lane);
+    store(own, backward ? error : m);
+    if constexpr (!backward) store(own + kLanes, z);
+  }
+};
+
+// This slice's part of the logit of input capsule i and, in the backward, of t, to where the block reads them. Says
+// whether the pair takes part: if not, h becomes 0, whatever it holds.
+template <class X, Direction direction, int K>
+CAPSROUTE_DEVICE bool leave_logit(const Pass<X>& a, const Place& place, int i, Acc<X> (&h)[K], bool query,
+                                  const Acc<X> (&q)[K], const Acc<X> (&e)[K], Acc<X>* l, Acc<X>* t) {
+  using A = Acc<X>;
+  bool used = takes_part(a.p, place.b, i);
+  A logit = prior_logit<X>(a.p, place, i, used), target = 0;
+  used = used && logit != -infinity<A>();
+  logit = place.slice == 0 ? logit : A(0);
+  if (used) {
+    if (query) logit += dot(h, q);  // not 0 * NaN
+    if constexpr (direction == Direction::backward) target = dot(h, e);
+  } else {
+    clear(h);
+  }
+  l[place.warp * kLanes + place.lane] = logit;
+  if constexpr (direction == Direction::backward) t[place.warp * kLanes + place.lane] = target;
+  return used;
 }
 
 // `last_pass` says that it leaves coupling and logits, if they are wanted.
@@ -149,12 +223,7 @@ CAPSROUTE_DEVICE void pass(const Pass<X>& a, const Acc<X>* query, bool last_pass
   clear(q), clear(e), clear(sum);
   if (place.active && query) load_slice(q, query, at, place.lane);
   if (place.active && backward) load_slice(e, a.gradient, at, place.lane);
-  A m = -infinity<A>(), z = 0, mean = 0, excess = 0;  // over inputs
-  const bool known = over_inputs && a.statistics;
-  if (known && place.active) {
-    const A* all = statistics_at(a.statistics, place.tile, p.J, place.j, place.lane);
-    m = load(all), z = load(all + kLanes), mean = backward ? load(all + 2 * kLanes) : A(0);
-  }
+  ColumnSoftmax<X, direction> column(a, place, over_inputs && a.statistics);
 
   MyRows rows(p, a.layout, a.split, a.weight, place, last, memory);
   if (first < last) rows.begin(first);
@@ -166,22 +235,9 @@ CAPSROUTE_DEVICE void pass(const Pass<X>& a, const Acc<X>* query, bool last_pass
     A* targets = logits + (backward ? N * size : 0);
     bool used[N];
     CAPSROUTE_UNROLL
-    for (int n = 0; n < N; ++n) {
-      used[n] = false;
-      if (!place.active || !CAPSROUTE_WITHIN(i + n, last)) continue;
-      used[n] = takes_part(p, place.b, i + n);
-      A logit = prior_logit<X>(p, place, i + n, used[n]), target = 0;
-      used[n] = used[n] && logit != -infinity<A>();
-      logit = place.slice == 0 ? logit : A(0);
-      if (used[n]) {
-        if (query) logit += dot(h[n], q);  // not 0 * NaN
-        if constexpr (backward) target = dot(h[n], e);
-      } else {
-        clear(h[n]);  // whatever it holds
-      }
-      logits[n * size + place.warp * kLanes + place.lane] = logit;
-      if constexpr (backward) targets[n * size + place.warp * kLanes + place.lane] = target;
-    }
+    for (int n = 0; n < N; ++n)
+      used[n] = place.active && CAPSROUTE_WITHIN(i + n, last) &&
+                leave_logit<X, direction>(a, place, i + n, h[n], query, q, e, logits + n * size, targets + n * size);
     CAPSROUTE_SYNC();
     CAPSROUTE_ROLL
     for (int n = place.warp; n < N && !over_inputs; n += place.warps)
@@ -194,40 +250,14 @@ CAPSROUTE_DEVICE void pass(const Pass<X>& a, const Acc<X>* query, bool last_pass
       if (!place.active || !CAPSROUTE_WITHIN(i + n, last)) continue;
       const int own = n * size + place.leader() * kLanes + place.lane;
       A c = logits[own];
-      if constexpr (over_inputs) {
-        A target = backward ? targets[own] : A(0);
-        CAPSROUTE_ROLL
-        for (int s = 1; s < a.layout.row_slices; ++s) {
-          c += logits[own + s * kLanes];
-          if constexpr (backward) target += targets[own + s * kLanes];
-        }
-        if (!backward && last_pass && a.logits && place.slice == 0 && CAPSROUTE_WITHIN(place.b, p.B))
-          store(a.logits + (int64_t(place.b) * p.I + i + n) * p.J + place.j, c);
-        if (known) {
-          const A share = used[n] ? exp(c - m) * z : A(0);
-          c = !backward ? share : share != 0 ? share * (target - mean) : A(0);
-          excess += c;
-          if (!backward && last_pass && a.coupling && place.slice == 0 && CAPSROUTE_WITHIN(place.b, p.B))
-            store(a.coupling + (int64_t(place.b) * p.I + i + n) * p.J + place.j, from_acc<X>(c));
-        } else if (used[n]) {
-          const A highest = c > m ? c : m, scale = exp(m - highest);
-          CAPSROUTE_UNROLL
-          for (int k = 0; k < K; ++k) sum[k] *= scale;
-          m = highest, c = exp(c - highest), z = z * scale + c;
-        } else {
-          c = 0;
-        }
-      }
+      if constexpr (over_inputs)
+        c = column.couple(a, place, last_pass, i + n, used[n], logits + own, targets + own, sum);
       CAPSROUTE_UNROLL
       for (int k = 0; k < K; ++k) sum[k] += c * h[n][k];
     }
   }
   if (!place.active || !a.partial) return;
-  if (over_inputs && place.slice == 0 && (backward || !known)) {
-    A* own = statistics_at(a.chunk_statistics, chunk * a.layout.tiles + place.tile, p.J, place.j, place.lane);
-    store(own, backward ? excess : m);
-    if constexpr (!backward) store(own + kLanes, z);
-  }
+  if constexpr (over_inputs) column.leave(a, place, chunk);
   const int64_t to = chunk * a.layout.row_state(p) + at * kLanes + place.lane;
   CAPSROUTE_UNROLL
   for (int k = 0; k < K; ++k) store(a.partial + to + k * kLanes, sum[k]);

@@ -20,7 +20,9 @@ constexpr int kPitch = kLanes + 4;  // of a row of inputs in shared memory: 16-b
 // the gradients, whose chunks change no sum.
 constexpr int64_t kChunks = 32, kBlocks = 256;
 constexpr int64_t kMostShared = 64 * 1024;  // bytes that a block may have on every target: sm_75's
-constexpr int64_t kOneLaunch = 64;  // with no more input capsules than this, one block runs all the passes of a tile
+// With no more input capsules than this, one block runs all the passes of a tile, if one group has all j and the
+// softmax runs over j.
+constexpr int64_t kOneLaunch = 64;
 
 // Features of a slice, 64 bytes of registers, and features of input capsules in a stage of shared memory.
 template <class A>
@@ -34,13 +36,13 @@ CAPSROUTE_ANYWHERE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) 
 
 // Where the rows of a pass come from: what is dotted with the query and summed over i.
 enum class Source {
-  made,    // the votes h_ij = W_ij u_i
-  staged,  // u_i itself where the weight is shared: h_ij . V_j = u_i . (W_j^T V_j)
-  given    // the votes
+  made,  // the votes h_ij = W_ij u_i
+  keys,  // u_i itself where the weight is shared: h_ij . V_j = u_i . (W_j^T V_j)
+  given  // the votes
 };
 
 CAPSROUTE_ANYWHERE Source source_of(const Problem& p) {
-  return p.form == Weight::pair ? Source::made : p.form == Weight::none ? Source::given : Source::staged;
+  return p.form == Weight::pair ? Source::made : p.form == Weight::none ? Source::given : Source::keys;
 }
 
 // How a stream over the input capsules is shared out: a block takes a tile, a group of output capsules and a chunk
@@ -81,7 +83,7 @@ Layout layout_of(const Problem& p) {
   constexpr int64_t K = kFeatures<Acc<X>>;
   Layout l;
   l.tiles = divide_up(p.B, kLanes);
-  l.rows = source_of(p) == Source::staged ? p.D : p.O;
+  l.rows = source_of(p) == Source::keys ? p.D : p.O;
   l.row_slices = divide_up(l.rows, K);
   l.row_padded = l.row_slices * K;
   l.out_padded = divide_up(p.O, K) * K;
@@ -108,7 +110,8 @@ struct Carver {
     constexpr int64_t kAlignment = 256;
     T* part = base ? reinterpret_cast<T*>(base + used) : nullptr;
     if (part) mark_scratch(part, count * int64_t(sizeof(T)));
-    used += divide_up(count * int64_t(sizeof(T)) + 1, kAlignment) * kAlignment;  // a byte that is nobody's
+    used += divide_up(count * int64_t(sizeof(T)) + 1, kAlignment) *
+            kAlignment;  // one unowned byte between parts, so that a sanitizer sees an overrun
     return part;
   }
 };
@@ -145,6 +148,11 @@ template <class X>
 CAPSROUTE_DEVICE Acc<X> load_element(const Array& array, DType own, int64_t at) {
   if (array.dtype == own) return to_acc(load(static_cast<const X*>(array.data) + at));
   return Acc<X>(load(static_cast<const float*>(array.data) + at));
+}
+
+// Where a pair is in a dense [B, I, J].
+CAPSROUTE_ANYWHERE int64_t pair_at(const Problem& p, int64_t b, int64_t i, int64_t j) {
+  return (b * p.I + i) * p.J + j;
 }
 
 // Does input capsule i of sample b take part? Samples past the batch do not.

@@ -23,8 +23,7 @@
 #define CAPSROUTE_ROLL _Pragma("unroll 1")
 // All threads of a block meet. The emulation can leave out any one of these, to see that a test notices.
 #define CAPSROUTE_SYNC() __syncthreads()
-// index < count. The emulation can loosen any one of these by one; where nothing could come of that, as what lies one
-// past is never used, a plain < is written.
+// index < count. The emulation can loosen any one of these by one. A plain < stands where reading one past is harmless.
 #define CAPSROUTE_WITHIN(index, count) ((index) < (count))
 // The block's shared memory, whose size the launch gives.
 #define CAPSROUTE_SHARED(name) extern __shared__ __align__(16) char name[]

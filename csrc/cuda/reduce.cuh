@@ -141,7 +141,7 @@ CAPSROUTE_DEVICE void logits_gradient(const LogitsGradient<X, Parameter>& a, cha
   A sum = 0;
   for (int64_t e = thread_index(); CAPSROUTE_WITHIN(e, count_b * count_i); e += thread_count()) {
     const int64_t b = own_b + e / count_i, i = own_i + e % count_i;
-    sum += load(a.all + (b * p.I + i) * p.J + j);
+    sum += load(a.all + pair_at(p, b, i, j));
   }
   sum = sum_threads(sum, reinterpret_cast<A*>(memory));
   if (p.over_inputs && a.own_I == 1) sum -= sum;  // a softmax over i gives nothing to what all i share; a NaN stays

@@ -153,7 +153,7 @@ class Rows {
     for (int v = 0; v < kVector; ++v) to[v] = to_acc(x[v]);
   }
 
-  // made: h_n += sum over the stage's d of W_d u_d;  staged: h_n's own features among the stage's
+  // made: h_n += sum over the stage's d of W_d u_d;  keys: h_n's own features among the stage's
   CAPSROUTE_DEVICE void add_stage(A (&h)[N][K], int i, int d0) {
     if (!place_.active) return;
     const int depth = int(minimum(kDepth, p_.D - d0));

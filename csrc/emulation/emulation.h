@@ -68,7 +68,7 @@ void launch(const char* name, void (*kernel)(Arguments), int64_t blocks, int thr
 enum class Order { forward, backward, random };
 void set_order(Order order);
 
-// The mutated site, as sites() names it; empty: none.
+// The mutated site, as take_sites() names it; empty: none.
 void mutate(const std::string& site);
 // The sites that were reached since the last call, one a line: "barrier FILE:LINE" or "bound FILE:LINE TEXT".
 std::string take_sites();

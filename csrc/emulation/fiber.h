@@ -3,7 +3,9 @@
 #pragma once
 
 #include <sys/mman.h>
+#ifndef __x86_64__
 #include <ucontext.h>
+#endif
 
 #include <cstddef>
 #include <stdexcept>
@@ -33,8 +35,11 @@ struct Copy {
 };
 
 struct Fiber {
-  ucontext_t context;  // where ucontext switches; else only to start with
-  void* stack_pointer = nullptr;
+#ifdef __x86_64__
+  void* stack_pointer = nullptr;  // while another runs
+#else
+  ucontext_t context;
+#endif
   char* stack = nullptr;
   void* tsan = nullptr;
   void* fake_stack = nullptr;  // of AddressSanitizer

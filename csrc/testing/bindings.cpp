@@ -15,12 +15,9 @@ using namespace capsroute;
 
 namespace {
 
-constexpr const char* kNames[] = {"avx512_bf16", "avx512", "avx2", "neon", "baseline"};
-
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
-  for (const char* name : kNames)
-    if (kernels_named(name)) names.push_back(name);
+  for (int64_t n = 0; const Kernels* table = kernels_at(n); ++n) names.push_back(table->name);
   return names;
 }
 

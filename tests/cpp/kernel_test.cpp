@@ -15,13 +15,11 @@
 #include <thread>
 #include <vector>
 
-#include "store.h"
+#include "problem.h"
 
 namespace capsroute::tested {
 extern const Kernels kernels;
 }
-
-using namespace capsroute;
 
 namespace {
 
@@ -33,55 +31,6 @@ void check(bool ok, const std::string& what) {
   if (ok) return;
   ++failures;
   std::printf("FAILED: %s\n", what.c_str());
-}
-
-Vector normal(int64_t count, double scale = 1) {
-  std::normal_distribution<double> distribution(0, scale);
-  Vector x(count);
-  for (double& value : x) value = distribution(generator);
-  return x;
-}
-
-struct Case {
-  int64_t B, I, D, J, O, R;
-  Weight form;
-  bool bias, mask, leaky, detach;
-  int logits;  // 0 none, 1 for all samples, 2 for all input capsules, 3 full
-  bool over_inputs;
-  bool pass;  // one pass from a query, without squash: then "v" is s
-  std::string name() const {
-    char text[200];
-    std::snprintf(text, sizeof(text),
-                  "B%ld I%ld D%ld J%ld O%ld R%ld form%d bias%d mask%d leaky%d detach%d logits%d in%d pass%d", B, I, D,
-                  J, O, R, int(form), bias, mask, leaky, detach, logits, over_inputs, pass);
-    return text;
-  }
-  int64_t logits_B() const { return logits == 1 ? 1 : B; }
-  int64_t logits_I() const { return logits == 2 ? 1 : I; }
-  int64_t inputs() const { return form == Weight::none ? B * I * J * O : B * I * D; }
-  int64_t weights() const {
-    return form == Weight::pair     ? I * J * O * D
-           : form == Weight::output ? J * O * D
-           : form == Weight::single ? O * D
-                                    : 0;
-  }
-};
-
-struct Values {
-  Vector u, weight, bias, logits, query;  // weight in its logical order, o before d
-  std::vector<uint8_t> mask;
-};
-
-Values random_values(const Case& c) {
-  Values x;
-  x.u = normal(c.inputs());
-  x.weight = normal(c.weights(), 0.5);
-  x.bias = normal(c.bias ? c.J * c.O : 0, 0.3);
-  x.logits = normal(c.logits ? c.logits_B() * c.logits_I() * c.J : 0);
-  x.query = normal(c.pass ? c.B * c.J * c.O : 0);
-  if (c.mask)
-    for (int64_t k = 0; k < c.B * c.I; ++k) x.mask.push_back(generator() % 4 != 0);
-  return x;
 }
 
 // Divides by the sum over j, of which the leak is a part, or by the sum over i.
@@ -115,7 +64,7 @@ Vector definition(const Case& c, const Values& x, Vector* made_coupling, const V
                                                          : o;
           for (int64_t d = 0; c.form != Weight::none && d < c.D; ++d)
             vote += x.weight[row * c.D + d] * x.u[(b * c.I + i) * c.D + d];
-          if (c.pass) logit[i * c.J + j] += vote * x.query[(b * c.J + j) * c.O + o];
+          if (c.query) logit[i * c.J + j] += vote * x.query[(b * c.J + j) * c.O + o];
         }
       }
     }
@@ -135,7 +84,7 @@ Vector definition(const Case& c, const Values& x, Vector* made_coupling, const V
           for (int64_t i = 0; i < c.I; ++i) s[o] += share[i * c.J + j] * h[(i * c.J + j) * c.O + o];
           n2 += s[o] * s[o];
         }
-        const double squash = c.pass ? 1 : n2 / (1 + n2) / std::sqrt(n2 + 1e-9);
+        const double squash = c.query ? 1 : n2 / (1 + n2) / std::sqrt(n2 + 1e-9);
         for (int64_t o = 0; o < c.O; ++o) v[(b * c.J + j) * c.O + o] = s[o] * squash;
       }
       for (int64_t i = 0; k < c.R && i < c.I; ++i)
@@ -147,7 +96,7 @@ Vector definition(const Case& c, const Values& x, Vector* made_coupling, const V
   return v;
 }
 
-// ---- calling the kernels, in any storage type
+// Calling the kernels, in any storage type.
 
 Parallel threads(int64_t count) {
   return {count, [](int64_t parts, void (*body)(void*, int64_t), void* context) {
@@ -173,67 +122,34 @@ double worst(const Vector& a, const Vector& b) {
   return difference;
 }
 
-struct Result {
-  Vector v, coupling, du, dweight, dbias, dlogits, dquery;
-};
-
-Result run(const Case& c, const Values& x, const Vector& grad, DType dtype, int64_t thread_count) {
-  const DType wide = accumulated(dtype);
-  Store u(dtype, x.u), weight(dtype, x.weight), bias(wide, x.bias), logits(wide, x.logits), query(wide, x.query),
-      g(c.pass ? wide : dtype, grad);
-  Problem p{};
-  p.B = c.B, p.I = c.I, p.D = c.form == Weight::none ? 0 : c.D, p.J = c.J, p.O = c.O, p.R = c.R, p.form = c.form;
-  p.leaky = c.leaky, p.over_inputs = c.over_inputs, p.eps = 1e-9;
-  const int64_t outputs = c.B * c.J * c.O;
-  p.u = {u.data(), dtype, {c.I * c.D, c.D, 1, 0}};
-  if (c.form == Weight::none) p.u = {u.data(), dtype, {c.I * c.J * c.O, c.J * c.O, c.O, 1}};
-  if (c.form == Weight::pair) p.weight = {weight.data(), dtype, {c.J * c.O * c.D, c.O * c.D, c.D, 1}};
-  if (c.form == Weight::output) p.weight = {weight.data(), dtype, {0, c.O * c.D, c.D, 1}};
-  if (c.form == Weight::single) p.weight = {weight.data(), dtype, {0, 0, c.D, 1}};
-  if (c.bias) p.bias = {bias.data(), wide, {c.O, 1, 0, 0}};
-  if (c.logits)
-    p.logits = {logits.data(), wide, {c.logits_B() == 1 ? 0 : c.logits_I() * c.J, c.logits_I() == 1 ? 0 : c.J, 1, 0}};
-  if (c.mask) p.mask = {x.mask.data(), DType::float32, {c.I, 1, 0, 0}};
-
-  if (c.pass) p.query = {query.data(), wide, {c.J * c.O, c.O, 1, 0}};
-
-  const int64_t saved = c.detach ? 1 : c.R;
-  Store v(dtype, c.pass ? 0 : outputs), s(wide, saved * outputs), coupling(dtype, c.B * c.I * c.J);
-  Store norm(wide, c.over_inputs ? 2 * saved * c.B * c.J : 0);
-  Store last_logits(wide, c.detach ? c.B * c.I * c.J : 0);
+Outputs run(const Case& c, const Values& x, DType dtype, int64_t thread_count) {
+  Inputs inputs(c, x, dtype);
+  Problem p = inputs.problem(c);
   // for votes of few samples and one group of input capsules, in vectors of up to 16 numbers
-  Store votes(wide, c.R > 1 && !c.detach ? c.B * 64 * (c.J * ((c.O + 15) / 16 * 16) + 16) : 0);
-  const int64_t room = votes.count * votes.size();
-  const Forward out{v.data(), s.data(), norm.data(), coupling.data(), last_logits.data(), saved, votes.data(), room};
+  Outputs outputs(c, inputs, c.R > 1 && !c.detach ? c.B * 64 * (c.J * ((c.O + 15) / 16 * 16) + 16) : 0);
+  const Forward out = outputs.forward();
   const Parallel parallel = threads(thread_count);
   Scratch forward(tested::kernels.plan_forward(p, out, thread_count).scratch);
   tested::kernels.forward(p, out, forward.start, parallel);
-  if (!c.pass) {  // as for inference, where v alone is wanted
-    Store alone(dtype, outputs);
+  if (!c.query) {  // as for inference, where v alone is wanted
+    Store alone(dtype, outputs.v.count);
     const Forward least{alone.data()};
     Scratch own(tested::kernels.plan_forward(p, least, thread_count).scratch);
     tested::kernels.forward(p, least, own.start, parallel);
-    check(worst(alone.all(), v.all()) < 0.02, c.name() + ": v alone is another");
+    check(worst(alone.all(), outputs.v.all()) < 0.02, c.name() + ": v alone is another");
   }
 
-  Store du(dtype, c.inputs()), dweight(dtype, c.weights()), dbias(wide, x.bias.size()),
-      dlogits(wide, c.detach ? 0 : x.logits.size()), dquery(wide, x.query.size());
-  Backward back{};
-  (c.pass ? back.grad_s : back.grad_v) = {g.data(), g.dtype, {c.J * c.O, c.O, 1, 0}};
-  back.s = s.data(), back.norm = norm.data(), back.votes = votes.data(), back.room = room;
-  if (c.detach) p.R = 1, p.logits = {last_logits.data(), wide, {c.I * c.J, c.J, 1, 0}};
-  back.logits_B = c.logits_B(), back.logits_I = c.logits_I();
-  back.u = du.data(), back.weight = dweight.data(), back.bias = dbias.data();
-  back.logits = dlogits.data(), back.query = dquery.data();
+  p = outputs.backward_problem(c, p);
+  Backward back = outputs.backward(c, inputs);
   // As if dW were new memory: each part is asked for once, before it is written, so that NaN there does not last.
   asked = 0;
   auto ask = [](void* start, int64_t bytes) { asked += bytes, std::memset(start, 0xff, bytes); };
   if (thread_count > 1) back.ask_for_pages = ask;
   Scratch backward(tested::kernels.plan_backward(p, back, thread_count).scratch);
   tested::kernels.backward(p, back, backward.start, parallel);
-  check(asked == (thread_count > 1 && c.form == Weight::pair ? dweight.count * dweight.size() : 0),
+  check(asked == (thread_count > 1 && c.form == Weight::pair ? outputs.dweight.count * outputs.dweight.size() : 0),
         c.name() + ": pages of dW were asked for " + std::to_string(asked) + " bytes");
-  return {(c.pass ? s : v).all(), coupling.all(), du.all(), dweight.all(), dbias.all(), dlogits.all(), dquery.all()};
+  return outputs;
 }
 
 double dot(const Vector& a, const Vector& b) {
@@ -242,64 +158,65 @@ double dot(const Vector& a, const Vector& b) {
   return sum;
 }
 
-void check_gradients(const Case& c, const Values& x, const Vector& grad, const Result& result) {
+void check_gradients(const Case& c, const Values& x, const Outputs& result) {
   Vector coupling;
   definition(c, x, &coupling, nullptr);
   const Vector* constant = c.detach ? &coupling : nullptr;
-  Vector dweight = result.dweight;
+  const Vector own = result.dweight.all();
+  Vector dweight = own;
   if (c.form == Weight::pair)  // from the kernels' order [I, D, J, O]
     for (int64_t i = 0; i < c.I; ++i)
       for (int64_t d = 0; d < c.D; ++d)
         for (int64_t jo = 0; jo < c.J * c.O; ++jo)
-          dweight[(i * c.J * c.O + jo) * c.D + d] = result.dweight[(i * c.D + d) * c.J * c.O + jo];
+          dweight[(i * c.J * c.O + jo) * c.D + d] = own[(i * c.D + d) * c.J * c.O + jo];
   struct Direction {
     const char* name;
     Vector Values::* member;
-    const Vector* gradient;
-  } directions[] = {{"u", &Values::u, &result.du},
-                    {"weight", &Values::weight, &dweight},
-                    {"bias", &Values::bias, &result.dbias},
-                    {"logits", &Values::logits, &result.dlogits},
-                    {"query", &Values::query, &result.dquery}};
+    Vector gradient;
+  } directions[] = {{"u", &Values::u, result.du.all()},
+                    {"weight", &Values::weight, dweight},
+                    {"bias", &Values::bias, result.dbias.all()},
+                    {"logits", &Values::logits, result.dlogits.all()},
+                    {"query", &Values::query, result.dquery.all()}};
   for (const Direction& d : directions) {
-    if (d.gradient->empty()) continue;
-    const Vector along = normal(d.gradient->size());
+    if (d.gradient.empty()) continue;
+    const Vector along = normal(generator, d.gradient.size());
     const double step = 1e-4;
     double difference = 0;  // of fourth order
     for (auto [at, factor] : {std::pair{1, 8.0}, {-1, -8.0}, {2, -1.0}, {-2, 1.0}}) {
       Values moved = x;
       for (size_t k = 0; k < along.size(); ++k) (moved.*d.member)[k] += at * step * along[k];
-      difference += factor * dot(definition(c, moved, nullptr, constant), grad) / (12 * step);
+      difference += factor * dot(definition(c, moved, nullptr, constant), x.grad) / (12 * step);
     }
-    const double found = dot(*d.gradient, along);
+    const double found = dot(d.gradient, along);
     check(std::fabs(found - difference) <= 1e-6 * (1 + std::fabs(difference)),
           c.name() + ": gradient of " + d.name + ": " + std::to_string(found) + " for " + std::to_string(difference));
   }
 }
 
 void check_case(const Case& c) {
-  const Values x = random_values(c);
-  const Vector grad = normal(c.B * c.J * c.O);
-  const Result exact = run(c, x, grad, DType::float64, 1);
+  const Values x(c, generator);
+  const Outputs exact = run(c, x, DType::float64, 1);
+  const Vector result = (c.query ? exact.s : exact.v).all();
   Vector coupling;
-  check(worst(definition(c, x, &coupling, nullptr), exact.v) < 1e-12, c.name() + ": v");
-  check(worst(coupling, exact.coupling) < 1e-12, c.name() + ": coupling");
-  check_gradients(c, x, grad, exact);
+  check(worst(definition(c, x, &coupling, nullptr), result) < 1e-12, c.name() + ": v");
+  check(worst(coupling, exact.coupling.all()) < 1e-12, c.name() + ": coupling");
+  check_gradients(c, x, exact);
   for (int64_t count : {2, 3, 5}) {
-    const Result other = run(c, x, grad, DType::float64, count);
-    const double difference = worst(exact.v, other.v) + worst(exact.du, other.du) +
-                              worst(exact.dweight, other.dweight) + worst(exact.dbias, other.dbias) +
-                              worst(exact.dlogits, other.dlogits) + worst(exact.dquery, other.dquery);
-    check(difference == 0, c.name() + ": other bits on " + std::to_string(count) + " threads");
+    const Outputs other = run(c, x, DType::float64, count);
+    for (auto [name, member] : kResults)
+      check((exact.*member).bytes == (other.*member).bytes,
+            c.name() + ": other bits of " + name + " on " + std::to_string(count) + " threads");
   }
   for (auto [dtype, tolerance] : {std::pair{DType::float32, 1e-4}, {DType::bfloat16, 0.1}, {DType::float16, 0.05}}) {
-    const Result low = run(c, x, grad, dtype, 2);
-    const double largest = worst(exact.v, Vector(exact.v.size()));  // squashed at most 1, the sum of a pass may be more
-    check(worst(exact.v, low.v) < tolerance * std::max(1.0, largest),
-          c.name() + ": v in dtype " + std::to_string(int(dtype)));
-    check(std::isfinite(dot(low.du, low.du) + dot(low.dweight, low.dweight) + dot(low.dbias, low.dbias) +
-                        dot(low.dlogits, low.dlogits) + dot(low.dquery, low.dquery)),
-          c.name() + ": a gradient was not written in dtype " + std::to_string(int(dtype)));
+    const Outputs low = run(c, x, dtype, 2);
+    const std::string in_dtype = " in dtype " + std::to_string(int(dtype));
+    const double largest = worst(result, Vector(result.size()));  // squashed at most 1, the sum of a pass may be more
+    check(worst(result, (c.query ? low.s : low.v).all()) < tolerance * std::max(1.0, largest),
+          c.name() + ": v" + in_dtype);
+    for (auto member : {&Outputs::du, &Outputs::dweight, &Outputs::dbias, &Outputs::dlogits, &Outputs::dquery})
+      check(std::isfinite(dot((low.*member).all(), (low.*member).all())),
+            c.name() + ": a gradient was not written" + in_dtype);
   }
 }
 
@@ -316,10 +233,15 @@ int main() {
       for (int64_t R : {1, 2, 3}) {
         for (bool over_inputs : {false, true}) {
           const unsigned draw = generator();
-          const bool pass = R == 1 && draw / 256 % 2;
-          const int logits = form == Weight::single && !pass ? 1 + int(draw / 16 % 3) : int(draw / 16 % 4);
-          check_case({s[0], s[1], s[2], s[3], s[4], R, form, draw & 1 && !pass, bool(draw & 2),
-                      draw & 4 && !over_inputs, draw / 64 % 4 == 0 && !pass, logits, over_inputs, pass});
+          const bool query = R == 1 && draw / 256 % 2;
+          check_case({{form, s[0], s[1], s[2], s[3], s[4], R},
+                      {.logits = form == Weight::single && !query ? 1 + int(draw / 16 % 3) : int(draw / 16 % 4),
+                       .bias = draw & 1 && !query,
+                       .mask = bool(draw & 2),
+                       .leaky = draw & 4 && !over_inputs,
+                       .over_inputs = over_inputs,
+                       .detach = draw / 64 % 4 == 0 && !query,
+                       .query = query}});
           ++cases;
         }
       }

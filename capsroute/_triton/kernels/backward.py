@@ -29,7 +29,7 @@ def squash_gradient(s, g, eps):
 
 @triton.jit(do_not_specialize=["B", "R"])
 def start(
-    grad, s, weight, bias, queries, slopes, key_queries, key_slopes, means, B, R, eps, strides,
+    grad, s, weight, bias, V, ds, queries, slopes, means, B, R, eps, strides,
     SQUASH: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """V^1 .. V^(R-1) from what was saved, and ds^R = J_sq(s^R)^T dv; for keys also W^T V and W^T ds.
@@ -47,13 +47,13 @@ def start(
     inside = (b < B) & (j < J) & (o < O)
     at = (b * J + j) * O + o
     n = B.to(tl.int64) * (J * O)
-    V = tl.zeros([TB, JB, OB], ACC)
+    V_k = tl.zeros([TB, JB, OB], ACC)
     for k in range(0, R - 1):
         s_k = tl.load(s + k * n + at, mask=inside, other=0)
-        V += squash_scale(tl.sum(s_k * s_k, 2, keep_dims=True), eps) * s_k
-        tl.store(queries + k * n + at, V, mask=inside)
+        V_k += squash_scale(tl.sum(s_k * s_k, 2, keep_dims=True), eps) * s_k
+        tl.store(V + k * n + at, V_k, mask=inside)
         if P.keys:
-            to_keys(V, weight, key_queries + k * (B.to(tl.int64) * (J * D)), b, j, o, B, strides, P)
+            to_keys(V_k, weight, queries + k * (B.to(tl.int64) * (J * D)), b, j, o, B, strides, P)
     at_grad = grad + b * strides[3] + j.to(tl.int64) * strides[4] + o.to(tl.int64) * strides[5]
     g = tl.load(at_grad, mask=inside, other=0).to(ACC)
     s_k = g
@@ -62,30 +62,30 @@ def start(
         g = squash_gradient(s_k, g, eps)
     elif P.over_inputs:
         s_k = tl.load(s + at, mask=inside, other=0)
-    store_slope(g, s_k, weight, bias, slopes, key_slopes, means, b, j, o, R - 1, B, strides, P)
+    store_ds(g, s_k, weight, bias, ds, slopes, means, b, j, o, R - 1, B, strides, P)
 
 
 @triton.jit
-def store_slope(ds, s, weight, bias, slopes, key_slopes, means, b, j, o, k, B, strides, P: tl.constexpr):
-    """ds^k [TB, JB, OB], as the streams of pass k read it."""
+def store_ds(ds_k, s_k, weight, bias, ds, slopes, means, b, j, o, k, B, strides, P: tl.constexpr):
+    """ds^k [TB, JB, OB], for keys also W^T ds^k, which the streams of pass k read; over i T."""
     ACC: tl.constexpr = P.acc
     J: tl.constexpr = P.J
     O: tl.constexpr = P.O
     D: tl.constexpr = P.D
     inside = (b < B) & (j < J) & (o < O)
     n = B.to(tl.int64) * J
-    tl.store(slopes + k * (n * O) + (b * J + j) * O + o, ds, mask=inside)
+    tl.store(ds + k * (n * O) + (b * J + j) * O + o, ds_k, mask=inside)
     if P.over_inputs:
         if bias is not None:
-            s -= tl.load(bias + j * O + o, mask=(j < J) & (o < O), other=0).to(ACC)
-        tl.store(means + k * n + b * J + j, tl.sum(s * ds, 2, keep_dims=True), mask=(b < B) & (j < J))
+            s_k -= tl.load(bias + j * O + o, mask=(j < J) & (o < O), other=0).to(ACC)
+        tl.store(means + k * n + b * J + j, tl.sum(s_k * ds_k, 2, keep_dims=True), mask=(b < B) & (j < J))
     if P.keys:
-        to_keys(ds, weight, key_slopes + k * (n * D), b, j, o, B, strides, P)
+        to_keys(ds_k, weight, slopes + k * (n * D), b, j, o, B, strides, P)
 
 
 @triton.jit(do_not_specialize=["B", "k", "groups"])
 def between(
-    parts, s, weight, bias, dV, slopes, key_slopes, means, k, B, groups, eps, strides,
+    parts, s, weight, bias, dV, ds, slopes, means, k, B, groups, eps, strides,
     FIRST: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """dV^k = dV^(k+1) + sum of the parts of the stream of pass k + 1, and ds^k = J_sq(s^k)^T dV^k, k from 0."""
@@ -103,8 +103,8 @@ def between(
         g += tl.load(dV + at, mask=inside, other=0)
     tl.store(dV + at, g, mask=inside)
     s_k = tl.load(s + k * (B.to(tl.int64) * (J * O)) + at, mask=inside, other=0)
-    ds = squash_gradient(s_k, g, eps)
-    store_slope(ds, s_k, weight, bias, slopes, key_slopes, means, b, j, o, k, B, strides, P)
+    ds_k = squash_gradient(s_k, g, eps)
+    store_ds(ds_k, s_k, weight, bias, ds, slopes, means, b, j, o, k, B, strides, P)
 
 
 @triton.jit
@@ -119,9 +119,9 @@ def query_before(queries, k, n, at, inside, P: tl.constexpr):
 
 @triton.jit
 def of_query(x, k, P: tl.constexpr):
-    """x, which was multiplied with V^(k-1) or will be; 0 without one, as of a vote that is not finite 0 x is NaN.
+    """x, a factor of V^(k-1) or a product with it; 0 where there is no V, as 0 * inf is NaN.
 
-    For one pass whose logits have a gradient. Of several passes such a vote spoils all that this could save.
+    Needed for one pass whose logits want a gradient; in several passes such a vote reaches the result anyway.
     """
     GIVEN: tl.constexpr = P.given
     if not GIVEN:
@@ -130,7 +130,7 @@ def of_query(x, k, P: tl.constexpr):
 
 
 @triton.jit
-def coupling_and_slope(h, prior, allowed, V, ds, tops, totals, means, k, row, b, i, j, B, I, P: tl.constexpr):
+def coupling_and_db(h, prior, allowed, V, ds, tops, totals, means, k, row, b, i, j, B, I, P: tl.constexpr):
     """p_ij and db_ij of pass k, [TB, JB, 1].
 
     tops, totals, means: m, the sum of exp(a - m), and T, each [R, B, J] where the softmax runs over i; [R, B, I] where
@@ -213,7 +213,7 @@ def pass_(
     for i in range(begin, tl.minimum(begin + P.group, I)):
         row, allowed, prior = pairs(logits, mask, b < B, b, i, j, strides, P)
         h = votes(u, weight, b, i, j, x, row, allowed, strides, P)
-        p, db = coupling_and_slope(h, prior, allowed, V, ds, tops, totals, means, k, b < B, b, i, j, B, I, P)
+        p, db = coupling_and_db(h, prior, allowed, V, ds, tops, totals, means, k, b < B, b, i, j, B, I, P)
         e = tl.fma(tl.broadcast_to(db, [TB, JB, XB]), h, e)
         if P.need_weight:
             c = tl.fma(tl.broadcast_to(p, [TB, JB, XB]), h, c)
@@ -243,15 +243,56 @@ def vote_gradient(h, prior, allowed, queries, slopes, tops, totals, means, row, 
         if P.moves:
             V = query_before(queries, k, n, at, inside, P)
         ds = tl.load(slopes + k * n + at, mask=inside, other=0)
-        p, db = coupling_and_slope(h, prior, allowed, V, ds, tops, totals, means, k, row, b, i, j, B, I, P)
+        p, db = coupling_and_db(h, prior, allowed, V, ds, tops, totals, means, k, row, b, i, j, B, I, P)
         dh = tl.fma(tl.broadcast_to(p, [IB, JB, XB]), tl.broadcast_to(ds, [IB, JB, XB]), dh)
         if P.moves:
-            slope = db
+            factor = db
             if P.need_logits != "":
-                slope = of_query(db, k, P)
-            dh = tl.fma(tl.broadcast_to(slope, [IB, JB, XB]), tl.broadcast_to(V, [IB, JB, XB]), dh)
+                factor = of_query(db, k, P)
+            dh = tl.fma(tl.broadcast_to(factor, [IB, JB, XB]), tl.broadcast_to(V, [IB, JB, XB]), dh)
             dlogits += db
     return tl.where(allowed, dh, 0.0), dlogits
+
+
+@triton.jit
+def store_input_gradient(du, dh, W, row, b, i, j, x, d, B, I, P: tl.constexpr):
+    """du_i of a sample, of given votes dh itself."""
+    D: tl.constexpr = P.D
+    J: tl.constexpr = P.J
+    X: tl.constexpr = P.X
+    if P.pair:
+        du_b = tl.sum(tl.sum(W * dh[:, None, :, :], 3, keep_dims=True), 2, keep_dims=True)
+        du_b = tl.where(row[:, :, :, None], du_b, 0.0)  # W may hold what is not finite
+        to = du + ((tl.program_id(1) * B.to(tl.int64) + b) * I + i)[:, :, :, None] * D + d
+        tl.store(to, du_b.to(du.dtype.element_ty), mask=(i < I)[:, :, :, None] & (d < D))
+    elif P.keys:
+        to = du + ((tl.program_id(1) * B.to(tl.int64) + b) * I + i) * X + x
+        tl.store(to, tl.sum(dh, 1, keep_dims=True).to(du.dtype.element_ty), mask=(i < I) & (x < X))
+    else:
+        to = du + ((b * I.to(tl.int64) + i) * J + j) * X + x
+        tl.store(to, dh.to(du.dtype.element_ty), mask=(i < I) & (j < J) & (x < X))
+
+
+@triton.jit
+def store_logit_gradient(dlogits, db, b, i, j, B, I, P: tl.constexpr):
+    """Of a sample, where the logits have b."""
+    J: tl.constexpr = P.J
+    if P.need_logits == "bi":
+        tl.store(dlogits + (b * I + i) * J + j, db.to(dlogits.dtype.element_ty), mask=(i < I) & (j < J))
+    else:
+        to = dlogits + (tl.program_id(0) * B.to(tl.int64) + b) * J + j
+        tl.store(to, tl.sum(db, 0, keep_dims=True), mask=j < J)
+
+
+@triton.jit
+def store_logit_sum(dlogits, of_share, i, j, I, P: tl.constexpr):
+    """Of a share of the samples, where the logits have no b."""
+    J: tl.constexpr = P.J
+    if P.need_logits == "i":
+        tl.store(dlogits + (tl.program_id(2) * I.to(tl.int64) + i) * J + j, of_share, mask=(i < I) & (j < J))
+    elif P.need_logits == "j":
+        to = dlogits + (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * J + j
+        tl.store(to, tl.sum(of_share, 0, keep_dims=True), mask=j < J)
 
 
 @triton.jit(do_not_specialize=["B", "I", "R", "share"])
@@ -275,7 +316,6 @@ def gradients(
     J: tl.constexpr = P.J
     X: tl.constexpr = P.X
     D: tl.constexpr = P.D
-    NEED: tl.constexpr = P.need_logits
     i = (tl.program_id(0).to(tl.int64) * IB + tl.arange(0, IB))[:, None, None]
     j = (tl.program_id(1) * JB + tl.arange(0, JB))[None, :, None]
     x = tl.arange(0, XB)[None, None, :]
@@ -301,39 +341,22 @@ def gradients(
         elif P.moves:
             h = votes(u, weight, b, i, j, x, row, allowed, strides, P)
         dh, db = vote_gradient(h, prior, allowed, queries, slopes, tops, totals, means, i < I, b, i, j, x, R, B, I, P)
-        if P.pair:
-            if P.need_u:
-                du_b = tl.sum(tl.sum(W * dh[:, None, :, :], 3, keep_dims=True), 2, keep_dims=True)
-                du_b = tl.where(row[:, :, :, None], du_b, 0.0)  # W may hold what is not finite
-                to = du + ((tl.program_id(1) * B.to(tl.int64) + b) * I + i)[:, :, :, None] * D + d
-                tl.store(to, du_b.to(du.dtype.element_ty), mask=(i < I)[:, :, :, None] & (d < D))
+        if P.need_u:
+            store_input_gradient(du, dh, W if P.pair else None, row, b, i, j, x, d, B, I, P)
+        if P.pair:  # noqa: SIM102 - dW exists only there
             if P.need_weight:
                 dW = tl.fma(
                     tl.broadcast_to(u_b, [IB, DB, JB, XB]), tl.broadcast_to(dh[:, None, :, :], [IB, DB, JB, XB]), dW
                 )
-        elif P.need_u:
-            if P.keys:
-                to = du + ((tl.program_id(1) * B.to(tl.int64) + b) * I + i) * X + x
-                tl.store(to, tl.sum(dh, 1, keep_dims=True).to(du.dtype.element_ty), mask=(i < I) & (x < X))
-            else:
-                to = du + ((b * I.to(tl.int64) + i) * J + j) * X + x
-                tl.store(to, dh.to(du.dtype.element_ty), mask=(i < I) & (j < J) & (x < X))
-        if NEED == "bi":
-            tl.store(dlogits + (b * I + i) * J + j, db.to(dlogits.dtype.element_ty), mask=(i < I) & (j < J))
-        elif NEED == "b":
-            to = dlogits + (tl.program_id(0) * B.to(tl.int64) + b) * J + j
-            tl.store(to, tl.sum(db, 0, keep_dims=True), mask=j < J)
+        if P.need_logits == "bi" or P.need_logits == "b":
+            store_logit_gradient(dlogits, db, b, i, j, B, I, P)
         else:
             of_share += db
     if P.pair:  # noqa: SIM102 - dW exists only there
         if P.need_weight:
             to = dweight + tl.program_id(2) * (I.to(tl.int64) * (D * J * X)) + of_i + inner
             tl.store(to, dW.to(dweight.dtype.element_ty), mask=in_weight)
-    if NEED == "i":
-        tl.store(dlogits + (tl.program_id(2) * I.to(tl.int64) + i) * J + j, of_share, mask=(i < I) & (j < J))
-    elif NEED == "j":
-        to = dlogits + (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * J + j
-        tl.store(to, tl.sum(of_share, 0, keep_dims=True), mask=j < J)
+    store_logit_sum(dlogits, of_share, i, j, I, P)
 
 
 @triton.jit(do_not_specialize=["N", "share"])

@@ -158,7 +158,7 @@ def rows(u, weight, logits, mask, V, parts, B, I, strides, P: tl.constexpr):
 @triton.jit(do_not_specialize=["N", "tiles"])
 def merge_rows(parts, tops, totals, means, N, tiles, P: tl.constexpr):
     """m, total and, after `backward.rows`, T over all tiles of j, each [N], from parts [tiles, 2 or 3, N]."""
-    n: tl.constexpr = 3 if P.slope else 2
+    n: tl.constexpr = 3 if P.means else 2
     WIDTH: tl.constexpr = P.width
     at = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     inside = at < N
@@ -176,11 +176,11 @@ def merge_rows(parts, tops, totals, means, N, tiles, P: tl.constexpr):
         part = parts + n * t * N + at
         shrink = tl.exp(tl.load(part, mask=inside, other=0) - m)
         total += shrink * tl.load(part + N, mask=inside, other=0)
-        if P.slope:
+        if P.means:
             T += shrink * tl.load(part + 2 * N, mask=inside, other=0)
     tl.store(tops + at, m, mask=inside)
     tl.store(totals + at, total, mask=inside)
-    if P.slope:
+    if P.means:
         tl.store(means + at, T / tl.where(total == 0, 1.0, total), mask=inside)
 
 
@@ -249,7 +249,7 @@ def added(parts, online, m, b, j, x, groups, B, P: tl.constexpr):
 
 
 @triton.jit
-def in_weight(j, o, strides):
+def weight_at(j, o, strides):
     """Where W_j[o, 0] is in a shared weight, [1, JB, OB]; its strides may pass 2^31 numbers."""
     return j.to(tl.int64) * strides[0] + o.to(tl.int64) * strides[1]
 
@@ -265,7 +265,7 @@ def from_keys(parts, online, m, weight, b, j, o, groups, B, strides, P: tl.const
     O: tl.constexpr = P.O
     D: tl.constexpr = P.D
     s = tl.zeros([TB, JB, OB], ACC)
-    at = in_weight(j, o, strides)
+    at = weight_at(j, o, strides)
     for d in range(D):
         x_d = added(parts, online, m, b, j, d, groups, B, P)
         w_d = tl.load(weight + at, mask=(j < J) & (o < O), other=0).to(ACC)
@@ -281,7 +281,7 @@ def to_keys(V, weight, out, b, j, o, B, strides, P: tl.constexpr):
     J: tl.constexpr = P.J
     O: tl.constexpr = P.O
     D: tl.constexpr = P.D
-    at = in_weight(j, o, strides)
+    at = weight_at(j, o, strides)
     out += (b * J + j) * D
     for _ in range(D):
         w_d = tl.load(weight + at, mask=(j < J) & (o < O), other=0).to(ACC)

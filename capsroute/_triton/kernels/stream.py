@@ -41,7 +41,7 @@ class Static:
     tiled: bool  # J takes several tiles, so the softmax over j reads its maximum and sum
     near: bool = False  # the samples of a tile, and output capsules, lie less than 2^31 numbers apart
     query: bool = True
-    slope: bool = False  # rows hold T as well
+    means: bool = False  # rows hold T as well
     width: int = 256  # of a tile of rows
     need_u: bool = False
     need_weight: bool = False
