@@ -39,17 +39,29 @@ def routing_pass(namespace, u, weight, query, logits, mask, options, return_coup
 
 
 def in_forward_mode() -> bool:
-    """Whether tangents may be about, for which the ops have no derivatives."""
+    """Whether forward-mode AD is active, for which the ops have no derivatives."""
     return forward_ad._current_level >= 0
 
 
+def vjp(function, values, cotangents) -> tuple[Tensor, ...]:
+    """The gradients of a function at values in a backward: torch.func.vjp, which refuses hooks on saved tensors."""
+    if _is_transformed():
+        return torch.func.vjp(function, *values)[1](cotangents)
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        values = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in values]  # one may be twice
+        v = function(*values)
+        return torch.autograd.grad(v, values, cotangents, create_graph=create_graph, materialize_grads=True)
+
+
 def _is_transformed() -> bool:
-    """Whether torch.func or torch.compile is at work, which must see the op itself."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether torch.func, torch.compile or torch.jit.trace is at work, which must see the op itself."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
 
 
 def _may_be_differentiated(arguments) -> bool:
-    return torch.is_grad_enabled() and (_is_transformed() or _requires_grad(arguments))
+    # torch.jit.trace checks that the graph is the same without gradients
+    return torch.jit.is_tracing() or (torch.is_grad_enabled() and (_is_transformed() or _requires_grad(arguments)))
 
 
 def _requires_grad(arguments) -> bool:
@@ -59,8 +71,8 @@ def _requires_grad(arguments) -> bool:
 def room_for_votes(namespace: str, u: Tensor, weight: Tensor | None, options: reference.Options) -> int:
     """Numbers for votes that the CPU kernels keep for the backward, of up to 4 samples and as many as 12 MiB hold.
 
-    All the weight would be read again to make them anew for so few: csrc/cpu/way.h keeps as many where no gradient is
-    wanted, and whatever the room is, what does not fit is made anew. Compiled code does without, as it would be
+    Making them anew would read the whole weight again for few samples: csrc/cpu/way.h keeps as many where no gradient
+    is wanted, and whatever the room is, what does not fit is made anew. Compiled code does without, as it would be
     compiled again for them.
     """
     few = namespace == "capsroute" and u.device.type == "cpu" and u.shape[0] <= 4
@@ -106,12 +118,12 @@ def _has_tangent(x: Tensor) -> bool:
 
 
 def _call(name, namespace, *arguments):
-    """An op from Python; where nothing is transformed without the dispatch to autograd, which small calls notice."""
+    """An op from Python; outside transforms without the dispatch to autograd, whose time small calls notice."""
     op = _op(namespace, name)
     if _is_transformed() or in_forward_mode():
         return op(*arguments)
     if torch.is_grad_enabled() and _requires_grad(arguments):
-        # what a transformation saved is wrapped still after its end, when autograd would not look below
+        # tensors that a transform saved stay wrapped after it ends, and plain autograd does not unwrap them
         return _FUNCTIONS[name].apply(op, None, *unwrap_dead_wrappers(arguments))
     return _run_below(op, None, arguments)
 
@@ -248,12 +260,11 @@ def _second_derivatives(operator, ctx, cotangents):
         return operator(*full, mask, ctx.options)[0]
 
     def backward(grad, *values):
-        grads = dict(zip(given, torch.func.vjp(forward, *values)[1](grad), strict=True))
+        grads = dict(zip(given, vjp(forward, values, grad), strict=True))
         return tuple(grads[k] for k in needed)
 
     with _autocast.off(grad):
-        _, pullback = torch.func.vjp(backward, grad, *(tensors[k] for k in given))
-        second = pullback(tuple(cotangents[k] for k in needed))
+        second = vjp(backward, (grad, *(tensors[k] for k in given)), tuple(cotangents[k] for k in needed))
     result = [None] * len(tensors)
     for k, x in zip(given, second[1:], strict=True):
         result[k] = x

@@ -7,6 +7,7 @@ twice: for this machine, and for one call.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _autograd, _ops, _triton, reference
+from . import _autograd, _checks, _ops, _triton, reference
 
 log = logging.getLogger("capsroute")
 
@@ -54,11 +55,19 @@ def _cuda_serves(u: Tensor, weight: Tensor | None) -> Verdict:
 
 
 def _cuda_fits(u: Tensor, weight: Tensor | None) -> Verdict:
-    """Whether the rows of a stream fit in the registers of 8 warps: csrc/cuda/kernels.h."""
+    """Whether the rows of a stream fit in the registers of 8 warps, and indices in 32 bits: csrc/cuda/kernels.h.
+
+    J of a weight [O, D] is not known here.
+    """
     most = 64 if u.dtype == torch.float64 else 128
     features = u.shape[-1:] if weight is None else weight.shape[-2:] if weight.dim() < 4 else weight.shape[-2:-1]
     if max(features) > most:
         return False, f"its kernels take O, and D of a shared weight, up to {most} in {u.dtype}, got {max(features)}"
+    batch = math.prod(u.shape[:-3] if weight is None else u.shape[:-2])
+    others = u.shape[-3:-1] if weight is None else (*u.shape[-2:], *weight.shape[-3:-2])  # I, D and J
+    for size in (batch, *others):
+        if _checks.is_known(size > 2**30):
+            return False, f"its kernels take B, I, D and J up to 2^30, got {size}"
     return True, "C++ kernels for CUDA"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 
 import torch
@@ -34,18 +35,42 @@ def _check_layout(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be a dense (strided) tensor, got {nested}layout {value.layout}")
 
 
-def check_positive(name: str, value: float) -> None:
+def check_int(name: str, value: int, least: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_number(name: str, value: float) -> float:
+    """The number as a float: torch takes no int above 64 bits. One beyond all floats is infinite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    if not 0 < value <= sys.float_info.max:  # an int may be beyond
+    if abs(value) > sys.float_info.max:
+        return math.inf if value > 0 else -math.inf
+    return float(value)
+
+
+def check_amount(name: str, value: float) -> float:
+    amount = check_number(name, value)
+    if not 0 <= amount < math.inf:
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
+    return amount
+
+
+def check_positive(name: str, value: float) -> float:
+    number = check_number(name, value)
+    if not 0 < number < math.inf:
         raise ValueError(f"{name} must be a positive finite number, got {value}")
+    return number
 
 
-def check_eps(eps: float) -> None:
-    check_positive("eps", eps)
+def check_eps(eps: float) -> float:
+    number = check_positive("eps", eps)
     least = torch.finfo(torch.float32).tiny  # a smaller one is 0 to most processors, and squash divides by its root
-    if eps < least:
+    if number < least:
         raise ValueError(f"eps must be at least {least:.3g}, the least normal float32, got {eps}")
+    return number
 
 
 def check_flag(name: str, value: object) -> None:
@@ -64,16 +89,12 @@ def check_options(*options) -> Options:
 
 
 def _checked_options(iterations: int, coupling: str, leaky: bool, detach_coupling: bool, eps: float) -> Options:
-    if isinstance(iterations, bool) or not isinstance(iterations, (int, torch.SymInt)):
-        raise TypeError(f"iterations must be an int, got {type(iterations).__name__}")
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    check_int("iterations", iterations, least=1)
     if iterations >= 2**31:
         raise ValueError(f"iterations must be less than 2^31, got {iterations}")
     check_flag("detach_coupling", detach_coupling)
     check_coupling(coupling, leaky)
-    check_eps(eps)
-    return Options(iterations, coupling, leaky, detach_coupling, eps)
+    return Options(iterations, coupling, leaky, detach_coupling, check_eps(eps))
 
 
 _remembered_options = functools.lru_cache(typed=True)(_checked_options)  # True is not 1
@@ -87,11 +108,13 @@ def check_coupling(coupling: str, leaky: bool) -> None:
         raise ValueError('leaky must be False with coupling="in": a leak is defined for the softmax over j only')
 
 
-def check_scale(scale: float) -> None:
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+def check_scale(scale: float) -> float:
+    if isinstance(scale, Tensor):
         raise TypeError(f"scale must be a float, got {type(scale).__name__}: multiply the query by a tensor instead")
-    if not abs(scale) <= sys.float_info.max:
+    number = check_number("scale", scale)
+    if not abs(number) < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
+    return number
 
 
 def check_input(u: Tensor) -> None:
@@ -135,17 +158,19 @@ def check_parameter(name: str, value: Tensor, letters: str, u: Tensor) -> None:
     """bias and logits: the dtype of the input capsules, or float32."""
     check_tensor(name, value, letters)
     if value.dtype not in (u.dtype, torch.float32):
-        raise TypeError(f"{name} must be {u.dtype} as the input capsules or float32, got {value.dtype}")
+        raise TypeError(f"{name} must be float32 or {u.dtype}, the dtype of the input capsules, got {value.dtype}")
     check_device(name, value, u)
 
 
-def check_bias(bias: Tensor, out_capsules: int | None, out_features: int, u: Tensor) -> None:
+def check_bias(bias: Tensor, out_capsules: int | None, out_features: int, u: Tensor) -> int:
+    """J, which the bias decides where nothing else does."""
     check_parameter("bias", bias, "[J, O]", u)
     known = f"O = {out_features}" if out_capsules is None else f"J = {out_capsules} and O = {out_features}"
     if bias.dim() != 2 or bias.shape[1] != out_features or bias.shape[0] != (out_capsules or bias.shape[0]):
         raise ValueError(f"bias must be [J, O] with {known}, got {_show(bias.shape)}")
     if bias.shape[0] == 0:
         raise ValueError(f"bias must be [J, O] with J >= 1, got {_show(bias.shape)}")
+    return bias.shape[0]
 
 
 def check_query(query: Tensor, lead: list[int], out_capsules: int | None, out_features: int, u: Tensor) -> int:
@@ -159,13 +184,17 @@ def check_query(query: Tensor, lead: list[int], out_capsules: int | None, out_fe
     return out_capsules
 
 
-def is_one(size: int) -> bool:
-    """Whether it is known to be 1, without a guess of a size that depends on data."""
+def is_known(condition: bool) -> bool:
+    """Whether something is known to hold of sizes, without a guess of one that depends on data."""
     if not torch.compiler.is_compiling():
-        return size == 1
+        return condition
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return statically_known_true(size == 1)
+    return statically_known_true(condition)
+
+
+def is_one(size: int) -> bool:
+    return is_known(size == 1)
 
 
 def check_broadcast(name: str, value: Tensor, target: tuple[int, ...], letters: str) -> None:

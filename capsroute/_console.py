@@ -1,4 +1,4 @@
-"""What the commands share: what is for people, what is for programs, and numbers on the command line."""
+"""What the commands share: output for people and for programs, and numbers on the command line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def say(args: argparse.Namespace, *words: object) -> None:
 
 
 def emit(args: argparse.Namespace, result: dict) -> None:
-    """Print one JSON object, alone on the last line, if it is asked for."""
+    """Print one JSON object, alone on the last line, if asked for."""
     if args.json and rank() == 0:
         print(json.dumps({"command": args.command, **result}, allow_nan=False), flush=True)
 
@@ -58,7 +58,7 @@ def number(kind: type, least: float = 0, *, above: bool = False, most: float = 2
 
 
 def add_backend(parser: argparse.ArgumentParser, default: str | None = "auto") -> None:
-    """Add --backend; what it names is to go through :func:`checked_backend`."""
+    """Add --backend; pass its value through :func:`checked_backend`."""
     parser.add_argument("--backend", choices=("auto", *backends()), default=default, help="default: auto")
 
 
@@ -81,14 +81,14 @@ def checked_backend(name: str, device: torch.device | str = "cpu") -> str:
 
 
 def check_writable(option: str, file: Path | None) -> None:
-    """That a file could be written, before what it is to hold takes long.
+    """Check that a file can be written, before its content takes long to make.
 
     Raises:
-        ValueError: if there is something else than a file, or its directory is not there, or cannot be written to.
+        ValueError: if it is not a file, or its directory does not exist or cannot be written to.
     """
     if file is None:
         return
     if (file.exists() and not file.is_file()) or not file.parent.is_dir():
-        raise ValueError(f"{option} must be a file in a directory that is there, got {file}")
+        raise ValueError(f"{option} must be a file in an existing directory, got {file}")
     if not os.access(file.parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{option} must be a file in a directory that can be written to, got {file}")
+        raise ValueError(f"{option} must be a file in a writable directory, got {file}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file so that at no time a part of it can be seen under its name, and the last of several writers wins.
+    """Write a file so that a part of it is never seen under its name; the last of several writers wins.
 
     A process that is killed may leave `.NAME.*.unfinished` behind, for :func:`remove_unfinished`.
     """

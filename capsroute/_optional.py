@@ -1,4 +1,4 @@
-"""Libraries that only some commands need: import them where they are used, or say which extra brings them."""
+"""Libraries that only some commands need: import them where they are used, or say which extra installs them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 def optional(module: str, extra: str = "demo") -> ModuleType:
-    """The module, imported, which an extra of the package brings.
+    """The module, imported, which an extra of the package installs.
 
     Raises:
         ImportError: if it is not installed, with the command that installs it.
@@ -16,4 +16,6 @@ def optional(module: str, extra: str = "demo") -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         library = module.partition(".")[0]
-        raise ImportError(f"{library} is needed here: pip install 'capsroute[{extra}]' ({error})") from error
+        raise ImportError(
+            f"{library} is needed here: in a clone of capsroute run pip install '.[{extra}]' ({error})"
+        ) from error

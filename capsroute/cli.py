@@ -55,16 +55,21 @@ def _parser() -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(run=run)
         added.add_argument(
-            "--seed", type=number(int, most=2**32 - 1), metavar="N", help="of every random number (default: 0)"
+            "--seed",
+            type=number(int, most=2**32 - 1),
+            metavar="N",
+            help="seed of all random numbers (default: 0, or the run's with --resume)",
         )
         added.add_argument("--json", action="store_true", help="print one JSON object as the last line")
         return added
 
     training.add_train(command("train", training.train, "Train a capsule network on images."))
     training.add_eval(command("eval", training.evaluate_run, "Measure a trained network on the test split."))
-    report.add_arguments(command("report", report.run, "Draw what a trained network has learnt: one page of HTML."))
-    bench.add_arguments(command("bench", bench.run, "Time and weigh routing against plain PyTorch."))
-    tune.add_arguments(command("tune", tune.execute, "Measure the Triton kernels' tiles on this GPU; keep the best."))
+    report.add_arguments(command("report", report.run, "Show what a trained network has learnt, on one HTML page."))
+    bench.add_arguments(command("bench", bench.run, "Compare time and memory of routing with plain PyTorch."))
+    tune.add_arguments(
+        command("tune", tune.execute, "Find and keep the fastest tiles of the Triton kernels on this GPU.")
+    )
     command("info", _info, "Print versions, threads, and which backends can run here.")
     demo = command("demo", _demo, "Train on scikit-learn's digits, compare with plain PyTorch, write the report.")
     demo.add_argument("--out", type=Path, default=Path("demo"), metavar="RUN_DIR", help="default: %(default)s")
@@ -101,7 +106,7 @@ def _demo(args: argparse.Namespace) -> int:
     from .training import data
     from .training.run import PAGE, RunError, found_in, stored
 
-    optional("matplotlib")  # that of the report, before anything takes long
+    optional("matplotlib")  # for the report; before anything takes long
     known = stored(args.out)
     found = "a run" if found_in(args.out) else f"a {PAGE}" if (args.out / PAGE).exists() else None
     if found and not (known and known.source.get("demo")):

@@ -29,7 +29,7 @@ def capsule_linear(
     r"""A layer of capsules with routing by agreement, from input capsules and a weight.
 
     The votes :math:`h_{ij} = W_{ij} u_i` are routed as in Procedure 1 of Sabour, Frosst and Hinton,
-    "Dynamic Routing Between Capsules", 2017. The fused backends hold a few MiB of them at most::
+    "Dynamic Routing Between Capsules", 2017. The CPU kernels hold at most 12 MiB of them per thread::
 
         b_ij = logits_ij
         repeat `iterations` times
@@ -49,8 +49,8 @@ def capsule_linear(
             call. The dtype of ``u``.
         iterations: R, the number of softmax / weighted-sum passes, at least 1.
         bias: ``[J, O]``, added to s in every pass; the dtype of ``u`` or float32.
-        logits: prior logits, broadcast to ``[*, I, J]``; differentiable; ``-inf`` forbids a pair. The
-            dtype of ``u`` or float32.
+        logits: prior logits, broadcast to ``[*, I, J]``; differentiable unless ``detach_coupling``; ``-inf``
+            forbids a pair. The dtype of ``u`` or float32.
         mask: bool, broadcast to ``[*, I]``; False takes an input capsule out: whatever it holds, NaN
             included, reaches no result, and its gradient is 0.
         coupling: ``"out"`` normalises over the output capsules j, ``"in"`` over the input capsules i.
@@ -58,17 +58,18 @@ def capsule_linear(
         detach_coupling: treat the coupling of the last pass as a constant in the backward.
         eps: added to the squared length inside squash's square root.
         return_coupling: also return the coupling of the last pass. It carries no gradient.
-        backend: ``"auto"``, or a name from :func:`capsroute.backends`, which then never falls back.
+        backend: ``"auto"``, or a name from :func:`capsroute.backends`; a named backend never falls back to
+            another.
 
     Returns:
         v ``[*, J, O]`` in the dtype of ``u``; with ``return_coupling`` also c ``[*, I, J]``.
 
     Raises:
-        TypeError, ValueError: for an argument of the wrong type, dtype, shape or value, by its name.
-        RuntimeError: if an explicit backend cannot serve the call, with the reason.
+        TypeError, ValueError: if an argument has the wrong type, dtype, shape or value; the message names it.
+        RuntimeError: if a named backend cannot serve the call; the message says why.
     """
     options = _checks.check_options(iterations, coupling, leaky, detach_coupling, eps)
-    return _route(_check_linear, (u, weight, bias, logits, mask), options, return_coupling, backend)
+    return _route(False, (u, weight, bias, logits, mask), options, return_coupling, backend)
 
 
 def dynamic_routing(
@@ -87,7 +88,7 @@ def dynamic_routing(
 ) -> Tensor | Any:  # a pair with return_coupling
     """Routing by agreement of votes that are given (Sabour, Frosst and Hinton 2017, Procedure 1).
 
-    As :func:`capsule_linear`, which should be preferred where votes are W u, since it does not store them.
+    Where the votes are W u, prefer :func:`capsule_linear`, which does not store them.
 
     Args:
         votes: ``[*, I, J, O]``; any number of leading dimensions, any strides.
@@ -101,7 +102,7 @@ def dynamic_routing(
         TypeError, ValueError, RuntimeError: as in :func:`capsule_linear`.
     """
     options = _checks.check_options(iterations, coupling, leaky, detach_coupling, eps)
-    return _route(_check_routing, (votes, None, bias, logits, mask), options, return_coupling, backend)
+    return _route(True, (votes, None, bias, logits, mask), options, return_coupling, backend)
 
 
 def routing_pass(
@@ -119,7 +120,7 @@ def routing_pass(
 ) -> Tensor | Any:  # a pair with return_coupling
     r"""One pass of routing, the unit that most published routings are made of.
 
-    With the votes :math:`h_{ij} = W_{ij} u_i`, of which the fused backends hold a few MiB at most::
+    With the votes :math:`h_{ij} = W_{ij} u_i`, which the fused backends do not store::
 
         c_ij = softmax over j (or i) of (scale h_ij . query_j + logits_ij)
         s_j  = sum over i of c_ij h_ij
@@ -134,19 +135,19 @@ def routing_pass(
             else from ``query``). The dtype of ``u``.
         query: what votes are compared with, broadcast to ``[*, J, O]``; None means zero. The dtype of
             ``u`` or float32.
-        scale: of the agreement h . query, a finite number.
+        scale: factor on the agreement h . query; finite.
         logits, mask, coupling, leaky, return_coupling, backend: as in :func:`capsule_linear`.
 
     Returns:
         s ``[*, J, O]`` in the dtype of ``u``; with ``return_coupling`` also c ``[*, I, J]``, which carries
-        no gradient. Every tensor but ``mask`` has a gradient.
+        no gradient. All inputs but ``mask`` have gradients.
 
     Raises:
         TypeError, ValueError, RuntimeError: as in :func:`capsule_linear`.
     """
     _checks.check_coupling(coupling, leaky)
     options = reference.Options(1, coupling, leaky)
-    return _pass(_check_pass, (u, weight, query, logits, mask), scale, options, return_coupling, backend)
+    return _pass(False, (u, weight, query, logits, mask), scale, options, return_coupling, backend)
 
 
 def votes_pass(
@@ -176,7 +177,7 @@ def votes_pass(
     """
     _checks.check_coupling(coupling, leaky)
     options = reference.Options(1, coupling, leaky)
-    return _pass(_check_votes_pass, (votes, None, query, logits, mask), scale, options, return_coupling, backend)
+    return _pass(True, (votes, None, query, logits, mask), scale, options, return_coupling, backend)
 
 
 def squash(s: Tensor, dim: int = -1, eps: float = 1e-9, power: float = 1.0) -> Tensor:
@@ -194,19 +195,20 @@ def squash(s: Tensor, dim: int = -1, eps: float = 1e-9, power: float = 1.0) -> T
 
     Returns:
         A tensor of the shape and dtype of ``s``.
+
+    Raises:
+        TypeError, ValueError: if an argument has the wrong type, dtype, shape or value; the message names it.
     """
     _checks.check_tensor("s", s, "with vectors along dim")
-    _checks.check_eps(eps)
-    _checks.check_positive("power", power)
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"dim must be an int, got {dim!r}")
+    eps, power = _checks.check_eps(eps), _checks.check_positive("power", power)
+    _checks.check_int("dim", dim)
     if not -s.dim() <= dim < s.dim():
         raise ValueError(f"dim must be a dimension of s {list(s.shape)}, got {dim}")
     return reference.squash(s.to(reference.accumulation_dtype(s.dtype)), dim, eps, power).to(s.dtype)
 
 
-def _route(check, tensors, options, return_coupling, backend):
-    u, weight, sizes, autocast = _checked(check, tensors)
+def _route(is_votes, tensors, options, return_coupling, backend):
+    u, weight, sizes, autocast = _checked(is_votes, "bias", tensors)
     run = _backends.choose(backend, u, weight).route
     bias, logits, mask = tensors[2:]
     if options.detach_coupling and logits is not None:  # they reach the output through the coupling alone
@@ -214,14 +216,13 @@ def _route(check, tensors, options, return_coupling, backend):
     return _run(run, u, weight, (bias, logits, mask), sizes, options, return_coupling, autocast)
 
 
-def _pass(check, tensors, scale, options, return_coupling, backend):
-    _checks.check_scale(scale)
-    u, weight, sizes, autocast = _checked(check, tensors)
+def _pass(is_votes, tensors, scale, options, return_coupling, backend):
+    scale = _checks.check_scale(scale)
+    u, weight, sizes, autocast = _checked(is_votes, "query", tensors)
     query, logits, mask = tensors[2:]
     if query is not None:
         lead, outputs, features = sizes
-        batch = math.prod(lead)
-        query = _flatten_lead(query, lead, batch, 2).expand(batch, outputs, features)
+        query = _flatten_lead(query, lead, 2).expand(math.prod(lead), outputs, features)
         query = query.to(reference.accumulation_dtype(u.dtype))
         query = query if scale == 1 else query * scale
     run = _backends.choose(backend, u, weight).routing_pass
@@ -229,11 +230,11 @@ def _pass(check, tensors, scale, options, return_coupling, backend):
     return (result[0].to(u.dtype), result[1]) if return_coupling else result.to(u.dtype)
 
 
-_sizes = {}  # of arguments that passed a check, by the check and their kinds
+_sizes = {}  # of arguments that passed the check, by their kinds
 _MOST_SIZES = 1024
 
 
-def _checked(check, tensors):
+def _checked(is_votes, third_name, tensors):
     """u (or the votes) and the weight, cast under autocast; their sizes (leading dimensions, J, O); whether it is on.
 
     The checks take longer than a small problem: arguments like those that passed them before pass again.
@@ -241,14 +242,14 @@ def _checked(check, tensors):
     u, weight = tensors[:2]
     autocast = isinstance(u, Tensor) and _autocast.is_on(u)
     if autocast or torch.compiler.is_compiling() or torch.jit.is_tracing():  # sizes of a trace are tensors
-        return *check(*tensors), autocast
+        return *_check(is_votes, third_name, *tensors), autocast
     try:
-        key = check, *map(_kind, tensors)
+        key = is_votes, third_name, *map(_kind, tensors)
         sizes = _sizes.get(key)
     except (TypeError, RuntimeError):  # a symbolic size has no hash, a nested tensor no sizes
-        return *check(*tensors), autocast
+        return *_check(is_votes, third_name, *tensors), autocast
     if sizes is None:
-        sizes = check(*tensors)[2]
+        sizes = _check(is_votes, third_name, *tensors)[2]
         if len(_sizes) >= _MOST_SIZES:  # another thread may have added one
             _sizes.clear()
         _sizes[key] = sizes
@@ -262,30 +263,30 @@ def _kind(x):
     return (x.shape, x.dtype, x.device, x.layout) if isinstance(x, Tensor) else type(x)
 
 
-def _check_linear(u, weight, bias, logits, mask):
-    u, weight, outputs = _check_weight(u, weight, logits, bias, "bias")
-    return u, weight, _check_parameters(u, u.shape[:-1], outputs, weight.shape[-2], bias, logits, mask)
+def _check(is_votes, third_name, u, weight, third, logits, mask):
+    """u (or the votes) and the weight, checked and cast, and the sizes; `third` is the bias or the query."""
+    if is_votes:
+        _checks.check_votes(u)
+        u, (*lead, inputs, outputs, features) = _autocast.cast(u)[0], u.shape
+    else:
+        u, weight, outputs = _check_weight(u, weight, logits, third, third_name)
+        (*lead, inputs), features = u.shape[:-1], weight.shape[-2]
+    if third is not None and third_name == "bias":
+        outputs = _checks.check_bias(third, outputs, features, u)
+    elif third is not None:
+        outputs = _checks.check_query(third, lead, outputs, features, u)
+    if logits is not None:
+        _checks.check_parameter("logits", logits, "[*, I, J]", u)
+        _checks.check_broadcast("logits", logits, (*lead, inputs, outputs), "[*, I, J]")
+    if mask is not None:
+        _checks.check_mask(mask, (*lead, inputs), u)
+    return u, weight, (lead, outputs, features)
 
 
-def _check_routing(votes, _, bias, logits, mask):
-    votes, (*lead, outputs, features) = _check_votes(votes)
-    return votes, None, _check_parameters(votes, lead, outputs, features, bias, logits, mask)
-
-
-def _check_pass(u, weight, query, logits, mask):
-    u, weight, outputs = _check_weight(u, weight, logits, query, "query")
-    return u, weight, _check_parameters(u, u.shape[:-1], outputs, weight.shape[-2], None, logits, mask, query)
-
-
-def _check_votes_pass(votes, _, query, logits, mask):
-    votes, (*lead, outputs, features) = _check_votes(votes)
-    return votes, None, _check_parameters(votes, lead, outputs, features, None, logits, mask, query)
-
-
-def _check_weight(u, weight, logits, third, name):
+def _check_weight(u, weight, logits, third, third_name):
     """u and weight, checked and cast, and J, or None.
 
-    A weight [O, D] does not say what J is: then it is that of the logits, else of `third`, the bias or query.
+    A weight [O, D] does not say what J is: then it is that of the logits, else of the bias or query.
     """
     _checks.check_input(u)
     _checks.check_tensor("weight", weight, "[I, J, O, D], [J, O, D] or [O, D]")
@@ -295,7 +296,7 @@ def _check_weight(u, weight, logits, third, name):
     outputs = weight.shape[-3] if weight.dim() > 2 else None
     if outputs is None and logits is None and third is None:
         raise ValueError(
-            f"logits or {name} must be given with weight [O, D], which does not say what J is "
+            f"logits or {third_name} must be given with weight [O, D], which does not say what J is "
             "(and all output capsules would be identical)"
         )
     if outputs is None and logits is not None:
@@ -306,36 +307,15 @@ def _check_weight(u, weight, logits, third, name):
     return u, weight, outputs
 
 
-def _check_votes(votes):
-    _checks.check_votes(votes)
-    return _autocast.cast(votes)[0], votes.shape
-
-
-def _check_parameters(u, lead_and_inputs, outputs, features, bias, logits, mask, query=None):
-    """The leading dimensions, J and O."""
-    *lead, inputs = lead_and_inputs
-    if bias is not None:
-        _checks.check_bias(bias, outputs, features, u)
-        outputs = bias.shape[0]
-    if query is not None:
-        outputs = _checks.check_query(query, lead, outputs, features, u)
-    if logits is not None:
-        _checks.check_parameter("logits", logits, "[*, I, J]", u)
-        _checks.check_broadcast("logits", logits, (*lead, inputs, outputs), "[*, I, J]")
-    if mask is not None:
-        _checks.check_mask(mask, (*lead, inputs), u)
-    return lead, outputs, features
-
-
 def _run(run, u, weight, parameters, sizes, options, return_coupling, autocast):
     """Call a backend with one batch dimension, and give its results the caller's leading ones."""
     _checks.check_flag("return_coupling", return_coupling)
     lead, outputs, _ = sizes
     third, logits, mask = parameters
     if logits is not None:  # [B or 1, I or 1, J]
-        logits = _flatten_lead(logits, lead, math.prod(lead), 2).expand(-1, -1, outputs)
+        logits = _flatten_lead(logits, lead, 2).expand(-1, -1, outputs)
     if mask is not None:  # [B or 1, I or 1]
-        mask = _flatten_lead(mask, lead, math.prod(lead), 1)
+        mask = _flatten_lead(mask, lead, 1)
     if len(lead) != 1:
         u = u.reshape(math.prod(lead), *u.shape[len(lead) :])
     arguments = u, weight, third, logits, mask, options, return_coupling
@@ -350,11 +330,11 @@ def _run(run, u, weight, parameters, sizes, options, return_coupling, autocast):
     return (v, c) if return_coupling else v
 
 
-def _flatten_lead(x: Tensor, lead: list[int], batch: int, kept: int) -> Tensor:
-    """x, broadcastable to [*lead, ...kept], as [batch or 1, ...kept], without copying what broadcasts."""
+def _flatten_lead(x: Tensor, lead: list[int], kept: int) -> Tensor:
+    """x, broadcastable to [*lead, ...kept], as [B or 1, ...kept], without copying what broadcasts."""
     x = x.reshape(*(1,) * (len(lead) + kept - x.dim()), *x.shape)
     if len(lead) == 1:
         return x
     if all(map(_checks.is_one, x.shape[: len(lead)])):
         return x.reshape(1, *x.shape[len(lead) :])
-    return x.expand(*lead, *(-1,) * kept).reshape(batch, *x.shape[len(lead) :])
+    return x.expand(*lead, *(-1,) * kept).reshape(math.prod(lead), *x.shape[len(lead) :])

@@ -63,7 +63,7 @@ def softmax(b: Tensor, forbidden: Tensor | None, coupling: str, leaky: bool) -> 
         b = b.masked_fill(forbidden, -torch.inf)
     if leaky:
         c = torch.softmax(F.pad(b, (0, 1)), -1)[..., :-1]
-        return c if forbidden is None else c.masked_fill(forbidden, 0)  # its gradient too, where that of c is NaN
+        return c if forbidden is None else c.masked_fill(forbidden, 0)  # also zeroes the gradient, which is NaN there
     dim = -1 if coupling == "out" else -2
     if forbidden is None:
         return torch.softmax(b, dim)

@@ -135,9 +135,9 @@ class CapsuleLayer(nn.Module):
         return v
 
 
-def detached_routing(votes: torch.Tensor, passes: int) -> torch.Tensor:
+def detached_routing(votes: torch.Tensor, passes: int, dtype: torch.dtype) -> torch.Tensor:
     """Of votes [B, J, I, O]: the softmax over j, constants in all passes but the last."""
-    logits = torch.zeros(votes.shape[:3], dtype=votes.dtype)
+    logits = torch.zeros(votes.shape[:3], dtype=dtype)
     for k in range(passes):
         own = votes if k == passes - 1 else votes.detach()
         v = unit((logits.softmax(1).unsqueeze(-1) * own).sum(2))
@@ -152,7 +152,7 @@ class DenseCapsule(nn.Module):
         self.weight = nn.Parameter(torch.randn(4, 6, 5, 3))
 
     def forward(self, x):
-        return detached_routing(torch.einsum("bid,jiod->bjio", x, self.weight), self.routings)
+        return detached_routing(torch.einsum("bid,jiod->bjio", x, self.weight), self.routings, x.dtype)
 
 
 class RoutingCapsules(nn.Module):
@@ -162,10 +162,22 @@ class RoutingCapsules(nn.Module):
         self.W = nn.Parameter(torch.randn(1, 4, 6, 5, 3))
 
     def forward(self, x):
-        return detached_routing((self.W @ x[:, None, :, :, None]).squeeze(-1), self.num_routing)
+        return detached_routing((self.W @ x[:, None, :, :, None]).squeeze(-1), self.num_routing, x.dtype)
 
 
-@pytest.mark.parametrize("make", [CapsuleLayer, lambda: CapsuleLayer(prior=True), DenseCapsule, RoutingCapsules])
+SNIPPETS = [CapsuleLayer, lambda: CapsuleLayer(prior=True), DenseCapsule, RoutingCapsules]
+
+
+@pytest.mark.parametrize("make", SNIPPETS)
+def test_snippets_under_autocast(make):
+    layer, x = make(), torch.randn(3, 6, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)  # float32, as their logits
+        capsroute.accelerate(layer, quiet=True)
+        assert_close(layer(x), expected, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("make", SNIPPETS)
 def test_snippets_are_swapped(make):
     layer, x = make(), torch.randn(3, 6, 3)
     expected = results(layer, x)
@@ -226,13 +238,64 @@ class OverTheBatch(CapsuleLayer):
         return v
 
 
+class DropsOut(CapsuleLayer):
+    """Only in training, which it is not in when it is swapped."""
+
+    def __init__(self):
+        super().__init__()
+        self.eval()
+
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+class DropsOutBackwards(CapsuleLayer):
+    """Only in evaluation, as Monte Carlo dropout may be wired."""
+
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.5, not self.training)
+
+
+class Counts(CapsuleLayer):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+class Averages(CapsuleLayer):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(5), persistent=False)
+
+    def forward(self, x):
+        v = super().forward(x)
+        if self.training:
+            self.mean.lerp_(v.detach().mean((0, 1, 2, 3)), 0.1)
+        return v
+
+
+class MakesABuffer(CapsuleLayer):
+    def forward(self, x):
+        self.register_buffer("seen", x.detach())
+        return super().forward(x)
+
+
 REFUSED = {
+    DropsOut: "in training mode, it draws different random numbers",
+    DropsOutBackwards: "in evaluation mode, it draws different random numbers",
+    Counts: "buffer calls: differs",
+    Averages: "buffer mean: differs by",
+    MakesABuffer: "it makes or drops a buffer",
     OtherAxis: "output 0: differs by",
     OtherGradient: "gradient of argument 0: differs by",
-    OtherDraws: "it draws other random numbers",
+    OtherDraws: "it draws different random numbers",
     OtherShape: r"output 0: torch.float32 \[4, 3, 5\], the fused forward torch.float32 \[4, 3, 1, 1, 5\]",
-    TwoOutputs: "it returns another number of tensors than the fused forward",
-    NoGradient: "gradient of argument 0: only the fused forward gives one",
+    TwoOutputs: "it returns a different number of tensors",
+    NoGradient: "gradient of argument 0: only the fused forward returns one",
     Broken: "the probe failed with AttributeError: 'Tensor' object has no attribute 'cuda_was_here'",
     OverTheBatch: "output 0: differs by",
 }
@@ -251,6 +314,28 @@ def test_a_name_alone_is_not_enough(impostor, capsys):
     assert f"accelerate: 1 (CapsuleLayer): {entry.reason}" in capsys.readouterr().out
 
 
+def test_gradients_are_compared_also_where_none_are_wanted():
+    OtherGradient.__name__ = "CapsuleLayer"
+    with torch.no_grad():
+        (entry,) = capsroute.accelerate(OtherGradient(), quiet=True).entries
+    assert "gradient of argument 0: differs by" in entry.reason
+
+
+def test_a_frozen_layer_is_swapped():
+    (entry,) = capsroute.accelerate(DenseCapsule().requires_grad_(False), quiet=True).entries
+    assert entry.swapped, entry.reason
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("buffer", [torch.tensor([True, False]), torch.full((2,), -torch.inf), torch.zeros(0)])
+def test_buffers_that_stay_as_they_are_are_in_nobodys_way(buffer, training):
+    layer = CapsuleLayer().train(training)
+    layer.register_buffer("table", buffer)
+    (entry,) = capsroute.accelerate(layer, quiet=True).entries
+    assert entry.swapped, entry.reason
+    assert layer.training == training
+
+
 def test_subclasses_are_left_alone():
     class Mine(CapsuleNetwork):
         pass
@@ -264,7 +349,7 @@ def test_a_forward_of_the_object_itself_is_left_alone():
     layer = CapsuleNetwork(8, 9)
     layer.forward = layer.forward
     (entry,) = capsroute.accelerate(layer, quiet=True).entries
-    assert entry.reason == "not swapped: its object has a forward of its own"
+    assert entry.reason == "not swapped: the instance overrides forward"
 
 
 def test_a_layer_that_was_parametrized_since_is_still_swapped():
@@ -294,6 +379,12 @@ def test_what_cannot_be_served_says_why():
     layer.stop_grad = False
     (entry,) = capsroute.accelerate(layer, quiet=True).entries
     assert "not swapped: stop_grad is False" in entry.reason
+
+
+def test_torch_rechub_without_a_pass_is_left_alone():
+    layer = rechub(1)
+    layer.routing_times = 0
+    assert capsroute.accelerate(layer, quiet=True).entries[0].reason == "not swapped: routing_times is 0"
 
 
 # Recipes of one's own
@@ -331,6 +422,39 @@ def test_a_user_registers_a_layer(layer):
     assert not capsroute.accelerate(Mean(), quiet=True).entries[0].swapped
 
 
+WRONG = {
+    "nan": (lambda self, u: fused_mean(self, u) * torch.nan, "output 0: differs by nan"),
+    "dtype": (
+        lambda self, u: fused_mean(self, u).double(),
+        r"output 0: torch.float32 \[2, 6, 5\], the fused forward torch.float64",
+    ),
+    "value": (lambda self, u: 1.001 * fused_mean(self, u), "output 0: differs by"),
+    "parameter": (
+        lambda self, u: capsroute.routing_pass(u, self.matrix.detach(), None),
+        "gradient of matrix: only the layer returns one",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_recipe_swaps_nothing(wrong):
+    forward, reason = WRONG[wrong]
+    register(Recipe(Mean, forward, probe))
+    (entry,) = capsroute.accelerate(Mean(), quiet=True).entries
+    with pytest.raises(AssertionError, match=f"not swapped: {reason}"):
+        raise AssertionError(entry.reason)
+
+
+def test_an_output_without_numbers_is_in_nobodys_way():
+    class Emptied(Mean):
+        def forward(self, u):
+            return super().forward(u), u[:0]
+
+    register(Recipe(Emptied, lambda self, u: (fused_mean(self, u), u[:0]), probe))
+    (entry,) = capsroute.accelerate(Emptied(), quiet=True).entries
+    assert entry.swapped, entry.reason
+
+
 def test_a_recipe_that_fails_leaves_its_layer_alone():
     def refuses(layer):
         return layer.no_such_attribute
@@ -359,4 +483,4 @@ def test_wrong_arguments_are_named():
 
 def test_a_model_without_capsules_says_so(capsys):
     capsroute.accelerate(nn.Linear(2, 2))
-    assert "the model has no capsule layer that is known" in capsys.readouterr().out
+    assert "the model has no known capsule layer" in capsys.readouterr().out

@@ -100,6 +100,29 @@ def test_auto_on_a_cuda_tensor_asks_cuda_then_triton(monkeypatch, log, cuda, tri
     assert ("up to 128 in torch.float32, got 129" in line) == (features == 129)
 
 
+@pytest.mark.parametrize(
+    ("u", "weight", "got"),
+    [
+        ((2**30, 5, 3), (5, 4, 6, 3), None),
+        ((2**30 + 1, 5, 3), (5, 4, 6, 3), 2**30 + 1),
+        ((2, 2**29 + 1, 5, 3), (4, 6, 3), 2**30 + 2),
+        ((2, 2**30 + 1, 3), (6, 3), 2**30 + 1),
+        ((2, 5, 3), (5, 2**30 + 1, 6, 3), 2**30 + 1),
+        ((2, 5, 2**30, 6), None, None),
+        ((2, 5, 2**30 + 1, 6), None, 2**30 + 1),
+    ],
+    ids=str,
+)
+def test_cuda_serves_no_size_beyond_its_indices(monkeypatch, u, weight, got):
+    monkeypatch.setattr(_ops, "_cuda_loaded", (True, "hidden by the test"))
+    with FakeTensorMode():
+        u = torch.empty(u, device="cuda")
+        weight = None if weight is None else torch.empty(weight, device="cuda")
+        can, why = _backends.BACKENDS["cuda"].serves(u, weight)
+    assert can == (got is None)
+    assert (f"up to 2^30, got {got}" in why) == (got is not None)
+
+
 def test_cuda_cannot_run_here_without_its_library_or_a_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for loaded, reason in ((False, "hidden by the test"), (True, "torch sees no CUDA device here")):

@@ -139,6 +139,14 @@ def test_an_epoch_sees_every_image_once_in_another_order_each_time(split):
         assert not torch.equal(seen(**other)[0], images), other
 
 
+def test_no_epoch_of_one_seed_is_one_of_another(split):
+    first, second = (
+        torch.cat([batch.labels for batch in training_batches(split, 16, STILL, seed=seed, epoch=epoch)])
+        for seed, epoch in ((0, 2), (1, 1))
+    )
+    assert not torch.equal(first, second)
+
+
 @pytest.mark.parametrize("overlapping", [False, True])
 def test_processes_together_see_what_one_would(split, overlapping):
     def batches(share):

@@ -51,10 +51,9 @@ def test_cases_have_the_size_of_the_shapes_in_use(name):
 def test_problem_has_the_shapes_of_its_case(case):
     case = shrunk(case)
     problem = registry.make_problem(case, torch.bfloat16)
-    sizes = dict(zip("BIDJO", case[1:6], strict=True))
-    assert problem.u.shape == tuple(sizes[letter] for letter in ("BID" if case.weight else "BIJO"))
+    assert problem.u.shape == tuple(case.sizes[letter] for letter in ("BID" if case.weight else "BIJO"))
     if case.weight:
-        assert problem.weight.shape == tuple(sizes[letter] for letter in case.weight)
+        assert problem.weight.shape == tuple(case.sizes[letter] for letter in case.weight)
     assert problem.grad_v.shape == (case.batch, case.outputs, case.out_features)
     assert {x.dtype for x in problem if isinstance(x, torch.Tensor)} == {torch.bfloat16}
 
@@ -101,6 +100,12 @@ def test_another_routing_is_not_compared():
     assert registry.names_for([TINY, CASES["mind-rechub"]])[-1] == "torch-rechub"
 
 
+def test_torch_rechubs_routing_has_three_passes():
+    case = CASES["comirec-rechub"]
+    assert registry.is_rechub(case)
+    assert not registry.is_rechub(case._replace(iterations=2))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_a_dtype_that_is_not_computed_in_is_told(dtype):
     case = CASES["comirec-rechub"]._replace(batch=2)
@@ -143,6 +148,13 @@ def test_wrong_result_is_refused(distort, backward, result, monkeypatch):
     monkeypatch.setattr(compare, "IMPLEMENTATIONS", wrong(distort))
     with pytest.raises(compare.DisagreementError, match=f"fused: result {result} is"):
         compare.prepare(TINY, backward, ["fused", "reference"])
+
+
+def test_results_of_float16_are_compared_in_more():
+    """The squares of these numbers have no sum in float16."""
+    y = torch.full((100,), 1e4).half()
+    with pytest.raises(compare.DisagreementError):
+        compare.check_equal("fused", [-y], [y])
 
 
 def test_command_reports_no_time_of_a_wrong_result(monkeypatch, capsys):
@@ -193,7 +205,7 @@ def test_a_process_that_dies_is_told(monkeypatch):
     def dies(*args):
         raise BrokenProcessPool
 
-    monkeypatch.setattr(compare, "in_fresh_process", dies)
+    monkeypatch.setattr(measure, "in_fresh_process", dies)
     results = compare.compare(TINY, False, ["reference"], dtype=torch.float32, seconds=0, memory=True)
     assert (results[0].peak_bytes, results[0].note) == (None, "its process was killed")
 
@@ -257,6 +269,11 @@ def test_rows_give_spread_and_ratio():
     assert [cell.strip() for cell in memory.split("|")[2:-1]] == ["2 MiB", "90 MiB, 45x", "needs ~60 GiB"]
 
 
+def test_there_is_no_ratio_to_what_was_not_measured():
+    results = [Result("compiled", note="needs g++"), Result("reference", 1.0, 1.0, 1.0, 3)]
+    assert [cell.strip() for cell in table.rows("", results).split("|")[2:-1]] == ["needs g++", "1 s ±0%"]
+
+
 def test_memory_below_a_mebibyte_gives_no_ratio():
     results = [Result("fused", 1, 1, 1, 3, 100), Result("reference", 1, 1, 1, 3, 90 * MIB)]
     assert [cell.strip() for cell in table.rows("", results).split("|")[-3:-1]] == ["< 1 MiB", "90 MiB"]
@@ -277,6 +294,20 @@ def test_what_was_measured_before_a_failure_is_saved(tmp_path, monkeypatch):
         bench("--case", "efficient", "--save", str(tmp_path / "base.json"))
     (row,) = regression.load(tmp_path / "base.json")["results"]
     assert (row["pass"], row["seconds"]) == ("forward", 1.0)
+
+
+def test_what_is_asked_for_is_measured(monkeypatch):
+    asked = []
+
+    def made_up(case, backward, names, **how):
+        asked.append((case, backward, names, how))
+        return [Result(name, 1.0, 1.0, 1.0, 3, MIB) for name in names]
+
+    monkeypatch.setattr(cli, "compare", made_up)
+    words = ("--seed", "7", "--memory", "--seconds", "3", "--dtype", "bfloat16")
+    assert bench("--case", "efficient", "--pass", "forward", "--implementations", "fused", *words) == 0
+    how = {"dtype": torch.bfloat16, "seconds": 3.0, "memory": True}
+    assert asked == [(CASES["efficient"]._replace(seed=7), False, ["fused"], how)]
 
 
 def test_a_save_that_fails_leaves_what_was_saved_before(tmp_path, monkeypatch):
@@ -332,29 +363,43 @@ def test_narrowest_is_over_all_that_was_measured():
 
 def test_command_sets_threads_and_dtype(capsys):
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert bench(
-            "--case", "efficient", "--pass", "forward", "--implementations", "fused", "--seconds", "0",
-            "--threads", "2", "--dtype", "bfloat16",
-        ) == 0  # fmt: skip
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+    assert bench(
+        "--case", "efficient", "--pass", "forward", "--implementations", "fused", "--seconds", "0",
+        "--threads", str(before + 1), "--dtype", "bfloat16",
+    ) == 0  # fmt: skip
+    assert torch.get_num_threads() == before
     out = capsys.readouterr().out
-    assert "- threads: 2\n" in out
+    assert f"- threads: {before + 1}\n" in out
     assert "| bfloat16" in out
     assert "backward" not in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the command would use the GPU")
+def test_command_leaves_the_default_device_as_it_was(monkeypatch):
+    def fails(_):
+        raise MemoryError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cli, "describe_machine", fails)
+    before = torch.get_default_device()
+    with pytest.raises(MemoryError):
+        bench("--device", "cuda")
+    assert torch.get_default_device() == before
 
 
 def test_traffic_is_of_the_pass_that_is_asked_for(capsys):
     pytest.importorskip("triton")
     assert bench("--traffic", "--case", "efficient", "--pass", "forward", "--json") == 0
     told = json.loads(capsys.readouterr().out)
-    assert [row["backward"] for row in told["results"]] == [False]
+    assert [row["pass"] for row in told["results"]] == ["forward"]
     assert bench("--traffic", "--case", "efficient", "--json") == 0
     told = json.loads(capsys.readouterr().out)
-    assert [row["backward"] for row in told["results"]] == [False, True]
+    assert [row["pass"] for row in told["results"]] == ["forward", "forward + backward"]
+
+
+def test_traffic_of_a_gpu_needs_none(capsys):
+    pytest.importorskip("triton")
+    assert bench("--traffic", "--device", "cuda", "--case", "efficient", "--pass", "forward") == 0
 
 
 def test_every_case_under_the_roof_has_its_own_marker(monkeypatch, tmp_path):
@@ -405,6 +450,31 @@ def test_a_sweep_leaves_out_what_does_not_fit(monkeypatch):
 def test_a_sweep_of_batches_takes_none(capsys):
     assert bench("--sweep", "batch", "--batch", "4", "8") == 2
     assert "--sweep batch goes through all batches itself, got --batch 4 8" in capsys.readouterr().err
+
+
+def test_other_sweeps_take_several_batches(monkeypatch):
+    swept = []
+
+    def measure(case, axis, *_):
+        swept.append((axis, case.batch))
+        return sweep.Curve("", axis, [])
+
+    monkeypatch.setattr(sweep, "measure", measure)
+    assert bench("--sweep", "inputs", "--case", "efficient", "--pass", "forward", "--batch", "4", "8") == 0
+    assert swept == [("inputs", 4), ("inputs", 8)]
+
+
+@pytest.mark.parametrize("room", [2.5, 4, 7, 12, 20])
+def test_gradients_of_the_largest_of_a_sweep_fit_too(monkeypatch, room):
+    case = TINY._replace(batch=2)
+
+    def needed(size):
+        return sum(x.nbytes for x in registry.make_problem(case._replace(batch=size)) if isinstance(x, torch.Tensor))
+
+    monkeypatch.setattr(sweep, "available_memory", lambda: room * needed(1))
+    fit = sweep.fitting(case, "batch", torch.float32)
+    assert fit
+    assert sum(map(needed, fit)) + needed(fit[-1]) <= room * needed(1)
 
 
 def test_one_case_of_the_benchmarks_can_be_chosen():

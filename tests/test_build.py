@@ -113,6 +113,13 @@ def test_the_compilers_variable_may_hold_arguments(compiler, named):
     assert named is None or named in run.stderr
 
 
+def test_cuda_kernels_that_are_asked_for_are_not_left_out():
+    env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "FORCE_CUDA": "1", "CUDACXX": "no-such-nvcc"}
+    run = subprocess.run([sys.executable, "setup.py", "--version"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "capsroute: FORCE_CUDA=1 is set, but " in run.stderr
+
+
 @needs_kernels
 def test_wheel_holds_one_library_for_every_python(tmp_path):
     built = build_wheel(tmp_path)

@@ -99,6 +99,22 @@ def test_a_network_round_trip(saved):
     assert CapsNet(**loaded.model)(torch.rand(2, 1, 8, 8)).lengths.shape == (2, 10)
 
 
+def test_a_loaded_network_outlives_its_file(saved):
+    path, (net, *_) = saved
+    loaded = load(path).net
+    with open(path, "r+b") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        file.write(bytes(path.stat().st_size - file.tell()))
+    assert all(torch.equal(x, y) for x, y in zip(loaded.state_dict().values(), net.state_dict().values(), strict=True))
+
+
+def test_a_network_whose_numbers_lie_in_another_order(tmp_path):
+    net = CapsNet(**SMALL).to(memory_format=torch.channels_last)
+    save(tmp_path / "net", Checkpoint(net, SMALL, {}))
+    for name, x in load(tmp_path / "net").net.state_dict().items():
+        assert torch.equal(x, net.state_dict()[name])
+
+
 def test_a_training_round_trip(saved_training, begun):
     loaded, info = load_training(saved_training)
     assert info == {"dataset": "few"}
@@ -136,7 +152,7 @@ def test_a_cut_off_checkpoint_is_an_error_wherever_it_was_cut(saved, saved_train
     cuts = {0, 1, 7, 8, 9, header - 1, header, header + 1, len(content) - 1, *range(0, len(content), 4999)}
     for cut in sorted(cuts):
         path.write_bytes(content[:cut])
-        with pytest.raises(CheckpointError, match="is no whole safetensors file"):
+        with pytest.raises(CheckpointError, match="is not a complete safetensors file"):
             read(path)
 
 
@@ -182,7 +198,7 @@ def test_a_pickle_is_not_executed(tmp_path):
     path, mark = tmp_path / "pickled", tmp_path / "mark"
     torch.save({"net": Malicious(mark)}, path)
     for read in (load, load_training):
-        with pytest.raises(CheckpointError, match="is no whole safetensors file"):
+        with pytest.raises(CheckpointError, match="is not a complete safetensors file"):
             read(path)
     assert not mark.exists()
 
@@ -194,8 +210,8 @@ def content(**changes) -> dict:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        (None, "is a safetensors file, but no checkpoint of capsroute"),
-        ({"format": "pt"}, "is a safetensors file, but no checkpoint of capsroute"),
+        (None, "is a safetensors file, but not a checkpoint of capsroute"),
+        ({"format": "pt"}, "is a safetensors file, but not a checkpoint of capsroute"),
         ({"capsroute": "{"}, "does not fit its own configuration"),
         ({"capsroute": "[]"}, "does not fit its own configuration"),
         ({"capsroute": "[" * 100_000}, "does not fit its own configuration: RecursionError"),
@@ -237,6 +253,10 @@ def test_parameters_of_another_dtype_are_an_error(saved):
     [
         (lambda t: t.pop("step.conv.weight"), "KeyError: 'conv.weight'"),
         (lambda t: t.update({"exp_avg.conv.weight": torch.zeros(3)}), r"exp_avg.conv.weight must be float32 \[4, 1"),
+        (
+            lambda t: t.update({"exp_avg.conv.weight": t["exp_avg.conv.weight"].double()}),
+            "exp_avg.conv.weight must be float32",
+        ),
         (lambda t: t.update({"exp_avg.more": torch.zeros(3)}), "there is no parameter for exp_avg.more"),
         (lambda t: t.update({"extra.thing": torch.zeros(3)}), "the optimizer's state must be exp_avg, exp_avg_sq"),
         (lambda t: t.pop("best.conv.weight"), "Missing key"),
@@ -249,6 +269,15 @@ def test_a_training_that_lacks_something_is_an_error(saved_training, change, mes
     stored = {name: value for name, value in stored.items() if name not in ("version", "kind")}
     checkpoint._write(saved_training, "training", tensors, stored)
     with pytest.raises(CheckpointError, match=message):
+        load_training(saved_training)
+
+
+def test_the_options_of_a_training_are_checked(saved_training):
+    tensors, stored = checkpoint._read(saved_training, "training")
+    stored = {name: value for name, value in stored.items() if name not in ("version", "kind")}
+    stored["options"]["batch_size"] = 0
+    checkpoint._write(saved_training, "training", tensors, stored)
+    with pytest.raises(CheckpointError, match="batch_size must be at least 1"):
         load_training(saved_training)
 
 
@@ -328,9 +357,9 @@ def wait_for(condition, process) -> None:
 
 
 def test_killed_at_any_instant_a_run_loses_one_epoch_at_most(tmp_path, uninterrupted, start_training):
-    """24 kills: 4 while it starts, 8 while it trains, 12 inside a write; then it ends with the bits of the other."""
+    """12 kills: 2 while it starts, 4 while it trains, 6 inside a write; then it ends with the bits of the other."""
     generator = random.Random(0)
-    kinds = ["start"] * 4 + ["train"] * 8 + ["write", "fsync", "replace"] * 4
+    kinds = ["start"] * 2 + ["train"] * 4 + ["write", "fsync", "replace"] * 2
     generator.shuffle(kinds)
     stored, killed_in_training = -1, 0
     for kind in kinds:
@@ -348,7 +377,7 @@ def test_killed_at_any_instant_a_run_loses_one_epoch_at_most(tmp_path, uninterru
         now = epochs_stored(tmp_path)  # the file is whole, or there is none
         assert now >= max(stored, begun.value - 1), kind
         stored = now
-    assert killed_in_training >= 20
+    assert killed_in_training >= 10
     assert 0 < stored < OPTIONS.epochs
     process, _ = start_training(tmp_path)
     process.join(120)

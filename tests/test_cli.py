@@ -42,7 +42,7 @@ def test_info_tells_every_backend_and_why(capsys):
         assert any(name in line and why in line and ("yes" if can else "no") in line for line in out.splitlines())
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "report", "bench", "info", "demo"])
+@pytest.mark.parametrize("command", ["train", "eval", "report", "bench", "tune", "info", "demo"])
 def test_help(capsys, command):
     status, out, _ = run(capsys, command, "--help")
     assert status == 0
@@ -132,6 +132,30 @@ def test_a_run_remembers_its_images(capsys, monkeypatch, mnist_dir, run_dir):
     assert (status, last_json(out)["dataset"]) == (0, "digits")  # what it was trained on, not the environment's
 
 
+def test_a_run_finds_its_images_from_anywhere(capsys, monkeypatch, mnist_dir):
+    monkeypatch.chdir(mnist_dir)
+    assert run(capsys, "train", "--data-dir", ".", "--out", "run", *TINY)[0] == 0
+    (mnist_dir / "elsewhere").mkdir()
+    monkeypatch.chdir(mnist_dir / "elsewhere")
+    assert run(capsys, "eval", mnist_dir / "run")[0] == 0
+
+
+def test_eval_lays_digits_over_each_other_as_the_training_did(capsys, tmp_path):
+    status, out, _ = run(capsys, "train", "--out", tmp_path, *TINY, "--overlap", "--json")
+    assert status == 0
+    assert last_json(run(capsys, "eval", tmp_path, "--json")[1])["test_accuracy"] == last_json(out)["test_accuracy"]
+
+
+def test_images_of_other_classes_are_refused(capsys, tmp_path):
+    for folder, names in (("two", ("ant", "bee")), ("three", ("ant", "bee", "cat"))):
+        for name in names:
+            make_images(tmp_path / folder / name, 10, (10, 200, 30), size=(8, 8))
+    assert run(capsys, "train", "--data-dir", tmp_path / "two", "--out", tmp_path / "run", *TINY)[0] == 0
+    status, _, err = run(capsys, "eval", tmp_path / "run", "--data-dir", tmp_path / "three")
+    assert status == 2
+    assert "is for images (3, 8, 8) of 2 classes, images:three has (3, 8, 8) of 3" in err
+
+
 def test_train_and_eval_on_idx_files(capsys, mnist_dir, run_dir):
     out_dir = mnist_dir / "run"
     status, out, _ = run(capsys, "train", "--data-dir", mnist_dir, "--out", out_dir, *TINY, "--json")
@@ -161,8 +185,9 @@ def test_errors_are_one_readable_line(capsys, tmp_path, run_dir):
     for argv, message in (
         (("eval", tmp_path / "none"), "none"),
         (("eval", tmp_path), MODEL),
-        (("eval", tmp_path / "cut"), "cut is no whole safetensors file"),
+        (("eval", tmp_path / "cut"), "cut is not a complete safetensors file"),
         (("eval", run_dir, "--data-dir", tmp_path), "holds neither IDX files"),
+        (("train", "--out", tmp_path / "run", "--image-size", 16), "of folders only, but the digits are 8 x 8, got 16"),
         (("train", "--out", tmp_path / "file" / "run"), "file"),
     ):
         status, out, err = run(capsys, *argv)
@@ -240,13 +265,13 @@ def test_images_are_named_by_who_named_them(capsys, monkeypatch, mnist_dir):
     assert status == 2
     assert "is for images (3, 8, 8) of 2 classes, idx:" in err
     photos.rename(mnist_dir / "moved")
-    assert run(capsys, "eval", out_dir)[2] == f"capsroute eval: error: images of the run: {photos} is no directory\n"
+    assert run(capsys, "eval", out_dir)[2] == f"capsroute eval: error: images of the run: {photos} is not a directory\n"
     assert run(capsys, "eval", out_dir, "--data-dir", mnist_dir / "moved")[0] == 0  # resized as before
     monkeypatch.setenv("CAPSROUTE_DATA", "/nope")
     err = run(capsys, "train", "--out", mnist_dir / "other")[2]
-    assert err == "capsroute train: error: CAPSROUTE_DATA: /nope is no directory\n"
+    assert err == "capsroute train: error: CAPSROUTE_DATA: /nope is not a directory\n"
     err = run(capsys, "train", "--out", mnist_dir / "other", "--data-dir", "/none")[2]
-    assert err == "capsroute train: error: /none is no directory\n"
+    assert err == "capsroute train: error: /none is not a directory\n"
 
 
 def test_a_folder_for_validation_that_is_not_used_is_told(capsys, tmp_path):
@@ -254,15 +279,15 @@ def test_a_folder_for_validation_that_is_not_used_is_told(capsys, tmp_path):
         for name in ("ant", "bee"):
             make_images(tmp_path / "photos" / split / name, 3, (10, 200, 30), size=(9, 9))
     words = ("train", "--data-dir", tmp_path / "photos", *TINY)
-    told = "6 images for validation are not used: --validation would"
+    told = "6 validation images are not used: give --validation to use them"
     assert told in run(capsys, *words, "--out", tmp_path / "without")[1]
     assert told not in run(capsys, *words, "--out", tmp_path / "with", "--validation", 0.5)[1]
 
 
-@pytest.mark.parametrize("words", [(), ("--seed", 0)])
-def test_random_numbers_do_not_depend_on_what_was_drawn_before(capsys, words):
+@pytest.mark.parametrize(("words", "seed"), [((), 0), (("--seed", 0), 0), (("--seed", 5), 5)])
+def test_random_numbers_do_not_depend_on_what_was_drawn_before(capsys, words, seed):
     run(capsys, "info", *words)
-    torch.testing.assert_close(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(seed)))
 
 
 def test_too_little_memory_is_told_in_one_line(capsys, monkeypatch, tmp_path):
@@ -277,6 +302,20 @@ def test_too_little_memory_is_told_in_one_line(capsys, monkeypatch, tmp_path):
     assert err.count("\n") == 1
 
 
+def test_an_error_of_our_own_is_not_hidden(capsys, monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(training_cli, "run_training", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(capsys, "train", "--out", tmp_path / "run", *TINY)
+
+
+def test_an_error_of_several_lines_is_told_in_one(capsys):
+    _console.complain(argparse.Namespace(command="train"), ValueError("one\n  two"))
+    assert capsys.readouterr().err == "capsroute train: error: one two\n"
+
+
 @pytest.mark.parametrize(
     "words", [("info", "--seed", 2**70), ("bench", "--threads", 10**12), ("train", "--epochs", 10**30)]
 )
@@ -289,18 +328,23 @@ def test_numbers_beyond_their_range_are_named(capsys, words):
 def test_a_missing_library_is_told_with_the_extra(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     status, _, err = run(capsys, "train", "--out", tmp_path / "run", *TINY)
-    assert (status, "pip install 'capsroute[demo]'" in err) == (2, True)
+    assert (status, "pip install '.[demo]'" in err) == (2, True)
     assert "epoch" not in err  # none was trained
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     status, _, err = run(capsys, "train", "--out", tmp_path / "run")
     assert status == 2
-    assert "pip install 'capsroute[demo]'" in err
+    assert "pip install '.[demo]'" in err
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     status, _, err = run(capsys, "train", "--out", tmp_path / "run", *TINY, "--tensorboard")
     assert status == 2
-    assert "pip install 'capsroute[tensorboard]'" in err
+    assert "pip install '.[tensorboard]'" in err
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, _, err = run(capsys, "demo", "--out", tmp_path / "demo", *TINY)
+    assert (status, "matplotlib is needed here" in err) == (2, True)
+    assert not (tmp_path / "demo").exists()
 
 
 @pytest.mark.parametrize(("needed", "expected"), [(0.0, 0), (1.1, 1)])

@@ -306,6 +306,17 @@ def test_export_with_dynamic_batch(fused):
         assert_close(x, y)
 
 
+def test_iterations_may_be_symbolic():
+    class Routing(torch.nn.Module):
+        def forward(self, u, weight, iterations):
+            return capsroute.capsule_linear(u, weight, iterations)
+
+    u, weight = torch.randn(3, 5, 4), torch.randn(5, 3, 2, 4)
+    shapes = (None, None, torch.export.Dim.AUTO)
+    exported = torch.export.export(Routing(), (u, weight, 2), dynamic_shapes=shapes, strict=False).module()
+    assert_close(exported(u, weight, 2), capsroute.capsule_linear(u, weight, 2))
+
+
 # The ops by hand
 
 

@@ -1,5 +1,6 @@
 """Convolutional capsules: against capsule_linear position by position, and what is stored."""
 
+import io
 import itertools
 
 import pytest
@@ -8,7 +9,8 @@ from peak import extra_memory
 from torch.testing import assert_close
 
 import capsroute
-from capsroute.nn import CapsuleConv2d, CapsuleConvTranspose2d, PrimaryCapsules, _windows
+from capsroute import _autograd
+from capsroute.nn import CapsuleConv2d, CapsuleConvTranspose2d, PrimaryCapsules, _windows, conv_transpose
 
 IN, OUT = (2, 3), (3, 4)  # types and features
 ALL_AT_ONCE, ROW_BY_ROW, SOME = 2**25, 1, 6000  # chunk_bytes
@@ -50,6 +52,8 @@ def input_of(layer, d, out, tap, transposed):
 
 CONV = {
     "plain": {},
+    "in, padding of one axis": {"coupling": "in", "padding": (0, 1)},
+    "in, padding of the other axis": {"coupling": "in", "padding": (1, 0)},
     "stride and padding": {"stride": 2, "padding": 1},
     "uneven": {"kernel_size": (2, 3), "stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)},
     "dilation": {"dilation": 2, "padding": 1},
@@ -87,6 +91,11 @@ def test_each_position_is_routed_by_itself(backend, kind, options, chunk_bytes):
     assert_close(layer(x), by_hand(layer, x))
 
 
+def test_padding_counts_on_both_sides():
+    layer, x = make(CapsuleConv2d, {"padding": 1}), torch.randn(2, 1, 1, *IN, dtype=torch.float64)
+    assert_close(layer(x), by_hand(layer, x))
+
+
 @pytest.mark.parametrize("chunk_bytes", [ALL_AT_ONCE, ROW_BY_ROW])
 @pytest.mark.parametrize("coupling", ["out", "in"])
 @pytest.mark.parametrize("kind", [CapsuleConv2d, CapsuleConvTranspose2d])
@@ -115,6 +124,24 @@ def test_gradients(kind, chunk_bytes):
     assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
 
 
+@pytest.mark.parametrize(
+    ("side", "padding", "expected"),
+    [((1, 1), (1, 1), 2 * 2), ((1, 1), (0, 1), 4 * 2), ((2, 1), (1, 1), 4 * 2), ((2, 2), (1, 1), 4 * 4)],
+)
+def test_phases_without_an_output_are_not_routed(monkeypatch, side, padding, expected):
+    routed = []
+
+    def route(*args):
+        routed.append(args)
+        return _windows.route_windows(*args)
+
+    monkeypatch.setattr(conv_transpose, "route_windows", route)
+    layer = make(CapsuleConvTranspose2d, {"kernel_size": 4, "stride": 4, "padding": padding})
+    x = torch.randn(3, *side, *IN, dtype=torch.float64)
+    assert_close(layer(x), by_hand(layer, x))
+    assert len(routed) == expected
+
+
 def as_function(layer, x):
     names, parameters = zip(*layer.named_parameters(), strict=True)
 
@@ -137,6 +164,23 @@ def test_the_backward_routes_in_the_dtype_of_autocast(monkeypatch):
     assert layer.weight.grad.dtype == layer.bias.grad.dtype == torch.float32
 
 
+def test_a_backward_inside_of_autocast_is_that_of_the_forward_outside():
+    layer = make(CapsuleConv2d, {"bias": True}, chunk_bytes=ROW_BY_ROW, dtype=torch.float32)
+    x = torch.randn(2, 4, 5, *IN, requires_grad=True)
+    leaves = x, *layer.parameters()
+    expected = torch.autograd.grad(layer(x).sum(), leaves)
+    v = layer(x).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(v, leaves)
+    assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_maps_may_have_the_dtype_of_autocast():
+    layer = CapsuleConv2d(*IN, *OUT, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(2, 4, 5, *IN).bfloat16()).dtype == torch.bfloat16
+
+
 def test_many_chunks_are_not_summed_in_low_precision():
     layer, x = make(CapsuleConv2d, {"bias": True}), torch.randn(60, 7, 4, *IN, dtype=torch.float64)
     exact = torch.autograd.grad(layer(x).sum(), layer.parameters())
@@ -157,12 +201,39 @@ def test_only_wanted_gradients(monkeypatch, left_out):
     for name, leaf in leaves.items():
         leaf.requires_grad_(name != left_out)
     wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
-    asked, vjp = [], torch.func.vjp
-    monkeypatch.setattr(torch.func, "vjp", lambda f, *primals: asked.append(len(primals)) or vjp(f, *primals))
+    asked, vjp = [], _autograd.vjp
+    monkeypatch.setattr(_autograd, "vjp", lambda f, values, grad: asked.append(len(values)) or vjp(f, values, grad))
     found = torch.autograd.grad(layer(leaves["x"]).sum(), wanted)
     assert asked == [len(wanted)] * 4  # two images of two rows
     layer.chunk_bytes = ALL_AT_ONCE
     assert_close(found, torch.autograd.grad(layer(leaves["x"]).sum(), wanted))
+
+
+@pytest.mark.parametrize("kind", [CapsuleConv2d, CapsuleConvTranspose2d])
+def test_gradients_of_chunks_under_hooks_on_saved_tensors(kind):
+    layer = make(kind, {"padding": 1, "bias": True}, chunk_bytes=ROW_BY_ROW)
+    function, tensors = as_function(layer, torch.randn(2, 3, 2, *IN, dtype=torch.float64))
+    expected = torch.autograd.grad(function(*tensors).square().sum(), tensors)
+    with torch.autograd.graph.save_on_cpu():
+        assert_close(torch.autograd.grad(function(*tensors).square().sum(), tensors), expected)
+
+
+@pytest.mark.parametrize("kind", [CapsuleConv2d, CapsuleConvTranspose2d])
+def test_forward_mode_of_chunks(kind):
+    layer = make(kind, {"padding": 1, "coupling": "in"}, chunk_bytes=ROW_BY_ROW)
+    x, tangent = torch.randn(2, 2, 3, 2, *IN, dtype=torch.float64)
+    found = torch.func.jvp(layer, (x,), (tangent,))
+    layer.chunk_bytes = ALL_AT_ONCE
+    assert_close(found, torch.func.jvp(layer, (x,), (tangent,)))
+
+
+@pytest.mark.filterwarnings("ignore:.*jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_layer_of_chunks_can_be_saved():
+    layer, file = make(CapsuleConv2d, {"padding": 1}, chunk_bytes=ROW_BY_ROW), io.BytesIO()
+    x = torch.randn(2, 3, 2, *IN, dtype=torch.float64)
+    torch.jit.save(torch.jit.trace(layer, (x,)), file)
+    file.seek(0)
+    assert_close(torch.jit.load(file)(x), layer(x))
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of unfold's backward under vmap
@@ -254,6 +325,34 @@ def test_stacks_of_one_pass_neither_vanish_nor_saturate(depth):
     assert 0.3 < inside < 0.97
 
 
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("kind", [CapsuleConv2d, CapsuleConvTranspose2d])
+def test_a_leak_counts_as_an_output_of_the_first_weight(kind, iterations):
+    weights = []
+    for leaky in (False, True):
+        torch.manual_seed(0)
+        weights.append(kind(8, 3, 2, 4, 3, iterations=iterations, leaky=leaky).weight)
+    assert_close(weights[1], 1.5 * weights[0])
+
+
+def test_a_softmax_over_i_starts_with_longer_votes():
+    """The first pass weighs each of the 9 x 8 capsules of a window by 1 / 72, and not by 1 / 2."""
+    weights = []
+    for coupling in ("out", "in"):
+        torch.manual_seed(0)
+        weights.append(CapsuleConv2d(8, 3, 2, 4, 3, iterations=1, coupling=coupling).weight)
+    assert_close(weights[1], 9 * 8 / 2 * weights[0])
+
+
+def test_a_bias_starts_at_zero():
+    assert not CapsuleConv2d(8, 3, 2, 4, 3, bias=True).bias.any()
+
+
+def test_a_transposed_layer_starts_by_what_a_position_sees():
+    layer = CapsuleConvTranspose2d(8, 3, 2, 4, 4, 2, 1)  # 2 x 2 x 8 capsules on average
+    assert layer.weight.std().item() == pytest.approx(2 / 32**0.5 / 4**0.5, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "error", "message"),
     [
@@ -264,6 +363,7 @@ def test_stacks_of_one_pass_neither_vanish_nor_saturate(depth):
             TypeError,
             r"stride must be an int or \(height, width\), got \(1, 2, 3\)",
         ),
+        (CapsuleConv2d, {"stride": True}, TypeError, "stride must be an int or"),
         (CapsuleConv2d, {"padding": -1}, ValueError, "padding must be at least 0, got -1"),
         (CapsuleConv2d, {"dilation": 1.5}, TypeError, "dilation must be an int or"),
         (CapsuleConv2d, {"iterations": 0}, ValueError, "iterations must be at least 1"),
@@ -306,6 +406,11 @@ def test_wrong_maps_are_named(shape, message):
         make(CapsuleConv2d, {})(torch.zeros(shape, dtype=torch.float64))
 
 
+def test_maps_of_another_dtype_are_named():
+    with pytest.raises(TypeError, match=r"x must have the dtype of the weight, torch.float64, got torch.float32"):
+        make(CapsuleConv2d, {})(torch.zeros(2, 5, 5, *IN))
+
+
 def test_wrong_masks_are_named():
     layer, x = make(CapsuleConv2d, {}), torch.zeros(2, 5, 5, *IN, dtype=torch.float64)
     with pytest.raises(TypeError, match="mask must be bool"):
@@ -314,6 +419,8 @@ def test_wrong_masks_are_named():
         layer(x, mask=torch.ones(2, 5, 5, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="x must leave an output"):
         make(CapsuleConvTranspose2d, {"kernel_size": 1, "padding": 3})(x)
+    with pytest.raises(ValueError, match="x must leave an output"):
+        make(CapsuleConvTranspose2d, {"kernel_size": 1, "padding": (0, 3)})(x)
 
 
 def test_layers_show_themselves():

@@ -150,10 +150,14 @@ def test_real_mnist_is_read_as_it_is():
         ("train-images-idx3-ubyte", b"\x89PNG\r\n", "starts with 00000803, got 89504e47"),
         ("train-images-idx3-ubyte", idx(0, 5, 7), r"holds no values: its shape is \[0, 5, 7\]"),
         ("train-images-idx3-ubyte", idx(5, 5, 7), "holds 5 images, .*train-labels-idx1-ubyte 6 labels"),
-        ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(2, 5, 7))[:-9], "is no whole gzip file"),
-        ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(2, 5, 7))[:20], "is no whole gzip file"),
-        ("t10k-images-idx3-ubyte.gz", b"\x1f\x8b" + bytes(30), "is no whole gzip file"),  # no method
-        ("t10k-images-idx3-ubyte.gz", b"\x1f\x8b\x08" + bytes(7) + b"\xff" * 20, "is no whole gzip file"),  # no block
+        ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(2, 5, 7))[:-9], "is not a complete gzip file"),
+        ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(2, 5, 7))[:20], "is not a complete gzip file"),
+        ("t10k-images-idx3-ubyte.gz", b"\x1f\x8b" + bytes(30), "is not a complete gzip file"),  # no method
+        (
+            "t10k-images-idx3-ubyte.gz",
+            b"\x1f\x8b\x08" + bytes(7) + b"\xff" * 20,
+            "is not a complete gzip file",
+        ),  # no block
         ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(2, 5, 6)), r"\[1, 5, 7\] for training, \[1, 5, 6\] for"),
         ("more-train-images-idx3-ubyte", idx(6, 5, 7), "must hold one data set, got more-train-images"),
     ],
@@ -170,7 +174,7 @@ def test_a_gzip_file_with_broken_values_is_named(mnist_dir):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)
-    with pytest.raises(DataError, match=f"{path} is no whole gzip file"):
+    with pytest.raises(DataError, match=f"{path} is not a complete gzip file"):
         data.load(mnist_dir)
 
 
@@ -180,7 +184,7 @@ def test_missing_files_are_named(mnist_dir, tmp_path_factory):
         data.load(mnist_dir)
     with pytest.raises(DataError, match="holds neither IDX files"):
         data.load(tmp_path_factory.mktemp("empty"))
-    with pytest.raises(DataError, match="none is no directory"):
+    with pytest.raises(DataError, match="none is not a directory"):
         data.load(mnist_dir / "none")
 
 
@@ -246,7 +250,7 @@ def test_a_folder_with_train_and_test_and_other_sizes(tmp_path):
     for split, count in (("train", 3), ("test", 2)):
         make_images(tmp_path / split / "a", count, 10, mode="L")
         make_images(tmp_path / split / "b", count, 20, size=(9, 9), mode="L")
-    with pytest.raises(DataError, match=r"b/0.png has 9 x 9 pixels, .*a/0.png 5 x 6: say what to resize to"):
+    with pytest.raises(DataError, match=r"b/0.png has 9 x 9 pixels, .*a/0.png 5 x 6: pass --image-size N"):
         data.load(tmp_path)
     (tmp_path / "train" / "a" / "._0.png").write_bytes(b"hidden, of a file system")
     dataset = data.load(tmp_path, image_size=7)
@@ -286,18 +290,21 @@ def test_a_palette_decides_whether_an_image_is_grey(tmp_path, colour, channels):
 
 def test_images_of_one_size_are_not_resized():
     assert data.load(image_size=8).image_shape == (1, 8, 8)
-    with pytest.raises(DataError, match="--image-size resizes images of folders, the digits are 8 x 8, got 16"):
+    with pytest.raises(DataError, match="resizes images of folders only, but the digits are 8 x 8, got 16"):
         data.load(image_size=16)
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda d: (d / "train" / "a" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\nno"), "a/0.png is no image that can"),
+        (
+            lambda d: (d / "train" / "a" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\nno"),
+            "a/0.png cannot be read as",
+        ),
         (lambda d: make_images(d / "train" / "a", 1, 3000, mode="I;16"), "a/0.png must have 8 bits a channel"),
         (lambda d: (d / "train" / "c").mkdir(), "train/c holds no images"),
         (lambda d: make_images(d / "test" / "c", 1, 0), "must have the same classes, only one has c"),
-        (lambda d: (d / "test").rename(d / "exam"), "must have folders train and test, or none of them"),
+        (lambda d: (d / "test").rename(d / "exam"), "must have both of the folders train and test, or neither"),
     ],
 )
 def test_a_bad_image_folder_is_named(tmp_path, spoil, message):

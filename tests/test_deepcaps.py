@@ -80,7 +80,7 @@ def test_it_learns_its_batch(backend):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"features": ()}, ValueError, "features must have a number for each of at least one cell, got none"),
+        ({"features": ()}, ValueError, "features must have at least one number, one for each cell, got none"),
         ({"types": 0}, ValueError, "types must be at least 1, got 0"),
         ({"class_features": 0}, ValueError, "class_features must be at least 1, got 0"),
         ({"features": 4}, TypeError, "features must be a tuple of ints, got int"),

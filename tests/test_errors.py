@@ -1,5 +1,6 @@
 """Every wrong argument gets an error that names it, says what was expected and what came."""
 
+import contextlib
 import re
 
 import pytest
@@ -69,15 +70,17 @@ WRONG = [
     ("squash", {"s": ints(2, 3)}, TypeError, "float32, float64, bfloat16 or float16", "int64"),
     ("squash", {"dim": 2}, ValueError, "[2, 3]", "2"),
     ("squash", {"dim": -3}, ValueError, "[2, 3]", "-3"),
-    ("squash", {"dim": 1.0}, TypeError, "int", "1.0"),
-    ("squash", {"dim": None}, TypeError, "int", "None"),
-    ("squash", {"dim": (0, 1)}, TypeError, "int", "(0, 1)"),
-    ("squash", {"dim": True}, TypeError, "int", "True"),
+    ("squash", {"dim": 1.0}, TypeError, "int", "float"),
+    ("squash", {"dim": None}, TypeError, "int", "NoneType"),
+    ("squash", {"dim": (0, 1)}, TypeError, "int", "tuple"),
+    ("squash", {"dim": True}, TypeError, "int", "bool"),
+    ("squash", {"power": 10**400}, ValueError, "finite", "1000"),
     ("squash", {"dim": -1, "s": ones()}, ValueError, "[]", "-1"),
     *((call, *rest) for call in ("linear", "votes") for rest in [
         ({"iterations": 0}, ValueError, "at least 1", "0"),
         ({"iterations": -2}, ValueError, "at least 1", "-2"),
         ({"iterations": 10**20}, ValueError, "less than 2^31", "100000000000000000000"),
+        ({"iterations": 2**31}, ValueError, "less than 2^31", "2147483648"),
         ({"iterations": 3.0}, TypeError, "int", "float"),
         ({"iterations": True}, TypeError, "int", "bool"),
         ({"iterations": None}, TypeError, "int", "NoneType"),
@@ -102,6 +105,7 @@ WRONG = [
         ({"scale": float("inf")}, ValueError, "finite", "inf"),
         ({"scale": float("nan")}, ValueError, "finite", "nan"),
         ({"scale": 10**400}, ValueError, "finite", "1000"),
+        ({"scale": -(10**400)}, ValueError, "finite", "-1000"),
     ]),
     ("pass", {"query": None, "weight": ones(4, 3)}, ValueError, "[O, D]", "J"),
     ("pass", {"query": ones(4), "weight": ones(4, 3)}, ValueError, "[*, J, O] with J >= 1", "[4]"),
@@ -187,9 +191,33 @@ def test_under_autocast_the_dtypes_of_the_caller_are_named(dtypes):
         capsroute.capsule_linear(u, weight)
 
 
+def test_a_query_that_was_remembered_is_no_bias():
+    """A bias does not broadcast, whether a query does or not."""
+    u, weight, one = ones(2, 5, 3), ones(5, 6, 4, 3), ones(1, 4)
+    with contextlib.suppress(ValueError):
+        capsroute.routing_pass(u, weight, one)
+    with pytest.raises(ValueError, match="bias must be"):
+        capsroute.capsule_linear(u, weight, bias=one)
+
+
+def test_the_smallest_eps_is_fine():
+    capsroute.squash(ones(3), eps=torch.finfo(torch.float32).tiny)
+
+
 def test_integer_eps_and_positional_iterations_are_fine():
     function, arguments = VALID["votes"]
     assert torch.equal(function(*arguments.values(), 2, eps=1), function(**arguments, iterations=2, eps=1.0))
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [("squash", "eps"), ("squash", "power"), ("votes", "eps"), ("pass", "scale"), ("votes pass", "scale")],
+)
+def test_an_int_beyond_64_bits_is_the_float_that_it_equals(call, name):
+    function, arguments = VALID[call]
+    backend = {} if call == "squash" else {"backend": "reference"}
+    found, expected = (function(**arguments, **backend, **{name: value}) for value in (10**20, 1e20))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(

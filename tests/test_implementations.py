@@ -236,6 +236,7 @@ def test_layouts_are_views_where_they_can_be():
     [
         ((7, 3, 20), "[I, K, O]", {}, r"layout must have the letters of \[I, J, O, D\], \[J, O, D\], \[O, D\]"),
         ((7, 3, 20), "[I, I, J*O]", {}, "layout must have the letters"),
+        ((2, 2, 3, 4, 5), "[I, I, J, O, D]", {}, "layout must have the letters"),
         ((7, 3, 20), "[I, D, O]", {}, "layout must have the letters"),
         ((7, 3, 20), "[I, D, J*O]", {}, r"the size of J or O must be given: J\*O is 20 in weight"),
         ((7, 3, 20), "[I, D, J*O]", {"J": 3}, r"weight must be \[I, D, J\*O\] with J = 3, got \[7, 3, 20\]"),

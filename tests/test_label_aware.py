@@ -45,6 +45,13 @@ def test_no_gradient_of_attention_is_nan(power):
     assert all(x.isfinite().all() for x in (v, *grads))
 
 
+def test_the_gradient_of_an_interest_far_away_is_finite():
+    interests = torch.tensor([[[0.1], [-1e3]]], requires_grad=True)
+    v = LabelAwareAttention(40)(interests, torch.ones(1, 1))
+    assert_close(v, torch.tensor([[0.1]]))
+    assert torch.autograd.grad(v.sum(), interests)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("power", [1, 2, math.inf])
 def test_attention_leaves_out_what_is_masked(power):
     interests, label = torch.randn(3, INTERESTS, OUT), torch.randn(3, OUT)
@@ -58,6 +65,22 @@ def test_attention_leaves_out_what_is_masked(power):
     assert dirty.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("power", [1, 2])
+def test_a_masked_interest_is_farther_than_any(power):
+    interests, label = torch.tensor([[[1e3], [5.0]]]), torch.tensor([[-1e3]])
+    v = LabelAwareAttention(power)(interests, label, torch.tensor([[True, False]]))
+    assert torch.equal(v, torch.tensor([[1e3]]))
+
+
+@pytest.mark.parametrize("power", [1, 2, math.inf])
+def test_agreements_beyond_float16(power):
+    interests, label = 100 * torch.randn(4, INTERESTS, OUT).half(), 100 * torch.randn(4, OUT).half()
+    attention = LabelAwareAttention(power)
+    v = attention(interests, label)
+    assert v.dtype == torch.float16
+    assert torch.equal(v, attention(interests.float(), label.float()).half())
+
+
 @pytest.mark.parametrize("power", [1, 2, math.inf])
 def test_attention_over_no_interests_is_zero(power):
     assert torch.equal(LabelAwareAttention(power)(torch.rand(2, 0, 3), torch.rand(2, 3)), torch.zeros(2, 3))
@@ -67,8 +90,11 @@ def test_attention_refuses_wrong_arguments():
     attention = LabelAwareAttention()
     with pytest.raises(ValueError, match=r"label must be \[\*, O\] where interests are \[\*, J, O\], got \[3, 6\]"):
         attention(torch.randn(2, INTERESTS, OUT), torch.randn(3, OUT))
+    with pytest.raises(ValueError, match="label must be"):
+        attention(torch.randn(OUT), torch.randn(OUT))
     with pytest.raises(ValueError, match=r"mask must broadcast to \[\*, J\]"):
         attention(torch.randn(2, INTERESTS, OUT), torch.randn(2, OUT), torch.ones(2, 2, dtype=torch.bool))
+    assert LabelAwareAttention(10**400).power == math.inf
     with pytest.raises(ValueError, match=r"power must be at least 1, got 0.5"):
         LabelAwareAttention(0.5)
     with pytest.raises(TypeError, match="power must be a float, got str"):

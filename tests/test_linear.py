@@ -72,7 +72,9 @@ def test_capsule_linear_shows_its_sizes_and_options():
     ("arguments", "options", "error", "message"),
     [
         ((0, 3, 4, 5), {}, ValueError, "in_capsules must be at least 1, got 0"),
+        ((0, 3, 4, 5), {"shared": "pairs"}, ValueError, "in_capsules must be at least 1, got 0"),
         ((7, 3, 4, 2.0), {}, TypeError, "out_features must be an int, got float"),
+        ((7, 3, True, 5), {}, TypeError, "out_capsules must be an int, got bool"),
         ((7, 3, 4, 5, 0), {}, ValueError, "iterations must be at least 1, got 0"),
         ((7, 3, 4, 5), {"coupling": "both"}, ValueError, 'coupling must be "out"'),
         ((7, 3, 4, 5), {"coupling": "in", "leaky": True}, ValueError, "leaky must be False"),
@@ -118,8 +120,8 @@ def test_lazy_capsule_linear_becomes_what_its_input_needs():
 def test_a_lazy_layer_that_was_loaded_knows_its_sizes():
     lazy = LazyCapsuleLinear(4, 5)
     lazy.load_state_dict(CapsuleLinear(7, 3, 4, 5).state_dict())
-    with pytest.raises(ValueError, match=r"weight must be \[I, J, O, D\] with I = 8 and D = 3"):
-        lazy(torch.randn(2, 8, 3))
+    with pytest.raises(ValueError, match=r"weight must be \[I, J, O, D\] with I = 8 and D = 9"):
+        lazy(torch.randn(2, 8, 9))
     assert (lazy.in_capsules, lazy.in_features) == (7, 3)
 
 
@@ -159,6 +161,11 @@ def test_a_leaky_layer_starts_as_long_as_one_without(outputs):
 def test_prior_logits_of_a_shared_matrix_are_checked(logits, error, message):
     with pytest.raises(error, match=message):
         CapsuleLinear(7, 3, 4, 5, shared="pairs")(torch.randn(2, 7, 3), logits=logits)
+
+
+def test_a_weight_for_pairs_is_not_set_to_a_shared_one():
+    with pytest.raises(ValueError, match=r"weight must be \[5, 3\], got \[7, 4, 5, 3\]"):
+        CapsuleLinear(None, 3, 4, 5, shared="pairs").set_weight(torch.zeros(7, 4, 5, 3), "[I, J, O, D]")
 
 
 def test_a_layout_is_of_a_tensor():

@@ -48,6 +48,13 @@ def test_capsnet_loss_adds_the_mean_squared_error():
     torch.testing.assert_close(CapsNetLoss(0.392)(output, images, labels), expected)
 
 
+def test_images_do_not_broadcast_to_the_reconstruction():
+    net = CapsNet((1, 8, 8), 3, channels=2, types=1, hidden=(4,))
+    images, labels = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="images must be of the reconstruction's shape"):
+        CapsNetLoss()(net(images, labels), images[:1], labels)
+
+
 @pytest.mark.parametrize(
     ("labels", "error", "message"),
     [
@@ -68,6 +75,8 @@ def test_one_hot_labels_are_not_taken_for_classes():
     message = r"with K < J = 3, got \[2, 3\]; of one-hot labels pass \.argmax\(1\)"
     with pytest.raises(ValueError, match=message):
         MarginLoss()(torch.rand(2, 3), torch.eye(3, dtype=torch.int64)[:2])
+    with pytest.raises(ValueError, match="of one-hot labels pass"):
+        MarginLoss()(torch.rand(2, 2), torch.eye(2, dtype=torch.int64))
     MarginLoss()(torch.rand(2, 3), torch.tensor([[0, 1], [2, 0]]))
     MarginLoss()(torch.rand(2, 1), torch.tensor([[0], [0]]))
 
@@ -118,10 +127,16 @@ def test_losses_want_tensors():
     ],
 )
 def test_constants_of_losses_are_checked(make, name):
-    for wrong in (float("nan"), -0.1, float("inf")):
+    for wrong in (float("nan"), -0.1, float("inf"), 10**400):
         with pytest.raises(ValueError, match=f"{name} must be a finite number of at least 0, got {wrong}"):
             make(wrong)
     for wrong in ("a", True):
         with pytest.raises(TypeError, match=f"{name} must be a float, got {type(wrong).__name__}"):
             make(wrong)
     make(0)
+
+
+def test_an_int_beyond_64_bits_is_the_float_that_it_equals():
+    lengths, labels = torch.rand(3, 4), torch.arange(3)
+    for make in (MarginLoss, lambda x: MarginLoss(down_weight=x), SpreadLoss):
+        assert make(10**20)(lengths, labels) == make(1e20)(lengths, labels)

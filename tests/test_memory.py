@@ -11,6 +11,7 @@ from problems import FORMS, Problem, cotangent, random_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import capsroute
+from capsroute import functional
 
 
 class Calls(TorchDispatchMode):
@@ -49,6 +50,11 @@ def test_rows_that_lie_apart_do_not_mix(cpu, form, outputs, coupling):
     found = problem.gradients(cpu)
     assert torch.equal(found["v"], expected["v"])
     assert torch.equal(found["u"], expected["u"])
+
+
+def test_logits_that_all_samples_share_are_not_copied_for_two_leading_dimensions():
+    shared = torch.zeros(1, 1, 7, 4)
+    assert functional._flatten_lead(shared, [20, 30], 2).shape == (1, 7, 4)
 
 
 @pytest.mark.parametrize("without", ["requires_grad", "no_grad", "inference_mode"])

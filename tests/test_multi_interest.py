@@ -118,6 +118,14 @@ def test_prior_logits_under_autocast():
     assert v.dtype == torch.bfloat16
 
 
+def test_cosines_are_not_rounded_under_autocast():
+    module = MultiInterest(CLICKS, FEATURES, INTERESTS, OUT, cosine_scale=5.0)
+    u, logits = torch.randn(BATCH, CLICKS, FEATURES), torch.randn(CLICKS, INTERESTS)
+    expected = copy.deepcopy(module).bfloat16()(u.bfloat16(), logits=logits)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(module(u, logits=logits), expected)
+
+
 def test_a_detached_coupling_is_as_exact_as_any_in_bfloat16():
     options = {"squash_power": 0.5}
     modules = [MultiInterest(CLICKS, FEATURES, INTERESTS, OUT, detach_coupling=d, **options) for d in (False, True)]
@@ -137,6 +145,13 @@ def test_a_power_and_detached_coupling():
         v = (n2 / (1 + n2)) ** 1.5 / (n2 + 1e-9).sqrt() * s
         b = b + recommenders.agreement(h, v).detach()
     assert_same(module, u, module(u, lengths=LENGTHS), v)
+
+
+def test_a_power_takes_the_eps():
+    module = MultiInterest(CLICKS, FEATURES, INTERESTS, OUT, 1, squash_power=0.5, eps=1.0)
+    u = torch.randn(BATCH, CLICKS, FEATURES)
+    s = capsroute.routing_pass(u, module.weight, None, logits=module.logits)
+    assert_close(module(u), capsroute.squash(s, eps=1.0, power=0.5))
 
 
 # Prior logits
@@ -208,6 +223,38 @@ def test_parameters_come_from_a_generator(prior):
     assert torch.equal(one.logits, two.logits)
 
 
+@pytest.mark.parametrize("prior", ["random", "learned"])
+def test_the_prior_is_as_wide_as_asked_for(prior):
+    logits = []
+    for prior_std in (1.0, 0.5):
+        torch.manual_seed(0)
+        logits.append(layer(prior=prior, prior_std=prior_std).logits)
+    assert_close(logits[1], 0.5 * logits[0])
+
+
+def test_weights_start_by_what_the_softmax_is_over():
+    """The first pass weighs a click by 1 / 2, or by 1 / 9; the votes are no longer than the clicks."""
+    weights = []
+    for coupling in ("out", "in"):
+        torch.manual_seed(0)
+        weights.append(MultiInterest(CLICKS, FEATURES, 2, OUT, coupling=coupling).weight)
+    assert_close(weights[0], 2 / 3 * weights[1])
+
+
+@pytest.mark.parametrize("prior", ["learned", "zero"])
+def test_only_a_random_prior_is_drawn_anew(prior):
+    module, u = layer(prior=prior, shared="inputs"), histories()
+    generator = torch.Generator().manual_seed(3)
+    state = generator.get_state()
+    assert torch.equal(module(u, generator=generator), module(u))
+    assert torch.equal(generator.get_state(), state)
+
+
+def test_logits_are_drawn_in_the_dtype_of_the_weight():
+    module = MultiInterest(CLICKS, FEATURES, INTERESTS, OUT)
+    assert module.draw_logits(torch.zeros(2, CLICKS, FEATURES).bfloat16()).dtype == torch.float32
+
+
 def test_learned_logits_learn():
     module, u = layer(prior="learned"), histories()
     module(u, lengths=LENGTHS)[0, 0, 0].backward()
@@ -256,6 +303,12 @@ def test_a_short_batch_is_a_padded_one(shared):
 def test_more_clicks_than_there_are_count_as_all():
     module, u = layer(adaptive=True), histories()
     assert torch.equal(module(u, lengths=LENGTHS + CLICKS), module(u))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
+def test_lengths_of_any_integers(dtype):
+    module, u = layer(adaptive=True), histories()
+    assert torch.equal(module(u, lengths=LENGTHS.to(dtype)), module(u, lengths=LENGTHS))
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])
@@ -436,6 +489,7 @@ def test_repr():
         ({"cosine_scale": 0.0}, ValueError, "cosine_scale must be a positive finite number, got 0.0"),
         ({"squash_power": "2"}, TypeError, "squash_power must be a float, got str"),
         ({"prior_std": -1.0}, ValueError, "prior_std must be a positive finite number, got -1.0"),
+        ({"prior_std": 10**400}, ValueError, "prior_std must be a positive finite number, got 1000"),
         ({"adaptive": 1}, TypeError, "adaptive must be True or False, got 1"),
         ({"iterations": 0}, ValueError, "iterations must be at least 1, got 0"),
     ],
@@ -478,7 +532,26 @@ def test_wrong_options_are_refused(options, error, message):
         ((BATCH, CLICKS, FEATURES), {"generator": 3}, TypeError, "generator must be a torch.Generator, got int"),
         ((BATCH, CLICKS, FEATURES), {"lengths": [9] * 5}, TypeError, "lengths must be a tensor of integers"),
         ((BATCH, CLICKS, FEATURES), {"mask": REAL.long()}, TypeError, r"pass mask.bool\(\)"),
+        ((BATCH, CLICKS, FEATURES), {"mask": REAL[:, 1:]}, ValueError, r"mask must broadcast to \[\*, I\]"),
         ((BATCH, CLICKS, FEATURES), {"logits": torch.zeros(CLICKS, INTERESTS + 1)}, ValueError, "logits must"),
+        (
+            (BATCH, CLICKS, FEATURES),
+            {"logits": torch.zeros(CLICKS, INTERESTS, device="meta")},
+            ValueError,
+            "logits must be on the device",
+        ),
+        (
+            (BATCH, CLICKS, FEATURES),
+            {"logits": torch.zeros(BATCH + 1, CLICKS, INTERESTS)},
+            ValueError,
+            "logits must broadcast",
+        ),
+        (
+            (BATCH, CLICKS, FEATURES),
+            {"logits": torch.zeros(BATCH + 1, CLICKS, INTERESTS), "lengths": LENGTHS},
+            ValueError,
+            r"logits must broadcast to \[\*, I, J\]",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused(shape, arguments, error, message):
@@ -489,6 +562,8 @@ def test_wrong_arguments_are_refused(shape, arguments, error, message):
 def test_drawing_refuses_wrong_arguments():
     with pytest.raises(TypeError, match=r"generator must be a torch.Generator, got int"):
         layer().draw_logits(histories(), 3)
+    with pytest.raises(TypeError, match=r"generator must be a torch.Generator, got int"):
+        layer().eval()(histories(), generator=3)
     with pytest.raises(ValueError, match=r"u must be \[\*, I, D\] with I <= length = 9 and D = 4, got \[2, 10, 4\]"):
         layer().draw_logits(torch.randn(2, CLICKS + 1, FEATURES))
 

@@ -1,6 +1,7 @@
 """capsroute.nn: each module against its equation written out anew, and what a torch module must survive."""
 
 import copy
+import io
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from capsroute.nn import CapsNet, CapsNetLoss, Decoder, MarginLoss, PrimaryCapsules
 from capsroute.nn._lengths import capsule_lengths
+from capsroute.nn.capsnet import CapsNetOutput
 
 DIGITS = (1, 8, 8)
 
@@ -56,6 +58,21 @@ def test_primary_capsules_gradients():
     assert torch.autograd.gradcheck(primary, torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True))
 
 
+@pytest.mark.parametrize("flatten", [True, False])
+def test_primary_capsules_take_their_eps(flatten):
+    plain, soft = (PrimaryCapsules(1, 2, 3, 1, flatten=flatten, **options) for options in ({}, {"eps": 1.0}))
+    soft.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 1, 4, 4)
+    n2 = plain.conv(x).unflatten(1, (2, 3)).permute(0, 3, 4, 1, 2).square().sum(-1, keepdim=True)
+    n2 = n2.flatten(1, 3) if flatten else n2
+    torch.testing.assert_close(soft(x), plain(x) * ((n2 + 1e-9) / (n2 + 1)).sqrt())
+
+
+def test_primary_capsules_refuse_wrong_arguments():
+    with pytest.raises(TypeError, match="flatten must be True or False, got 'no'"):
+        PrimaryCapsules(1, 2, 3, 1, flatten="no")
+
+
 # Decoder
 
 
@@ -87,6 +104,12 @@ def test_decoder_lets_no_other_capsule_through():
     clean = decoder(capsules, torch.tensor([1]))
     capsules[0, 0] = torch.nan
     torch.testing.assert_close(decoder(capsules, torch.tensor([1])), clean, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 3), (2, 12)])
+def test_decoder_refuses_capsules_of_another_shape(shape):
+    with pytest.raises(ValueError, match=r"capsules must be \[B, J, O\] with J = 3 and O = 4, got"):
+        Decoder(3, 4, DIGITS)(torch.rand(shape))
 
 
 # CapsNet
@@ -172,6 +195,7 @@ def test_labels_reach_only_the_reconstruction():
     [
         ((1, 4, 8), ValueError, "image_shape must have a height and width of at least 5, got 4"),
         ((8, 8), ValueError, r"image_shape must be \(channels, height, width\), got \(8, 8\)"),
+        (28, ValueError, r"image_shape must be \(channels, height, width\), got 28"),
         ((0, 8, 8), ValueError, r"image_shape\[0\] must be at least 1, got 0"),
         ((1, 8.0, 8), TypeError, r"image_shape\[1\] must be an int, got float"),
     ],
@@ -187,6 +211,12 @@ def test_capsnet_refuses_wrong_images(shape):
         small_net()(torch.rand(shape))
 
 
+@pytest.mark.parametrize("images", [[[0.0]], torch.zeros(2, *DIGITS, dtype=torch.uint8)], ids=type)
+def test_capsnet_refuses_images_that_are_no_floats(images):
+    with pytest.raises(TypeError, match="images must be"):
+        small_net()(images)
+
+
 @pytest.mark.not_interpreted
 def test_capsnet_gradients(backend):
     net = small_net(backend=backend, dtype=torch.float64, class_features=2)
@@ -200,7 +230,17 @@ def test_capsnet_gradients(backend):
     assert torch.autograd.gradcheck(loss, (images, *parameters), fast_mode=True)
 
 
+@pytest.fixture
+def one_thread():
+    """Of so little work several only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.not_interpreted
+@pytest.mark.usefixtures("one_thread")
 def test_capsnet_learns_its_batch(backend):
     net, images, labels = small_net(backend=backend), torch.rand(6, *DIGITS), torch.tensor([0, 1, 2, 0, 1, 2])
     optimizer = torch.optim.Adam(net.parameters(), 0.02)
@@ -258,6 +298,26 @@ def test_autocast(net_and_batch, dtype):
     for parameter, expected in zip(net.parameters(), exact, strict=True):
         assert parameter.grad.dtype == torch.float32
         torch.testing.assert_close(parameter.grad, expected, rtol=0.1, atol=0.1 * float(expected.abs().max()) + 1e-6)
+
+
+def test_an_exported_program_can_be_saved(net_and_batch):
+    net, images, _ = net_and_batch
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(net, (images,)), file)
+    file.seek(0)
+    found = torch.export.load(file).module()(images)
+    assert isinstance(found, CapsNetOutput)
+    torch.testing.assert_close(found, net(images))
+
+
+@pytest.mark.filterwarnings("ignore:.*jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traced(net_and_batch):
+    net, images, labels = net_and_batch
+    traced, more = torch.jit.trace(net, (images, labels)), (images.repeat(2, 1, 1, 1), labels.repeat(2))
+    expected = net(*more)
+    torch.testing.assert_close(CapsNetOutput(*traced(*more)), expected)
+    loss = torch.jit.trace(MarginLoss(), (expected.lengths.detach(), more[1]))
+    torch.testing.assert_close(loss(expected.lengths, more[1]), MarginLoss()(expected.lengths, more[1]))
 
 
 def test_lengths_of_float16_capsules_are_float32():

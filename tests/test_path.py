@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import capsroute
-from capsroute.bench import sweep
+from capsroute.bench import roofline, sweep
+from capsroute.bench.measure import Timing
 from capsroute.bench.path import explain, operations, path_of
 from capsroute.bench.registry import CASES, Case, make_problem
 from capsroute.bench.roofline import Machine, Point
@@ -20,12 +21,25 @@ if os.environ.get("CAPSROUTE_NO_EXT") == "1":
 
 def planned(*sizes, backward=False, threads=1, **options):
     """The path of a layer (B, I, D, J, O)."""
+    return planned_for(Case("layer", *sizes, **options), backward, threads)
+
+
+def planned_for(case, backward=False, threads=1):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return path_of(make_problem(Case("layer", *sizes, **options)), backward)
+        return path_of(make_problem(case), backward)
     finally:
         torch.set_num_threads(before)
+
+
+def tiles(path):
+    """The samples of a tile, and how many tiles there are."""
+    return path.tile, path.tiles
+
+
+def shares(path):
+    return *tiles(path), path.groups, path.by_group
 
 
 def has_wide_vectors():
@@ -48,20 +62,20 @@ def test_votes_are_kept_up_to_6_mib():
 
 
 def test_a_tile_is_larger_where_votes_are_made_anew():
-    assert planned(33, 16, 2, 20, 16)[2:4] == (4, 9)
-    assert planned(128, 1648, 2, 20, 16)[2:4] == (128, 1)
-    assert planned(129, 1648, 2, 20, 16)[2:4] == (68, 2)  # even tiles, of whole fours
+    assert tiles(planned(33, 16, 2, 20, 16)) == (4, 9)
+    assert tiles(planned(128, 1648, 2, 20, 16)) == (128, 1)
+    assert tiles(planned(129, 1648, 2, 20, 16)) == (68, 2)  # even tiles, of whole fours
     assert planned(0, 1648, 2, 20, 16).tiles == planned(0, 48, 2, 1024, 16).tiles == 0
     # 4 MiB hold V and sums, 2 x 4 bytes for each of J x O, of 32 samples, and of 15, of which 16 are taken
-    assert planned(128, 16, 2, 1024, 16, iterations=1)[2:4] == (32, 4)
-    assert planned(128, 16, 2, 2176, 16, iterations=1)[2:4] == (16, 8)
+    assert tiles(planned(128, 16, 2, 1024, 16, iterations=1)) == (32, 4)
+    assert tiles(planned(128, 16, 2, 2176, 16, iterations=1)) == (16, 8)
 
 
-@pytest.mark.parametrize(("threads", "tiles"), [(1, (96, 1)), (3, (32, 3)), (6, (16, 6)), (9, (96, 1))])
-def test_each_thread_has_a_share_of_the_long_tiles(threads, tiles):
+@pytest.mark.parametrize(("threads", "expected"), [(1, (96, 1)), (3, (32, 3)), (6, (16, 6)), (9, (96, 1))])
+def test_each_thread_has_a_share_of_the_long_tiles(threads, expected):
     """96 samples; of less than 16, a tile would read the weight too often, and then threads share out its groups."""
     path = planned(96, 1648, 2, 20, 16, threads=threads)
-    assert path[2:4] == tiles
+    assert tiles(path) == expected
     assert path.by_group == (threads == 9)
     assert planned(12, 48, 2, 1024, 16, threads=threads).tiles == min(threads, 3)  # one group: by samples, however few
 
@@ -69,10 +83,10 @@ def test_each_thread_has_a_share_of_the_long_tiles(threads, tiles):
 @pytest.mark.usefixtures("lanes_of_samples")
 def test_threads_share_out_groups_where_one_would_have_too_many_samples():
     # vectors of 16 samples: three of them, of which one of two threads would have two
-    assert planned(43, 2000, 8, 10, 16, threads=2)[2:6] == (48, 1, 32, True)
-    assert planned(43, 2000, 8, 10, 16, threads=3)[2:6] == (16, 3, 32, False)
-    assert planned(64, 2000, 8, 10, 16, threads=2)[2:6] == (32, 2, 32, False)
-    assert planned(43, 64, 3, 10, 16, threads=2)[2:6] == (32, 2, 1, False)  # there is one group
+    assert shares(planned(43, 2000, 8, 10, 16, threads=2)) == (48, 1, 32, True)
+    assert shares(planned(43, 2000, 8, 10, 16, threads=3)) == (16, 3, 32, False)
+    assert shares(planned(64, 2000, 8, 10, 16, threads=2)) == (32, 2, 32, False)
+    assert shares(planned(43, 64, 3, 10, 16, threads=2)) == (32, 2, 1, False)  # there is one group
 
 
 @pytest.mark.parametrize(
@@ -153,13 +167,13 @@ def test_every_case_can_be_explained(name):
 def test_operations_of_mnist():
     """One making of the votes, three sums and two agreements: 2 (8 + 5) for each vote."""
     case = CASES["mnist-1"]
-    assert operations(case, planned(*case[1:6]), False) == 2 * 13 * case.votes
+    assert operations(case, planned_for(case), False) == 2 * 13 * case.votes
 
 
 def test_operations_of_many_terms():
     """One making of the votes, three sums and two agreements: 2 (64 + 5) for each vote."""
     case = CASES["comirec"]
-    assert operations(case, planned(*case[1:6]), False) == 2 * 69 * case.votes
+    assert operations(case, planned_for(case), False) == 2 * 69 * case.votes
 
 
 def test_with_avx512_a_lane_is_a_sample_where_votes_stay_near():
@@ -180,9 +194,9 @@ def test_votes_by_samples_are_kept_up_to_96_kib_for_each_term():
     assert planned(16, 64, 2, 4, 16).kept_inputs == 0
     assert planned(16, 64, 4, 4, 16).kept_inputs == 64
     assert planned(32, 80, 64, 4, 64)[1:3] == (80, 32)  # all, whatever else could be kept by fours
-    assert planned(64, 48, 2, 4, 16)[2:4] == (32, 2)  # two vectors' samples read a weight together,
-    assert planned(64, 48, 2, 4, 16, threads=4)[2:4] == (16, 4)  # unless a thread would have nothing to do
-    assert planned(100, 80, 2, 4, 16)[2:4] == (112, 1)  # whole vectors
+    assert tiles(planned(64, 48, 2, 4, 16)) == (32, 2)  # two vectors' samples read a weight together,
+    assert tiles(planned(64, 48, 2, 4, 16, threads=4)) == (16, 4)  # unless a thread would have nothing to do
+    assert tiles(planned(100, 80, 2, 4, 16)) == (112, 1)  # whole vectors
 
 
 @pytest.mark.usefixtures("lanes_of_samples")
@@ -215,18 +229,18 @@ def test_how_the_first_pass_sums_does_not_depend_on_the_batch(inputs):
 def test_operations_where_votes_are_made_anew():
     """Three makings of the votes, the first of which is already a sum; two sums and two agreements: 2 (24 + 4)."""
     case = CASES["cifar10"]._replace(batch=8)
-    assert operations(case, planned(*case[1:6]), False) == 2 * 28 * case.votes
+    assert operations(case, planned_for(case), False) == 2 * 28 * case.votes
 
 
 def test_the_backward_of_a_few_samples_makes_no_votes():
     """Two agreements with V, two with ds, two sums, dh of five terms, du and dW: 2 (6 + 5 + 2 8) for each vote."""
     case = CASES["mnist-1"]
-    path = planned(*case[1:6], backward=True)
+    path = planned_for(case, backward=True)
     assert path.handed
     assert operations(case, path, True) == 2 * 27 * case.votes
     assert "those of 1152 input capsules are there from the forward, which kept them" in explain(case, path, True)
     five = case._replace(batch=5)
-    path = planned(*five[1:6], backward=True)
+    path = planned_for(five, backward=True)
     assert not path.handed
     assert operations(five, path, True) == 2 * 35 * five.votes
 
@@ -234,7 +248,7 @@ def test_the_backward_of_a_few_samples_makes_no_votes():
 def test_operations_where_some_votes_are_kept():
     """Half of the votes are made twice, the first time as a sum, and half three times: 2 (2.5 x 8 + 4)."""
     case = CASES["cifar10"]._replace(batch=1, inputs=2 * 19648)
-    path = planned(*case[1:6])
+    path = planned_for(case)
     assert path.kept_inputs == 19648  # 12 MiB, in groups of 64
     assert operations(case, path, False) == 2 * 24 * case.votes
     words = explain(case, path, False)
@@ -255,9 +269,35 @@ def test_a_point_below_its_roof():
     assert Point("arithmetic", 1.0, 1000, 10, "").roof(machine) == 1e11
 
 
-def test_roofline_measures_and_draws(capsys, tmp_path, monkeypatch):
-    from capsroute.bench import roofline
+def test_a_point_above_the_roof_is_told():
+    machine = Machine(1e9, 1e9)
+    assert "Above the roof" in roofline.rows(machine, [Point("a, forward", 0.5, 10**9, 10**6, "")])
+    assert "Above the roof" not in roofline.rows(machine, [Point("a, forward", 2.0, 10**9, 10**6, "")])
 
+
+def test_a_backward_under_the_roof_counts_its_forward():
+    case = CASES["mnist-1"]
+    point = roofline.measure(case, True, torch.float32, 0)
+    paths = [path_of(make_problem(case), backward) for backward in (False, True)]
+    assert point.operations == sum(operations(case, paths[b], b) for b in (False, True))
+    assert point.path == explain(case, paths[1], True)
+
+
+def test_the_roof_is_of_the_fastest_that_the_machine_did(monkeypatch):
+    calls = {}
+
+    def timed(given, _):
+        calls.update(given)
+        return dict.fromkeys(given, Timing(1.0, 0.5, 2.0, 3))
+
+    monkeypatch.setattr(roofline, "SIZE", 8)
+    monkeypatch.setattr(roofline, "BYTES", 64)
+    monkeypatch.setattr(roofline, "alternate", timed)
+    assert roofline.measure_machine() == Machine(2 * 8**3 / 0.5, 64 / 0.5, "float32")
+    assert calls["sum"].args[0].nbytes == 64
+
+
+def test_roofline_measures_and_draws(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(roofline, "SIZE", 64)
     monkeypatch.setattr(roofline, "BYTES", 1 << 20)
     monkeypatch.setattr(roofline, "SECONDS", 0.1)

@@ -51,6 +51,18 @@ def test_a_noisy_bystander_hides_no_regression():
     assert change.noise == pytest.approx(3 * (0.01**2 + 0.05**2) ** 0.5)
 
 
+def test_the_noise_of_what_was_saved_counts():
+    before, now = saved(fused=1.0), saved(fused=1.5)
+    before["results"][0] |= {"lower": 0.7, "upper": 1.3}
+    assert not regression.changes(before, now)[0].slower
+
+
+def test_a_twentieth_more_memory_is_no_regression():
+    before, now = saved(fused=1.0), saved(fused=1.0)
+    before["results"][0]["peak_bytes"], now["results"][0]["peak_bytes"] = 100 * 2**20, 105 * 2**20
+    assert not regression.changes(before, now)[0].larger
+
+
 def test_memory_that_grows_from_nothing_is_a_regression():
     before, now = saved(fused=1.0), saved(fused=1.0)
     before["results"][0]["peak_bytes"] = 0
@@ -65,11 +77,11 @@ def test_memory_that_grows_from_nothing_is_a_regression():
 
 def test_reports_that_cannot_be_compared_are_refused(tmp_path):
     now = saved(fused=1.0)
-    with pytest.raises(ValueError, match="one number of threads can be compared, got 2 and 1"):
+    with pytest.raises(ValueError, match="the same number of threads, got 2 and 1"):
         regression.changes({**now, "machine": {"threads": 2}}, now)
     other = json.loads(json.dumps(now))
     other["results"][0]["case"]["seed"] = 7
-    with pytest.raises(ValueError, match="reports of one seed can be compared, got 0 and 7"):
+    with pytest.raises(ValueError, match="reports can only be compared with the same seed, got 0 and 7"):
         regression.changes(now, other)
     with pytest.raises(ValueError, match="share no case that fused was measured in"):
         regression.changes(saved(reference=1.0), now)
@@ -81,6 +93,9 @@ def test_reports_that_cannot_be_compared_are_refused(tmp_path):
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(ValueError, match=r"other\.json is not what `capsroute bench --save` writes"):
             regression.load(tmp_path / "other.json")
+    (tmp_path / "other.json").write_text(json.dumps({**now, "command": "tune"}))
+    with pytest.raises(ValueError, match="it is of the command tune"):
+        regression.load(tmp_path / "other.json")
 
 
 @pytest.mark.parametrize(
@@ -109,20 +124,20 @@ def test_a_report_is_refused_as_it_is_loaded_and_not_later(tmp_path, changed, me
 def test_a_directory_that_cannot_be_written_to_is_refused(option, monkeypatch, capsys):
     monkeypatch.setattr(os, "access", lambda place, mode: mode != os.W_OK | os.X_OK)  # root may write anywhere
     assert main(["bench", *(["--roofline"] if option == "--plot" else []), option, "file.png"]) == 2
-    assert f"{option} must be a file in a directory that can be written to, got file.png" in capsys.readouterr().err
+    assert f"{option} must be a file in a writable directory, got file.png" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--save", "nowhere/base.json"), "--save must be a file in a directory that is there, got nowhere/base.json"),
-        (("--save", "/dev/null"), "--save must be a file in a directory that is there, got /dev/null"),
-        (("--save", "."), "--save must be a file in a directory that is there, got ."),
-        (("--roofline", "--plot", "nowhere/roof.png"), "--plot must be a file in a directory that is there"),
+        (("--save", "nowhere/base.json"), "--save must be a file in an existing directory, got nowhere/base.json"),
+        (("--save", "/dev/null"), "--save must be a file in an existing directory, got /dev/null"),
+        (("--save", "."), "--save must be a file in an existing directory, got ."),
+        (("--roofline", "--plot", "nowhere/roof.png"), "--plot must be a file in an existing directory"),
         (("--roofline", "--plot", "roof.xyz"), "--plot must end in .png, .pdf, .svg, got roof.xyz"),
         (("--roofline", "--memory"), "--memory are for implementations"),
-        (("--explain", "--device", "cuda"), "are of the CPU kernels, got --device cuda"),
-        (("--compare", "base.json", "--dtype", "float64"), "reports of one dtype can be compared"),
+        (("--explain", "--device", "cuda"), "are for the CPU kernels, got --device cuda"),
+        (("--compare", "base.json", "--dtype", "float64"), "reports can only be compared with the same dtype"),
         (("--compare", "base.json", "--threads", "1", "--case", "comirec"), "share no case that fused was measured in"),
     ],
 )
@@ -134,11 +149,7 @@ def test_what_cannot_end_well_is_refused_before_it_takes_long(capsys, monkeypatc
         monkeypatch.setattr(module, name, measure)
     monkeypatch.chdir(tmp_path)
     Path("base.json").write_text(json.dumps(saved(fused=1.0)))
-    before = torch.get_num_threads()
-    try:
-        assert main(["bench", *words]) == 2
-    finally:
-        torch.set_num_threads(before)
+    assert main(["bench", *words]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -150,8 +161,27 @@ def test_bench_saves_and_compares(tmp_path, capsys):
     report["results"][0] |= {"seconds": 1e-9, "lower": 1e-9, "upper": 1e-9}
     Path(path).write_text(json.dumps(report))
     capsys.readouterr()
-    main([*command, "--compare", path, "--json"])
+    assert main([*command, "--compare", path, "--json"]) == 1
     out, err = capsys.readouterr()
     assert f"Against {path}" in err
     (change,) = json.loads(out)["changes"]
     assert change["time"] > 1
+
+
+@pytest.mark.parametrize(("change", "status"), [({}, 0), ({"seconds": 2.0}, 1), ({"peak_bytes": 2**24}, 1)], ids=str)
+def test_a_regression_is_the_exit_status(monkeypatch, tmp_path, capsys, change, status):
+    now = {"seconds": 1.0, "peak_bytes": 2**22}
+
+    def made_up(case, backward, names, **_):
+        return [Result(names[0], now["seconds"], now["seconds"], now["seconds"], 9, now["peak_bytes"])]
+
+    monkeypatch.setattr(cli, "compare", made_up)
+    command = ["bench", "--case", "efficient", "--pass", "forward", "--implementations", "fused"]
+    path = str(tmp_path / "base.json")
+    assert main([*command, "--save", path]) == 0
+    now |= change
+    capsys.readouterr()
+    assert main([*command, "--compare", path, "--json"]) == status
+    told = json.loads(capsys.readouterr().out)
+    assert told["results"][0]["seconds"] == now["seconds"]
+    assert told["machine"]["threads"] == torch.get_num_threads()

@@ -182,8 +182,17 @@ def build_net(run_dir):
 
 def test_a_report_needs_no_more_than_the_options(alone, digits):
     assert report_on(alone, digits, "--no-speed") == 0
-    (alone / "history.json").write_text(json.dumps({"epochs": [], "best_epoch": 1}))
-    assert report_on(alone, digits, "--no-speed") == 2
+    epoch = {"train": {"loss": 1.0, "accuracy": 0.5}, "held_out": {"loss": 1.0, "accuracy": 0.5}, "seconds": 1.0}
+    for epochs, best, status in (([], 1, 2), ([epoch], 0, 2), ([epoch], 1, 0)):
+        (alone / "history.json").write_text(json.dumps({"epochs": epochs, "best_epoch": best}))
+        assert report_on(alone, digits, "--no-speed") == status
+
+
+def test_the_step_is_timed_as_long_as_asked_for(alone, digits, monkeypatch):
+    told = []
+    monkeypatch.setattr(build, "compare_training_step", lambda *_, seconds: told.append(seconds) or [])
+    assert report_on(alone, digits, "--seconds", "3") == 0
+    assert told == [3]
 
 
 def test_a_wrong_training_step_is_told(alone, digits, monkeypatch, capsys):
@@ -293,6 +302,35 @@ def test_an_error_of_zero_lies_inside_the_learning_curves():
     assert axes.bbox.ymin - 1 <= axes.transData.transform((2, 0))[1] <= axes.bbox.ymax
 
 
+def test_the_epoch_of_the_result_is_marked():
+    """Where the validation split chose the first; and its error of a half is inside, too."""
+    history = [Epoch(Score(1.0, 0.5), Score(1.0, 0.5), 1.0), Epoch(Score(0.1, 1.0), Score(2.0, 1.0), 1.0)]
+    loss, error = curves.learning_curves(history, 1, "validation").axes
+    assert loss.lines[2].get_ydata() == 1.0
+    assert error.lines[2].get_ydata() == 50
+    assert error.transData.transform((1, 50))[1] <= error.bbox.ymax
+
+
+@pytest.mark.parametrize(("validation", "name"), [(0.0, "test, which decided nothing"), (0.2, "validation")])
+def test_the_curves_name_the_split_that_an_epoch_is_judged_by(digits, monkeypatch, validation, name):
+    told = []
+    draw = curves.learning_curves
+    monkeypatch.setattr(curves, "learning_curves", lambda *args, **how: told.append(args[2]) or draw(*args, **how))
+    options = TrainingOptions(validation=validation)
+    net = CapsNet(digits.image_shape, 10, **SMALL)
+    loaded = Checkpoint(net, {}, {"options": options._asdict()})
+    report = build.Report(loaded, digits, [Epoch(Score(1.0, 0.5), Score(1.0, 0.5), 1.0)], 1, [])
+    judged = build.judge(net, digits, overlapping=False)
+    assert next(iter(build.sections(report, judged))).name == "curves"
+    assert told == [name]
+    assert "<dd>1</dd>" in build.page_of(report, judged, [])  # epochs
+
+
+def test_colours_of_a_confusion_are_shares_of_a_row():
+    (axes,) = curves.confusion_matrix(torch.tensor([[9, 1], [0, 4]]), ["ant", "bee"]).axes
+    torch.testing.assert_close(torch.tensor(axes.images[0].get_array()), torch.tensor([[0.9, 0.1], [0.0, 1.0]]).sqrt())
+
+
 def test_confusion_counts_what_was_named_instead():
     lengths = torch.tensor([[0.9, 0.2, 0.1], [0.1, 0.9, 0.2], [0.3, 0.9, 0.1]])
     assert curves.confusion(lengths, torch.tensor([[0], [2], [1]])).tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 0]]
@@ -382,6 +420,22 @@ def test_overlapping_digits_and_their_drawings_have_one_colour(digits):
         for axes, label in ((first, labels[0]), (second, labels[1])):
             if label in named:
                 assert axes.get_xlabel() == f"read as {label}"
+
+
+@pytest.mark.parametrize("right", [0, 1])
+def test_of_two_digits_the_one_that_was_read_is_in_its_place(digits, monkeypatch, right):
+    """And the wrong one in the other's."""
+    batch = first_batch(digits, overlapping=True)
+    labels = batch.labels[: images.PAIRS]
+    wrong = torch.tensor([next(digit for digit in range(10) if digit not in row) for row in labels.tolist()])
+    named = torch.stack([wrong, labels[:, 0]] if right == 0 else [labels[:, 1], wrong], 1)
+    monkeypatch.setattr(images, "predict", lambda *_: named)
+    axes = images.taken_apart(CapsNet((1, 10, 10), 10, **SMALL), batch, digits.class_names).axes
+    for row, label in enumerate(labels[:, right].tolist()):
+        assert axes[4 * row + 2 + right].get_xlabel() == f"read as {label}"
+        first, second = (axes[4 * row + 2 + k].images[0].get_array() for k in (0, 1))
+        assert not first[..., 2].any()  # orange has no blue, blue no red
+        assert not second[..., 0].any()
 
 
 def test_figures_of_more_classes_than_fit_and_of_colour():

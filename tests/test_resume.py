@@ -33,13 +33,13 @@ def test_a_run_goes_on_with_its_own_options_and_no_others(capsys, run_dir, tmp_p
     assert last_json(out)["options"]["seed"] == 4
     assert filecmp.cmp(tmp_path / "run" / MODEL, run_dir / MODEL, shallow=False)
     for words, message in (
-        (("--resume", "--epochs", 9), "a run with epochs 1, asked for is 9"),
-        ((), "holds a run already: give --resume to go on with it, --overwrite to begin anew"),
+        (("--resume", "--epochs", 9), "a run with epochs = 1, but you asked for epochs = 9"),
+        ((), "already holds a run: give --resume to go on with it, or --overwrite to replace it"),
     ):
         status, _, err = run(capsys, "train", "--out", tmp_path / "run", *words)
         assert status == 2
         assert message in err
-    assert run(capsys, "train", "--resume")[2].endswith("--resume needs --out, the run to go on with\n")
+    assert run(capsys, "train", "--resume")[2].endswith("--resume needs --out, the run to resume\n")
 
 
 def test_an_interrupted_training_says_how_to_go_on(capsys, monkeypatch, mnist_dir):
@@ -51,9 +51,9 @@ def test_an_interrupted_training_says_how_to_go_on(capsys, monkeypatch, mnist_di
         status, _, err = run(capsys, *begin, "--out", mnist_dir / "run")
     assert status == 130
     go_on = f"train --out {mnist_dir / 'run'} --resume"
-    assert err == f"capsroute train: error: interrupted: go on with: capsroute {go_on}\n"
+    assert err == f"capsroute train: error: interrupted: resume with: capsroute {go_on}\n"
     assert run(capsys, "eval", mnist_dir / "run")[2] == (
-        f"capsroute eval: error: the training in {mnist_dir / 'run'} is not finished; go on with: capsroute {go_on}\n"
+        f"capsroute eval: error: the training in {mnist_dir / 'run'} is not finished; resume with: capsroute {go_on}\n"
     )
     assert run(capsys, *go_on.split())[0] == 0
     assert filecmp.cmp(mnist_dir / "run" / MODEL, mnist_dir / "whole" / MODEL, shallow=False)
@@ -69,7 +69,7 @@ def test_resume_begins_a_run_only_if_something_says_which(capsys, monkeypatch, m
     argv = ("train", "--out", mnist_dir / "run", "--resume")
     status, _, err = run(capsys, *argv)
     assert status == 2
-    assert f"{mnist_dir / 'run'} holds no run to go on with: say which images and options" in err
+    assert f"{mnist_dir / 'run'} holds no run to resume; to start one, name images or options" in err
     assert not (mnist_dir / "run").exists()
     assert run(capsys, *argv, *TINY)[0] == 0
     monkeypatch.setenv("CAPSROUTE_DATA", str(mnist_dir))
@@ -143,9 +143,10 @@ def forge(run_dir, **changes):
     ("changes", "message"),
     [
         ({"source": "x"}, "does not say where its images came from: source is 'x'"),
-        ({"source": {"data_dir": 3}}, "has a data_dir that is no str: 3"),
-        ({"source": {"data_dir": "here", "image_size": "8"}}, "has a image_size that is no int: '8'"),
-        ({"source": {"tensorboard": "no"}}, "has a tensorboard that is no bool: 'no'"),
+        ({"source": {"data_dir": 3}}, "data_dir must be of type str, got 3"),
+        ({"source": {"data_dir": "here", "image_size": "8"}}, "image_size must be of type int, got '8'"),
+        ({"source": {"image_size": True}}, "image_size must be of type int, got True"),
+        ({"source": {"tensorboard": "no"}}, "tensorboard must be of type bool, got 'no'"),
         ({"source": {"backend": "foo"}}, "--backend must be one of auto, cpu, cuda, triton, reference, got 'foo'"),
         ({"source": {"backend": []}}, "--backend must be one of auto, cpu, cuda, triton, reference, got []"),
         ({"source": {"device": "cuda:9"}}, "--device must be one of auto, cpu, cuda, got 'cuda:9'"),
@@ -168,6 +169,15 @@ def test_where_a_network_says_its_images_are_is_checked(capsys, tmp_path, run_di
     assert "source is 'x'" in err
 
 
+@pytest.mark.parametrize("options", [{"epochs": 0}, {"steps": 3}, 3], ids=str)
+def test_how_a_network_says_it_was_trained_is_checked(capsys, tmp_path, run_dir, options):
+    net, model, info = checkpoint.load(run_dir / MODEL)
+    checkpoint.save(tmp_path / MODEL, checkpoint.Checkpoint(net, model, {**info, "options": options}))
+    status, _, err = run(capsys, "eval", tmp_path / MODEL)
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"{tmp_path / MODEL} does not say how it was trained: " in err
+
+
 def test_demo_overwrites_no_run_but_its_own(capsys, monkeypatch, tmp_path, run_dir):
     monkeypatch.setattr("capsroute.report.cli.write_report", lambda *_, **__: {})
     monkeypatch.setattr(cli, "DEMO_ACCURACY", 0)
@@ -180,6 +190,13 @@ def test_demo_overwrites_no_run_but_its_own(capsys, monkeypatch, tmp_path, run_d
         assert err.endswith(f"{tmp_path / 'mine'} holds a run that is not the demo's: choose another --out\n")
         assert filecmp.cmp(tmp_path / "mine" / name, run_dir / name, shallow=False)
         (tmp_path / "mine" / name).unlink()
+
+
+def test_demo_knows_its_run_after_train_went_on_with_it(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("capsroute.report.cli.write_report", lambda *_, **__: {})
+    monkeypatch.setattr(cli, "DEMO_ACCURACY", 0)
+    for words in (("demo", *TINY), ("train", "--resume"), ("demo", *TINY)):
+        assert run(capsys, *words, "--out", tmp_path)[0] == 0
 
 
 def test_demo_overwrites_no_page_but_its_own(capsys, tmp_path):

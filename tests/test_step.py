@@ -8,7 +8,8 @@ from functools import partial
 import pytest
 import torch
 
-from capsroute.bench import compare, step
+from capsroute.bench import compare, measure, step
+from capsroute.bench.registry import CASES
 from capsroute.nn import CapsNet
 
 
@@ -28,7 +29,7 @@ def in_this_process(function, *args):
 @pytest.fixture
 def batch(monkeypatch):
     monkeypatch.delitem(step.BACKENDS, "compiled")  # takes a minute to compile
-    monkeypatch.setattr(step, "in_fresh_process", in_this_process)
+    monkeypatch.setattr(measure, "in_fresh_process", in_this_process)
     return torch.rand(5, 1, 10, 10), torch.arange(5) % 3
 
 
@@ -40,6 +41,25 @@ def test_training_steps_are_compared(batch):
     assert all(row["rounds"] == 3 and row["seconds"] > 0 and row["peak_bytes"] >= 0 for row in rows)
     assert "training step: extra memory" in step.format_rows(rows)
     json.dumps(rows)
+
+
+def test_a_step_ends_with_the_optimizers(batch):
+    one = step._Step("reference", network, *batch)
+    before = [x.detach().clone() for x in one.parameters]
+    one()
+    assert not any(torch.equal(x, y) for x, y in zip(before, one.parameters, strict=True))
+
+
+def test_memory_is_measured_on_as_many_threads_as_time_is(batch, monkeypatch):
+    """In a process of its own; and of a copy of the batch, as sending would move that of the caller."""
+    images, sent, threads = batch[0], [], []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(measure, "in_fresh_process", lambda f, *args: sent.append(args) or in_this_process(f, *args))
+    step.compare_training_step(network, *batch, seconds=0)
+    assert threads == [torch.get_num_threads()] * 2
+    assert all(args[2].data_ptr() != images.data_ptr() for args in sent)
+    compare.compare(CASES["efficient"], False, ["reference"], dtype=torch.float32, seconds=0, memory=True)
+    assert threads == [torch.get_num_threads()] * 3
 
 
 def test_training_steps_without_a_compiler(batch, monkeypatch):
@@ -54,7 +74,7 @@ def test_a_process_that_dies_is_told(batch, monkeypatch):
     def dies(*_):
         raise BrokenProcessPool
 
-    monkeypatch.setattr(step, "in_fresh_process", dies)
+    monkeypatch.setattr(measure, "in_fresh_process", dies)
     rows = step.compare_training_step(network, *batch, seconds=0)
     assert [(row["peak_bytes"], row["note"]) for row in rows] == [(None, "its process was killed")] * 2
 

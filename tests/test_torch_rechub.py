@@ -15,7 +15,7 @@ import capsroute
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("options", [{}, {"routing_times": 1}, {"routing_times": 5}, {"relu_layer": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, *({"routing_times": n} for n in (1, 2, 5)), {"relu_layer": True}], ids=str)
 @pytest.mark.parametrize("kind", [0, 1, 2])
 def test_rechub_gives_the_same_for_the_same_parameters_and_generator(kind, options, mask):
     layer = rechub(kind, **options)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from capsroute.training.batches import Share
 from capsroute.training.checkpoint import load, load_training
 from capsroute.training.options import TrainingOptions
 from capsroute.training.run import HISTORY, MODEL, TRAINING, RunError, image_shape, run_training, stored
-from capsroute.training.trainer import Score, Training, count_correct, evaluate, predict, train_epoch
+from capsroute.training.trainer import Epoch, Score, Training, count_correct, evaluate, predict, train_epoch
 
 pytest.importorskip("sklearn")
 SMALL = {"image_shape": (1, 8, 8), "classes": 10, "channels": 8, "types": 2, "hidden": (16,)}
@@ -48,6 +49,8 @@ def trained(few, options=FAST, model=SMALL, on_step=lambda **_: None, **where) -
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"clip": -1.0}, "clip must be finite and at least 0, got -1.0"),
         ({"shift": float("inf")}, "shift must be finite"),
+        ({"clip": 10**400}, "clip must be finite and at least 0, got 1000"),
+        ({"learning_rate": 10**400}, "learning_rate must be finite and above 0, got 1000"),
         ({"rotation": 181.0}, "rotation must be degrees from 0 to 180, got 181"),
         ({"shear": 90.0}, "shear must be below 90 degrees"),
         ({"learning_rate": float("nan")}, "learning_rate must be finite and above 0, got nan"),
@@ -60,6 +63,10 @@ def trained(few, options=FAST, model=SMALL, on_step=lambda **_: None, **where) -
         ({"seed": True}, "seed must be of type int, got True"),
         ({"clip": "1"}, "clip must be of type float, got '1'"),
         ({"overlap": "no"}, "overlap must be of type bool, got 'no'"),
+        ({"learning_rate": 0.0}, "learning_rate must be finite and above 0, got 0.0"),
+        ({"weight_decay": -0.1}, "weight_decay must be finite and at least 0, got -0.1"),
+        ({"scale": -0.1}, "scale must be finite and at least 0, got -0.1"),
+        ({"seed": -1}, "seed must be from 0 to 2\\^32 - 1"),
         ({"amp": []}, r"amp must be of type str, got \[\]"),
     ],
 )
@@ -89,6 +96,20 @@ def test_the_rate_rises_and_then_follows_the_schedule(schedule, last):
     assert options.rate(0, 1) == 2  # one step is enough to train
 
 
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert distributed.pick_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match="--device cuda: torch sees no GPU here"):
+        distributed.pick_device("cuda")
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert distributed.pick_device("auto") == torch.device("cuda", 1)
+    assert chosen == [torch.device("cuda", 1)]
+
+
 # The trainer
 
 
@@ -106,6 +127,17 @@ def test_training_reduces_the_loss_and_reports(few, backend):
     assert sum(fields["images"] for fields in last) == 256
     assert sum(fields["loss"] * fields["images"] for fields in last) / 256 == history[-1].train.loss
     assert sum(fields["correct"] for fields in last) / 256 == history[-1].train.accuracy
+
+
+def test_each_step_takes_its_rate_of_the_whole_training(few):
+    training, rates = Training.begin(SMALL, FAST), []
+
+    def on_step(**_):
+        rates.append(training.optimizer.param_groups[0]["lr"])
+
+    while not training.finished:
+        train_epoch(training, few.train, few.test, on_step=on_step)
+    assert rates == [FAST.rate(step, 24) for step in range(24)]
 
 
 def test_overlapping_digits_are_learnt(few):
@@ -173,8 +205,16 @@ def test_mixed_precision_learns_about_the_same(few, amp):
 
 
 def test_a_loss_that_explodes_is_an_error_not_a_nan(few):
-    with pytest.raises(FloatingPointError, match=r"the loss became nan in epoch \d+: try a lower learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"the loss became nan in epoch \d+: try a lower learning rate"):
         trained(few, FAST._replace(learning_rate=1e30))
+
+
+def test_a_loss_of_infinity_is_an_error_too(few, monkeypatch):
+    monkeypatch.setattr(CapsNetLoss, "forward", lambda self, output, *_: output.lengths.sum() * math.inf)
+    with pytest.raises(FloatingPointError, match="the loss became inf in epoch 1"):
+        trained(few)
+    with pytest.raises(FloatingPointError, match="the loss of the trained network is inf"):
+        evaluate(CapsNet(**SMALL), few.test)
 
 
 def test_the_validation_split_chooses_and_stops(few):
@@ -190,6 +230,13 @@ def test_the_validation_split_chooses_and_stops(few):
     assert training.best_epoch == best + 1 == len(losses) - 2
     assert torch.equal(training.result().routing.weight, nets[best])
     assert evaluate(training.result(), few.test).loss == pytest.approx(losses[best], rel=1e-5)
+
+
+def test_the_best_network_computes_as_the_last_did():
+    training = Training.begin(SMALL, FAST._replace(validation=0.2), backend="reference")
+    training.history = [Epoch(Score(1.0, 0.5), Score(loss, 0.5), 1.0) for loss in (0.1, 0.2)]
+    training.best = training.net.state_dict()
+    assert training.result().routing.backend == "reference"
 
 
 def test_without_a_validation_split_the_last_epoch_is_the_result(few):
@@ -231,6 +278,26 @@ def test_fused_and_reference_training_agree(few, fused):
 # Several processes
 
 
+def test_the_mean_over_processes_is_that_of_the_batch(few, monkeypatch):
+    """Of three images one process has two."""
+    grads = []
+
+    def step(optimizer, *_, **__):
+        grads.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    for share in (Share(), Share(0, 2), Share(1, 2)):
+        train_epoch(Training.begin(SMALL, FAST), few.train[:3], few.test[:4], share=share)
+    for whole, first, second in zip(*grads, strict=True):
+        torch.testing.assert_close((first + second) / 2, whole)
+
+
+def test_a_last_batch_may_leave_a_process_without_images(few):
+    many = data.Split(few.test.images.repeat(5, 1, 1, 1)[:257], few.test.labels.repeat(5)[:257])
+    net = CapsNet(**SMALL)
+    assert evaluate(net, many, share=Share(1, 2)) == evaluate(net, many[1:256:2])
+
+
 TWO_PROCESSES = """
 import json, os, sys
 from pathlib import Path
@@ -239,7 +306,7 @@ from capsroute.training.options import TrainingOptions
 from capsroute.training.run import run_training
 digits = data.digits()
 few = digits._replace(train=digits.train[:101], test=digits.test[:33])
-options = TrainingOptions(epochs=2, batch_size=34, learning_rate=0.01, overlap=True, validation=0.2)
+options = TrainingOptions(epochs=1, batch_size=34, learning_rate=0.01, overlap=True, validation=0.2)
 run = run_training(Path(sys.argv[1]), few, json.loads(sys.argv[2]), options)
 rank = os.environ.get("RANK", "0")
 Path(f"{sys.argv[1]}-{rank}.json").write_text(json.dumps(run.test))
@@ -289,10 +356,25 @@ def test_a_run_leaves_its_network_history_and_state(few, tmp_path, capsys):
     assert "left" in err[2]
 
 
+def test_the_files_of_a_run_name_its_best_epoch(few, tmp_path):
+    options = FAST._replace(epochs=50, validation=0.2, patience=2, learning_rate=0.1, schedule="constant")
+    run = run_training(tmp_path, few, SMALL, options)
+    assert run.best_epoch == len(run.history) - 2
+    assert json.loads((tmp_path / HISTORY).read_text())["best_epoch"] == run.best_epoch
+    assert load(tmp_path / MODEL).info["best_epoch"] == run.best_epoch
+
+
 def test_images_for_validation_are_what_an_epoch_is_chosen_by(few, tmp_path):
     own = few._replace(validation=few.test[:20])
     run = run_training(tmp_path, own, SMALL, FAST._replace(epochs=1, validation=0.2))
     assert run.history[0].held_out == evaluate(run.net, own.validation)
+
+
+def test_digits_of_too_few_classes_are_refused_before_any_training(few, tmp_path):
+    two = few.test[few.test.labels < 2]
+    with pytest.raises(ValueError, match="at least three classes"):
+        run_training(tmp_path, few._replace(test=two), PAIRS, FAST._replace(overlap=True, validation=0.2))
+    assert not (tmp_path / TRAINING).exists()
 
 
 def test_a_directory_is_written_to_by_one_process(few, tmp_path):
@@ -306,7 +388,7 @@ def test_a_directory_is_written_to_by_one_process(few, tmp_path):
 
 def test_a_run_is_not_overwritten_by_accident(few, tmp_path):
     first = run_training(tmp_path, few, SMALL, FAST._replace(epochs=1))
-    with pytest.raises(RunError, match="holds a run already: give --resume to go on with it, --overwrite to"):
+    with pytest.raises(RunError, match="already holds a run: give --resume to go on with it, or --overwrite to"):
         run_training(tmp_path, few, SMALL, FAST)
     again = run_training(tmp_path, few, SMALL, FAST._replace(epochs=1, seed=1), overwrite=True)
     assert again.test.loss != first.test.loss
@@ -357,6 +439,15 @@ def test_too_many_processes_overwrite_nothing(few, tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_of_several_processes_the_first_one_makes_the_directory(few, tmp_path, monkeypatch):
+    """Each may have chosen another, by the time."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(distributed, "processes", lambda _: contextlib.nullcontext(Share(1, 2)))
+    assert len(run_training(tmp_path / "runs" / "later", few, SMALL, FAST._replace(epochs=1)).history) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_network_without_its_training_is_not_overwritten_by_accident(few, tmp_path, resume):
     options = FAST._replace(epochs=1)
@@ -364,7 +455,7 @@ def test_a_network_without_its_training_is_not_overwritten_by_accident(few, tmp_
     (tmp_path / TRAINING).unlink()
     for name in (MODEL, HISTORY):
         before = (tmp_path / name).read_bytes()
-        with pytest.raises(RunError, match=f"holds {name}, but no {TRAINING} to go on from: --overwrite begins anew"):
+        with pytest.raises(RunError, match=f"holds {name}, but no {TRAINING} to resume from: --overwrite starts anew"):
             run_training(tmp_path, few, SMALL, options, resume=resume)
         assert (tmp_path / name).read_bytes() == before
         (tmp_path / name).unlink()
@@ -406,12 +497,12 @@ def test_only_the_same_run_is_resumed(few, tmp_path, change):
     run_training(tmp_path, few, SMALL, FAST._replace(epochs=1))
     dataset, model, options = few, SMALL, FAST._replace(epochs=1)
     if change == "option":
-        options, message = options._replace(rotation=5.0), "a run with rotation 0.0, asked for is 5.0"
+        options, message = options._replace(rotation=5.0), "a run with rotation = 0.0, but you asked for rotation = 5.0"
     elif change == "model":
-        model, message = {**SMALL, "types": 3}, "a run with types 2, asked for is 3"
+        model, message = {**SMALL, "types": 3}, "a run with types = 2, but you asked for types = 3"
     else:
         dataset = few._replace(test=few.test[:63])
-        message = "was trained on other images, digits, than those asked for, digits"
+        message = "was trained on other images, digits, than you asked for, digits"
     with pytest.raises(RunError, match=message):
         run_training(tmp_path, dataset, model, options, resume=True)
 
@@ -429,7 +520,7 @@ def test_images_a_second_are_those_of_the_steps(few, monkeypatch):
     monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: pass_time(score, 5.0))
     training = Training.begin(SMALL, FAST)
     trainer.train_epoch(training, few.train, few.test)
-    assert training.history == [trainer.Epoch(score, score, 2.0)]
+    assert training.history == [Epoch(score, score, 2.0)]
 
 
 def test_a_bar_tells_the_speed_of_the_steps(monkeypatch):
@@ -442,9 +533,46 @@ def test_a_bar_tells_the_speed_of_the_steps(monkeypatch):
             monkeypatch.setattr(progress.time, "monotonic", lambda at=at: at)
             shown.step(epoch=epoch, images=10, loss=1.0)
         assert fields["rate"] == 10 * epoch
-        history.append(trainer.Epoch(score, score, 3.0 * epoch))
+        history.append(Epoch(score, score, 3.0 * epoch))
         shown.epoch(history)
         assert fields["rate"] == 10 / epoch
+
+
+def test_a_run_shows_every_step(few, tmp_path, monkeypatch):
+    told, shown = [], progress.Shown()
+    shown.step = lambda **fields: told.append(fields["step"])
+    monkeypatch.setattr("capsroute.training.run.progress", lambda *_: contextlib.nullcontext(shown))
+    run_training(tmp_path, few, SMALL, FAST._replace(epochs=1))
+    assert told == list(range(1, 9))
+
+
+def test_the_time_left_is_by_the_epochs_of_this_process(monkeypatch, capsys):
+    """Of five epochs two were done before."""
+    now = iter((0.0, 10.0))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    epoch = Epoch(Score(1.0, 0.5), Score(1.0, 0.5), 2.0)
+    progress._Lines(5, 2, 30, "test").epoch([epoch] * 3)
+    assert capsys.readouterr().err.endswith("15 images/s  20 s left\n")
+
+
+def test_a_bar_of_a_run_that_goes_on_begins_where_that_was():
+    told = {}
+    bar = SimpleNamespace(
+        add_task=lambda *_, **fields: told.update(fields), update=lambda _, **fields: told.update(fields)
+    )
+    shown = progress._Bar(bar, 3, 2, 30, Share(0, 2))
+    assert (told["total"], told["completed"]) == (90, 60)
+    shown.step(epoch=3, images=5, loss=1.0)
+    assert told["advance"] == 10  # the other process has as many
+
+
+def test_of_several_processes_the_first_one_shows_its_progress_while_there_is_any():
+    training = Training.begin(SMALL, FAST)
+    with progress.progress(training, 30, Share(1, 2)) as shown:
+        assert type(shown) is progress.Shown
+    training.history = [Epoch(Score(1.0, 0.5), Score(1.0, 0.5), 1.0)] * 3
+    with progress.progress(training, 30, Share()) as shown:
+        assert type(shown) is progress.Shown
 
 
 def test_the_network_sees_a_larger_canvas_where_digits_overlap(few):
@@ -475,6 +603,15 @@ def test_tensorboard_shows_every_epoch_once_also_after_resuming(few, tmp_path):
         logged = [(event.step, event.value) for event in events.Scalars(tag)]
         assert logged == [(k, pytest.approx(value(epoch))) for k, epoch in enumerate(run.history, 1)]
     assert events.Scalars("learning_rate")[-1].value < 1e-3
+
+
+def test_tensorboard_names_the_split_that_an_epoch_is_judged_by(few, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_training(tmp_path, few, SMALL, FAST._replace(epochs=1), tensorboard=True)
+    tags = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()["scalars"]
+    assert {"loss/test", "accuracy/test"} <= set(tags)
 
 
 def test_overwriting_removes_the_logs_of_the_run_and_no_others(few, tmp_path):

@@ -79,6 +79,12 @@ def test_vmap_over_nothing(fused, mapped):
     assert torch.vmap(function, dims)(*empty).shape == (0, *function(*tensors).shape)
 
 
+def test_vmap_over_no_samples_in_another_dimension(fused):
+    weight = torch.randn(5, 3, 2, 4)
+    v = torch.vmap(lambda u: capsroute.capsule_linear(u, weight, backend=fused), in_dims=1)(torch.zeros(6, 0, 5, 4))
+    assert v.shape == (0, 6, 3, 2)
+
+
 def test_vmap_over_the_mask_and_over_votes(fused):
     votes, mask = torch.randn(4, 2, 5, 3, 4), torch.rand(4, 2, 5) < 0.7
 
@@ -163,11 +169,20 @@ def test_autocast_casts_u_weight_and_votes_alone(fused, form):
         assert torch.equal(found[name], expected[name].float()), name
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_the_reference_computes_in_full_precision_under_autocast(form):
+    problem = random_problem((4, 9, 3, 3, 5), form=form, dtype=torch.float32, bias=True, logits="BIJ")
+    cast = {name: x if name in ("bias", "logits") else x.bfloat16() for name, x in problem.tensors.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        v = problem.run("reference")
+    assert torch.equal(v, Problem(cast).run("reference"))
+
+
 def test_autocast_leaves_float64_alone(fused):
     problem = random_problem()
+    expected = problem.run(fused)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(problem.run(fused), problem.run(fused))
-        assert problem.run(fused).dtype == torch.float64
+        assert torch.equal(problem.run(fused), expected)
 
 
 def test_autocast_of_mixed_dtypes(fused):
@@ -236,6 +251,35 @@ def test_second_backward_is_computed_in_full_precision_under_autocast(fused):
         assert_close(x, y)
 
 
+@pytest.mark.parametrize("options", [EVERYTHING, {"query": "BJO"}], ids=str)
+def test_gradient_penalty_under_hooks_on_saved_tensors(fused, options):
+    problem = random_problem((4, 9, 3, 3, 5), **options)
+    expected = penalty_gradients(problem, fused)
+    with torch.autograd.graph.save_on_cpu():
+        assert_close(penalty_gradients(problem, fused), expected)
+    function, tensors = problem.as_function(fused)
+
+    def penalty(*tensors):
+        (du,) = torch.autograd.grad(function(*tensors).norm(dim=-1).sum(), tensors[0], create_graph=True)
+        return du.square().sum()
+
+    assert_close(torch.autograd.grad(checkpoint(penalty, *tensors, use_reentrant=False), tensors), expected)
+
+
+@pytest.mark.parametrize("options", [EVERYTHING, {"query": "BJO"}], ids=str)
+def test_third_derivatives(fused, options):
+    problem = random_problem((2, 5, 3, 3, 4), **options)
+    third = []
+    for backend in (fused, "reference"):
+        function, tensors = problem.as_function(backend)
+        loss = function(*tensors).square().sum()
+        for _ in range(3):
+            grads = torch.autograd.grad(loss, tensors, create_graph=True)
+            loss = sum(x.square().sum() for x in grads)
+        third.append(grads)
+    assert_close(*third)
+
+
 def penalty_gradients(problem: Problem, backend: str) -> tuple[Tensor, ...]:
     function, tensors = problem.as_function(backend)
     with torch.autocast("cpu", enabled=False):
@@ -254,6 +298,15 @@ def test_traced_with_symbolic_sizes(fused):
     traced = make_fx(routed, tracing_mode="symbolic")(u, weight)
     more = u.repeat(2, 1, 1)
     assert_close(traced(more, weight), routed(more, weight))
+
+
+@pytest.mark.filterwarnings("ignore:.*jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("options", [EVERYTHING, {"query": "BJO"}], ids=str)
+def test_a_traced_call_has_gradients(fused, options):
+    function, tensors = random_problem((4, 9, 3, 3, 5), **options).as_function(fused)
+    traced = torch.jit.trace(function, tuple(tensors))  # which traces once more without gradients to check
+    found, expected = (torch.autograd.grad(f(*tensors).square().sum(), tensors) for f in (traced, function))
+    assert_close(found, expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")

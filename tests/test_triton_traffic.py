@@ -6,8 +6,8 @@ from interpreter import watch
 from problems import EVERY, FORMS, cases, random_problem
 
 from capsroute._triton import tuning
-from capsroute.bench.registry import CASES, make_problem
-from capsroute.bench.traffic import planned, traffic
+from capsroute.bench.registry import CASES, Case, make_problem
+from capsroute.bench.traffic import fewest, planned, traffic
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +79,14 @@ def test_traffic_of_mnist():
     found = traffic(CASES["mnist"], backward=False)
     assert found.fused <= 105e6  # 160 MB were asked for
     assert found.launches == 6
+
+
+def test_the_fewest_bytes_are_of_what_is_read_and_written_once():
+    """A backward comes after its forward, which leaves it s of each pass."""
+    problem = make_problem(Case("", 2, 3, 4, 5, 6))
+    inputs, v, s = 4 * (2 * 3 * 4 + 3 * 5 * 6 * 4), 4 * 2 * 5 * 6, 3 * 4 * 2 * 5 * 6
+    assert fewest(problem, False) == inputs + v
+    assert fewest(problem, True) == 2 * (inputs + v + s) + inputs
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("mnist-1", "comirec", "comirec-rechub")])

@@ -32,7 +32,7 @@ def gpu(monkeypatch, tmp_path):
         ("get_device_name", lambda device=None: "a GPU"),
     ):
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch, "set_default_device", lambda device: None)
+    monkeypatch.setattr(tune, "make_problem", lambda case, dtype: None)
     monkeypatch.setattr(tuning, "for_device", lambda properties: START)
     monkeypatch.setenv("CAPSROUTE_TUNING", str(tmp_path / "tuning.json"))
     tuning.measured.cache_clear()
@@ -45,6 +45,7 @@ def test_where_the_first_tiles_do_not_fit_the_rest_are_told(gpu, capsys):
     assert main(["tune", "--case", "efficient", "--json"]) == 0
     out, err = capsys.readouterr()
     assert "efficient: did not fit -> 1 ms forward + backward, kept in" in err
+    assert torch.get_default_device().type == "cpu"
     (result,) = json.loads(out)["results"]
     assert (result["before"], result["seconds"]) == (None, 1e-3)
     (stored,) = tuning.measured()["a GPU"].values()

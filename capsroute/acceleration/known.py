@@ -1,4 +1,4 @@
-"""The layers that accelerate knows: equations and parameter names of their repositories, written with our operators."""
+"""The layers that accelerate knows: the equations and parameter names of their repositories, with our operators."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .. import _autocast
 from ..functional import capsule_linear, routing_pass, squash
 from ..nn.layout import from_layout
 from ..reference import accumulation_dtype
@@ -93,6 +94,11 @@ def _probe_by(logical_weight: Callable[[nn.Module], Tensor]) -> Callable[[nn.Mod
     return probe
 
 
+def _as_original(v: Tensor) -> Tensor:
+    """v in the dtype of the originals under autocast, which is that of their logits, torch.zeros."""
+    return v.to(torch.promote_types(v.dtype, torch.get_default_dtype())) if _autocast.is_on(v) else v
+
+
 # gram-ai/capsule-networks and its many copies: route_weights [J, I, D, O], the softmax over i, outputs [J, B, 1, 1, O].
 
 
@@ -104,7 +110,7 @@ def _gram_forward(self: nn.Module, x: Tensor) -> Tensor:
     prior = getattr(self, "route_logits", None)  # [J, 1, I, 1, 1] in later versions
     logits = None if prior is None else prior.flatten(1).T
     v = capsule_linear(x, _gram_weight(self), self.num_iterations, logits=logits, coupling="in")
-    return v.transpose(0, 1)[:, :, None, None]
+    return _as_original(v).transpose(0, 1)[:, :, None, None]
 
 
 def _gram_refuses(self: nn.Module) -> str | None:
@@ -121,7 +127,7 @@ def _detached(layer: str, weight: str, layout: str, iterations: str) -> Recipe:
         return from_layout(getattr(self, weight), layout)
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
-        return capsule_linear(x, logical_weight(self), getattr(self, iterations), detach_coupling=True)
+        return _as_original(capsule_linear(x, logical_weight(self), getattr(self, iterations), detach_coupling=True))
 
     return Recipe(layer, forward, _probe_by(logical_weight))
 

@@ -13,7 +13,7 @@ class Recipe(NamedTuple):
 
     Attributes:
         layer: the class; or its full name ``"package.module.Class"``, which is not imported; or a bare name
-            ``"Class"``, for snippets that live in everybody's own file.
+            ``"Class"``, for snippets that people copy into files of their own.
         forward: takes what the layer's own forward takes, the layer itself first, and returns what it returns.
         probe: from the layer, random arguments of its forward, floating-point ones in its dtype and device.
         refuses: from the layer, why it cannot be swapped, or None.
@@ -29,10 +29,10 @@ _recipes: list[Recipe] = []
 
 
 def register(recipe: Recipe) -> None:
-    """Make :func:`capsroute.accelerate` know a layer. The last recipe registered for a class is the one in use.
+    """Make :func:`capsroute.accelerate` know a layer; the last recipe registered for a class is used.
 
     Raises:
-        TypeError: if ``recipe`` is not a :class:`Recipe` for a module class or a name.
+        TypeError: if ``recipe`` is not a :class:`Recipe` for a module class or its name.
     """
     layer = recipe.layer if isinstance(recipe, Recipe) else None
     if not (isinstance(layer, str) or (isinstance(layer, type) and issubclass(layer, nn.Module))):

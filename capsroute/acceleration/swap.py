@@ -1,10 +1,11 @@
-"""Find known layers in a model, see by probes that the fused forward is theirs, and put it in its place."""
+"""Find known layers, check by probes that the fused forward computes the same, and swap it in."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torc
 
 
 class Entry(NamedTuple):
-    """What became of one layer: its name in the model, its class, whether it was swapped, and why or why not."""
+    """What was done with one layer: its name in the model, its class, whether it was swapped, and why or why not."""
 
     name: str
     layer: str
@@ -36,7 +37,7 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         if not self.entries:
-            return "accelerate: the model has no capsule layer that is known; capsroute.acceleration.register adds one"
+            return "accelerate: the model has no known capsule layer; capsroute.acceleration.register adds one"
         lines = (f"{e.name or '(the model)'} ({e.layer}): {e.reason}" for e in self.entries)
         return "\n".join(f"accelerate: {line}" for line in lines)
 
@@ -44,10 +45,10 @@ class Report(NamedTuple):
 def accelerate(module: nn.Module, *, quiet: bool = False) -> Report:
     """Swap the known capsule layers of a model, in place, for fused ones that share their parameters.
 
-    A layer is swapped only when, with random parameters and inputs, the fused forward gives the same outputs, the same
-    gradients of every parameter and input, and leaves the random generator in the same state. It stays the object that
-    it was, an instance of its class with its parameters, hooks, attributes and ``state_dict`` keys; only its forward is
-    another. Subclasses of known layers are left alone.
+    A layer is swapped only when, with random parameters and inputs, in training and in evaluation, the fused forward
+    gives the same outputs, the same gradients of every parameter and input, and leaves the buffers and the random
+    generator in the same state. The layer stays the same object, an instance of its class, with its parameters, hooks,
+    attributes and ``state_dict`` keys; only its forward changes. Subclasses of known layers are left alone.
 
     Args:
         module: the model; itself a known layer, or with such layers anywhere inside.
@@ -55,6 +56,9 @@ def accelerate(module: nn.Module, *, quiet: bool = False) -> Report:
 
     Returns:
         What was swapped, what was not, and why.
+
+    Raises:
+        TypeError: if ``module`` is not a :class:`torch.nn.Module`.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
@@ -65,7 +69,7 @@ def accelerate(module: nn.Module, *, quiet: bool = False) -> Report:
             entries.append(Entry(name, _swapped_class(original).__name__, True, "already swapped"))
         elif recipe := find(original):
             own = "forward" in vars(layer)
-            reason = "its object has a forward of its own" if own else _objection(layer, recipe)
+            reason = "the instance overrides forward" if own else _objection(layer, recipe)
             if reason is None:
                 layer.__class__ = _accelerated(original, recipe)
             shown = f"not swapped: {reason}" if reason else "swapped: the same outputs and gradients on a probe"
@@ -73,7 +77,7 @@ def accelerate(module: nn.Module, *, quiet: bool = False) -> Report:
         else:
             parent = next((base for base in original.__mro__[1:] if issubclass(base, nn.Module) and find(base)), None)
             if parent:
-                reason = f"not swapped: a subclass of {parent.__name__}, which may compute something else; register it"
+                reason = f"not swapped: a subclass of {parent.__name__} may compute something else; register it"
                 entries.append(Entry(name, original.__name__, False, reason))
     report = Report(tuple(entries))
     if not quiet:
@@ -132,17 +136,19 @@ def _objection(layer: nn.Module, recipe: Recipe) -> str | None:
         try:
             if reason := recipe.refuses(layer):
                 return reason
-            for seed in range(PROBES):
+            for training, seed in itertools.product((layer.training, not layer.training), range(PROBES)):
                 _seed(seed, devices)
-                probed = copy.deepcopy(layer)  # a probe may change buffers, and parameters may be 0 or not yet set
+                probed = copy.deepcopy(layer).train(training)  # its parameters may be 0 or not yet set
                 for parameter in filter(_is_float, probed.parameters()):
                     nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5 if parameter.dim() else 1.0)
                 arguments = recipe.probe(probed)
                 expected, found = (
-                    _run(forward, probed, arguments, seed, devices) for forward in (type(layer).forward, recipe.forward)
+                    _run(forward, copy.deepcopy(probed), arguments, seed, devices)  # of its own: buffers may change
+                    for forward in (type(layer).forward, recipe.forward)
                 )
                 if reason := _difference(found, expected):
-                    return reason
+                    mode = "training" if training else "evaluation"
+                    return reason if training == layer.training else f"in {mode} mode, {reason}"
         except Exception as error:  # whatever a foreign layer does on its probe, the model must live on
             return f"the probe failed with {type(error).__name__}: {error}"
     return None
@@ -155,7 +161,7 @@ def _seed(seed: int, devices: list[int]) -> None:
 
 
 def _run(forward, layer: nn.Module, arguments: tuple, seed: int, devices: list[int]) -> dict[str, Any]:
-    """The state of the generators after one run, outputs, and gradients by name."""
+    """The state of the generators and the buffers after one run, outputs, and gradients by name."""
     _seed(seed, devices)
     inputs = [x.detach().requires_grad_() if _is_float(x) else x for x in arguments]
     outputs = [x for x in tree_leaves(forward(layer, *inputs)) if isinstance(x, Tensor)]
@@ -170,23 +176,27 @@ def _run(forward, layer: nn.Module, arguments: tuple, seed: int, devices: list[i
         grads = torch.autograd.grad(differentiable, list(wanted.values()), cotangents, allow_unused=True)
     results = {"generators": states}
     results |= {f"output {k}": x.detach() for k, x in enumerate(outputs)}
+    results |= {f"buffer {name}": x.detach() for name, x in layer.named_buffers()}
     return results | {f"gradient of {name}": grad for name, grad in zip(wanted, grads, strict=True)}
 
 
 def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
-    if found.keys() != expected.keys():
-        return "it returns another number of tensors than the fused forward"
+    if odd := found.keys() ^ expected.keys():
+        is_buffer = any(name.startswith("buffer") for name in odd)
+        return "it makes or drops a buffer" if is_buffer else "it returns a different number of tensors"
     for name, want in expected.items():
         have = found[name]
         if want is None or have is None:
             if want is not have:
-                return f"{name}: only {'the fused forward' if want is None else 'the layer'} gives one"
+                return f"{name}: only {'the fused forward' if want is None else 'the layer'} returns one"
         elif name == "generators":
             if not torch.equal(have, want):
-                return "it draws other random numbers"
+                return "it draws different random numbers"
         elif have.shape != want.shape or have.dtype != want.dtype:
             return f"{name}: {want.dtype} {list(want.shape)}, the fused forward {have.dtype} {list(have.shape)}"
-        elif want.numel():
+        elif not torch.equal(have, want):
+            if not want.is_floating_point():
+                return f"{name}: differs"
             allowed = TOLERANCE.get(want.dtype, 0.0) * want.abs().max().item()
             error = (have - want).abs().max().item()
             if not error <= allowed:

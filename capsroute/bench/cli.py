@@ -1,13 +1,17 @@
-"""The command `capsroute bench`: the implementations of routing, compared at the shapes in use."""
+"""The command `capsroute bench`: compare the implementations of routing at the shapes in use."""
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import functools
+import itertools
 import json
 import os
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -21,8 +25,9 @@ from ..reference import accumulation_dtype
 from . import path, regression, roofline, sweep, table
 from .compare import DisagreementError, compare
 from .measure import on_gpu
-from .registry import CASES, IMPLEMENTATIONS, Case, fused_backend, make_problem, names_for, pass_name
+from .registry import CASES, IMPLEMENTATIONS, Case, fused_backend, make_problem, names_for, pass_name, passes
 
+Asked = tuple[Case, bool]  # and whether with the backward
 MOST_THREADS = 1024  # many more crash OpenMP
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -32,9 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_what(parser)
     _add_how(parser)
     _add_instead(parser)
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the report there, for --compare")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the report to FILE, for --compare")
     parser.add_argument(
-        "--compare", type=Path, metavar="FILE", help="say what got slower since; exit with 1 if anything did"
+        "--compare",
+        type=Path,
+        metavar="FILE",
+        help="compare with the report in FILE; exit with 1 on any regression",
     )
 
 
@@ -62,7 +70,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         default=[],
         dest="batches",
         metavar="B",
-        help="one or several, instead of each case's own; --sweep batch has its own",
+        help="batch sizes instead of each case's own; --sweep batch has its own",
     )
     dtypes = [str(dtype).removeprefix("torch.") for dtype in _checks.DTYPES]
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="default: %(default)s")
@@ -75,10 +83,13 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         choices=IMPLEMENTATIONS,
         metavar="NAME",
         help=f"{', '.join(IMPLEMENTATIONS)} (default: all that compute one of the cases); ratios are to the "
-        "first; --traffic, --explain, --roofline and --sweep are of the kernels alone",
+        "first; --traffic, --explain, --roofline and --sweep look at the kernels alone",
     )
     parser.add_argument(
-        "--threads", type=number(int, 1, most=MOST_THREADS), metavar="N", help="of torch (default: its own choice)"
+        "--threads",
+        type=number(int, 1, most=MOST_THREADS),
+        metavar="N",
+        help="threads (default: torch's own choice)",
     )
     parser.add_argument(
         "--seconds",
@@ -86,20 +97,22 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         default=10.0,
         help="to time each case and pass, once warm (default: %(default)g); --traffic and --explain time nothing",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: also AMD's GPUs (default: cpu)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: AMD's GPUs too (default: cpu)")
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, in fresh processes")
 
 
 def _add_instead(parser: argparse.ArgumentParser) -> None:
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
-        "--traffic", action="store_true", help="instead, the bytes that the GPU kernels move: exact, and needs no GPU"
+        "--traffic",
+        action="store_true",
+        help="instead, the bytes that the Triton kernels move: exact; needs Triton, no GPU",
     )
     instead.add_argument(
         "--explain", action="store_true", help="instead, the path that the CPU kernels take for each case, and why"
     )
     instead.add_argument(
-        "--roofline", action="store_true", help="instead, how near the CPU kernels come to this machine's limits"
+        "--roofline", action="store_true", help="instead, how close the CPU kernels come to this machine's limits"
     )
     instead.add_argument(
         "--sweep", choices=sweep.MOST, help="instead, how the time of the CPU kernels grows with B, I or J"
@@ -111,34 +124,45 @@ def _add_instead(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `capsroute bench`; returns the exit status, 1 if a result was wrong or anything got slower or larger."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
     _check(args)
     instead = ((args.traffic, _traffic), (args.explain, _explain), (args.roofline, _roofline), (args.sweep, _sweep))
     show = next((show for asked, show in instead if asked), _implementations)
-    return show(args, _cases(args), getattr(torch, args.dtype))
+    device = torch.device("cuda") if args.device == "cuda" and show is _implementations else nullcontext()
+    with device, _threads(args.threads):
+        return show(args, _asked(args), getattr(torch, args.dtype))
 
 
-def _cases(args: argparse.Namespace) -> list[Case]:
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Let torch have so many threads while the context lasts."""
+    if count is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _asked(args: argparse.Namespace) -> list[Asked]:
     named = [CASES[name]._replace(seed=args.seed or 0) for name in (CASES if "all" in args.cases else args.cases)]
-    return [case._replace(batch=batch) for case in named for batch in args.batches or [case.batch]]
+    cases = [case._replace(batch=batch) for case in named for batch in args.batches or [case.batch]]
+    return list(itertools.product(cases, passes(args.passes == "both")))
 
 
-def _implementations(args: argparse.Namespace, cases: list[Case], dtype: torch.dtype) -> int:
+def _implementations(args: argparse.Namespace, asked: list[Asked], dtype: torch.dtype) -> int:
     """The header and the table."""
-    if args.device == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch sees no GPU here")
-        torch.set_default_device("cuda")
     base = regression.load(args.compare) if args.compare else None  # before anything takes long
+    cases = list(dict.fromkeys(case for case, _ in asked))
     about, names = describe_machine(dtype), args.implementations or names_for(cases)
     facts = *about.items(), *((case.title, case.describe()) for case in cases)
     say(args, "\n".join(f"- {name}: {value}" for name, value in facts))
-    asked = [(case, backward) for case in cases for backward in _passes(args)]
     if base:
         keys = [(case, pass_name(backward)) for case, backward in asked]
         regression.check(base, args.dtype, about["threads"], keys, names[0])
-    say(args, "\n" + table.head(f"{args.dtype}, ± half the quartile distance", names))
+    say(args, "\n" + table.head(f"{args.dtype}, ± half the interquartile range", names))
     lines, rows = [], []
     report = {"dtype": args.dtype, "machine": about, "results": rows}
     for case, backward in asked:
@@ -172,7 +196,7 @@ def _conclude(args: argparse.Namespace, report: dict, base: dict | None) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """That options go together and files can be written, before anything takes long."""
+    """Check that options go together, files can be written and the GPU is there, before anything takes long."""
     if args.plot and not (args.roofline or args.sweep):
         raise ValueError("--plot draws what --roofline or --sweep measures: give one of them too")
     if args.traffic or args.explain or args.roofline or args.sweep:
@@ -180,11 +204,13 @@ def _check(args: argparse.Namespace) -> None:
             instead = "--traffic, --explain, --roofline or --sweep"
             raise ValueError(f"--save, --compare and --memory are for implementations, not for {instead}")
         if args.device == "cuda" and not args.traffic:
-            raise ValueError("--explain, --roofline and --sweep are of the CPU kernels, got --device cuda")
+            raise ValueError("--explain, --roofline and --sweep are for the CPU kernels, got --device cuda")
     if args.sweep == "batch" and len(args.batches) > 1:
         raise ValueError(
             f"--sweep batch goes through all batches itself, got --batch {' '.join(map(str, args.batches))}"
         )
+    if args.device == "cuda" and not args.traffic and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here")
     check_writable("--save", args.save)
     check_writable("--plot", args.plot)
     if args.plot:
@@ -193,7 +219,7 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--plot must end in {', '.join(PICTURES)}, got {args.plot}")
 
 
-def _traffic(args: argparse.Namespace, cases: list[Case], dtype: torch.dtype) -> int:
+def _traffic(args: argparse.Namespace, asked: list[Asked], dtype: torch.dtype) -> int:
     from .._triton import installed
 
     can, why = installed()
@@ -201,34 +227,31 @@ def _traffic(args: argparse.Namespace, cases: list[Case], dtype: torch.dtype) ->
         raise ValueError(f"--traffic reads the launches of the Triton backend: {why}")
     from . import traffic
 
-    found = [(case, backward, traffic.traffic(case, backward, dtype)) for case in cases for backward in _passes(args)]
+    found = [(case, backward, traffic.traffic(case, backward, dtype)) for case, backward in asked]
     say(args, traffic.rows(found))
-    results = [{"case": case._asdict(), "backward": backward, **moved._asdict()} for case, backward, moved in found]
+    results = [
+        {"case": case._asdict(), "pass": pass_name(backward), **moved._asdict()} for case, backward, moved in found
+    ]
     emit(args, {"dtype": args.dtype, "results": results})
     return 0
 
 
-def _passes(args: argparse.Namespace) -> tuple[bool, ...]:
-    return (False, True)[: 1 + (args.passes == "both")]
-
-
-def _explain(args: argparse.Namespace, cases: list[Case], dtype: torch.dtype) -> int:
+def _explain(args: argparse.Namespace, asked: list[Asked], dtype: torch.dtype) -> int:
     results = []
     say(args, f"{_ops.cpu_library()[1]}, {args.dtype}:")
-    for case in cases:
-        problem = make_problem(case, dtype)
-        for backward in _passes(args):
-            found = path.path_of(problem, backward)
-            words = path.explain(case, found, backward)
-            say(args, f"{case.title}, {'backward' if backward else 'forward'}: {words}")
-            results.append({"case": case._asdict(), "backward": backward, "path": found._asdict(), "why": words})
+    problem_of = functools.lru_cache(1)(make_problem)  # one for both passes
+    for case, backward in asked:
+        found = path.path_of(problem_of(case, dtype), backward)
+        words, name = path.explain(case, found, backward), "backward" if backward else "forward"
+        say(args, f"{case.title}, {name}: {words}")
+        results.append({"case": case._asdict(), "pass": name, "path": found._asdict(), "why": words})
     emit(args, {"dtype": args.dtype, "results": results})
     return 0
 
 
-def _roofline(args: argparse.Namespace, cases: list[Case], dtype: torch.dtype) -> int:
+def _roofline(args: argparse.Namespace, asked: list[Asked], dtype: torch.dtype) -> int:
     machine = roofline.measure_machine(accumulation_dtype(dtype))
-    points = [roofline.measure(case, backward, dtype, args.seconds) for case in cases for backward in _passes(args)]
+    points = [roofline.measure(case, backward, dtype, args.seconds) for case, backward in asked]
     say(args, roofline.rows(machine, points))
     if args.plot:
         roofline.plot(machine, points, args.plot)
@@ -238,12 +261,11 @@ def _roofline(args: argparse.Namespace, cases: list[Case], dtype: torch.dtype) -
     return 0
 
 
-def _sweep(args: argparse.Namespace, cases: list[Case], dtype: torch.dtype) -> int:
+def _sweep(args: argparse.Namespace, asked: list[Asked], dtype: torch.dtype) -> int:
     curves = []
-    for case in cases:
-        for backward in _passes(args):
-            curves.append(sweep.measure(case, args.sweep, backward, dtype, args.seconds))
-            say(args, sweep.rows(curves[-1]))
+    for case, backward in asked:
+        curves.append(sweep.measure(case, args.sweep, backward, dtype, args.seconds))
+        say(args, sweep.rows(curves[-1]))
     if args.plot:
         sweep.plot(curves, args.plot)
         say(args, f"wrote {args.plot}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..reference import accumulation_dtype
-from .measure import KILLED, Result, alternate, available_memory, in_fresh_process, peak_growth
+from .measure import Result, alternate, available_memory, peak_growth, with_memory
 from .registry import IMPLEMENTATIONS, Case, Forward, Problem, make_problem, run
 
 # |x - reference| / |reference| that rounding may explain, over a whole tensor
@@ -19,7 +18,7 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 2e-3, tor
 
 
 class DisagreementError(RuntimeError):
-    """An implementation's result is not the reference's: nothing may be said of its speed."""
+    """An implementation's result differs from the reference's, so its speed is not reported."""
 
 
 def compare(
@@ -47,7 +46,10 @@ def compare(
             results.append(Result(name, note=prepared.left_out[name]))
             continue
         result = Result(name, *timings[name])
-        results.append(_with_memory(result, case, backward, dtype) if memory else result)
+        if memory:
+            machine = torch.get_num_threads(), str(torch.get_default_device())
+            result = with_memory(result, _case_memory, case, backward, name, dtype, *machine)
+        results.append(result)
     return results
 
 
@@ -70,7 +72,7 @@ def prepare(case: Case, backward: bool, names: Sequence[str], dtype: torch.dtype
 
 
 def why_not(name: str, case: Case, backward: bool, dtype: torch.dtype, room: int) -> str:
-    """Why an implementation cannot be measured on a case, with so many bytes of memory, or nothing."""
+    """Why an implementation cannot be measured on a case with `room` bytes of memory, or an empty string."""
     implementation = IMPLEMENTATIONS[name]
     if not implementation.computes(case):
         return "another routing"
@@ -113,20 +115,10 @@ def check_equal(name: str, results: list[Tensor], expected: list[Tensor], roundi
             )
         norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
         difference, limit = norm(x - y).item(), max(rounding, TOLERANCE[y.dtype]) * norm(y).item()
-        if not difference <= limit:  # nor is it, if it is NaN
+        if not difference <= limit:  # NaN fails this too
             raise DisagreementError(
                 f"{name}: result {index} is {difference:.1e} from the reference's, at most {limit:.1e} is rounding"
             )
-
-
-def _with_memory(result: Result, case: Case, backward: bool, dtype: torch.dtype) -> Result:
-    try:
-        peak = in_fresh_process(
-            _case_memory, case, backward, result.name, dtype, torch.get_num_threads(), str(torch.get_default_device())
-        )
-    except BrokenProcessPool:
-        return result._replace(note=KILLED)
-    return result._replace(peak_bytes=peak)
 
 
 def _case_memory(case: Case, backward: bool, name: str, dtype: torch.dtype, threads: int, device: str) -> int:

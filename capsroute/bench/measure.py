@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -125,10 +127,29 @@ def in_fresh_process(function: Callable[..., T], *args: object) -> T:
     """function(*args) in a new Python process; all must be picklable.
 
     Raises:
-        concurrent.futures.process.BrokenProcessPool: if the process is killed, as for want of memory.
+        concurrent.futures.process.BrokenProcessPool: if the process is killed, for example when memory runs out.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
+
+
+def with_memory(result: Result, weigh: Callable[..., int], *args: object) -> Result:
+    """The result with its peak memory, weigh(*args) in a fresh process, or a note that this was killed."""
+    try:
+        return result._replace(peak_bytes=in_fresh_process(weigh, *args))
+    except BrokenProcessPool:
+        return result._replace(note=KILLED)
+
+
+@contextlib.contextmanager
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """Give an attribute another value while the context lasts."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def _kibibytes(path: str, field: str) -> int:

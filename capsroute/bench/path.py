@@ -37,8 +37,8 @@ def path_of(problem: Problem, backward: bool) -> Plan:
     can, why = _ops.cpu_library()
     if not can:
         raise ValueError(why)
-    u, weight, logits, iterations = problem[:4]
-    logits = None if logits is None else logits[None]
+    u, weight, iterations = problem.u, problem.weight, problem.iterations
+    logits = None if problem.logits is None else problem.logits[None]
     if backward and problem.detach_coupling and iterations > 1:  # one pass, from the logits of the last
         iterations, logits = 1, u.new_zeros(1, 1, problem.grad_v.shape[1])
     named = reference.Options(iterations, problem.coupling, False, problem.detach_coupling, 1e-9)
@@ -93,7 +93,7 @@ def operations(case: Case, path: Plan, backward: bool) -> int:
     """Floating-point operations of the forward, or the backward: two for each multiply-add of votes, agreement, sums
     and gradients. Exponentials, squash and what is of the size of v are not counted.
     """
-    B, I, D, J, O, R = case[1:7]
+    B, I, D, J, O, R = case.sizes.values()
     shared = case.weight in ("JOD", "OD")
     row = 2 * B * I * J * (D if shared else O)  # of agreement, or a sum, in one pass
     votes = 2 * B * I * J * O * D if case.weight == "IJOD" else 0

@@ -1,4 +1,4 @@
-"""torch-rechub's own capsule layer (0.9.0), the one that its MIND and ComiRec-DR are made of, as a baseline.
+"""torch-rechub's own capsule layer (0.9.0), which its MIND and ComiRec-DR use, as a baseline.
 
 It computes what ``coupling="in"`` and ``detach_coupling=True`` mean here, where no history has padding.
 """
@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
+from .measure import replaced
+
 
 def no_rechub() -> str:
-    """Why torch-rechub cannot run here, or nothing."""
+    """Why torch-rechub cannot run here, or an empty string."""
     return "" if importlib.util.find_spec("torch_rechub") else "needs torch-rechub"
 
 
@@ -43,5 +44,5 @@ def rechub(u: Tensor, weight: Tensor, logits: Tensor | None) -> Tensor:
         parameters = {"linear.weight": weight.flatten(0, -2)}
     mask = torch.ones(batch, inputs, dtype=torch.int64, device=u.device)
     drawn = None if logits is None else logits.t().expand(batch, -1, -1)
-    with mock.patch.object(torch, "randn", return_value=drawn):
+    with replaced(torch, "randn", lambda *_, **__: drawn):
         return torch.func.functional_call(layer, parameters, (u, mask))

@@ -1,4 +1,4 @@
-"""What is compared: the shapes at which capsule routing is really used, and the ways to compute it.
+"""What is compared: the shapes at which capsule routing is used in practice, and the ways to compute it.
 
 Everything that times, weighs or tests an implementation goes through here: `capsroute bench`,
 `benchmarks/` and the tests.
@@ -29,6 +29,11 @@ def pass_name(backward: bool) -> str:
     return "forward + backward" if backward else "forward"
 
 
+def passes(backward: bool) -> tuple[bool, ...]:
+    """The forward, and the backward too if it is wanted: for each, whether it is the backward."""
+    return (False, True) if backward else (False,)
+
+
 class Case(NamedTuple):
     """A shape in use; `weight` names its dimensions in letters, "" where the votes are given."""
 
@@ -43,6 +48,12 @@ class Case(NamedTuple):
     coupling: str = "out"
     detach_coupling: bool = False
     seed: int = 0  # of its random tensors
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """By their letters."""
+        B, I, J, R = self.batch, self.inputs, self.outputs, self.iterations
+        return {"B": B, "I": I, "D": self.in_features, "J": J, "O": self.out_features, "R": R}
 
     @property
     def form(self) -> str:
@@ -66,8 +77,7 @@ class Case(NamedTuple):
 
     def describe(self) -> str:
         """The shape in words, for a table."""
-        sizes = zip("BIDJOR", self[1:7], strict=True)
-        shape = " ".join(f"{letter}={size}" for letter, size in sizes if size)
+        shape = " ".join(f"{letter}={size}" for letter, size in self.sizes.items() if size)
         given = f"weight [{self.weight}]" if self.weight else "votes given"
         detached = ", detached coupling" if self.detach_coupling else ""
         return f"{shape}, {given}{', softmax over i' if self.coupling == 'in' else ''}{detached}"
@@ -119,28 +129,27 @@ def make_problem(case: Case, dtype: torch.dtype = torch.float32) -> Problem:
 
     They are drawn on the CPU, and lie on torch's default device.
     """
-    batch, inputs, in_features, outputs, out_features = case[1:6]
     generator = torch.Generator("cpu").manual_seed(case.seed)
 
-    def normal(*shape: int, std: float) -> Tensor:
+    def normal(letters: str, std: float) -> Tensor:
+        shape = tuple(case.sizes[letter] for letter in letters)
         if torch.get_default_device().type == "meta":
             return torch.empty(shape, dtype=dtype)
         x = torch.empty(shape, device="cpu").normal_(0, std, generator=generator)
         return x.to(torch.get_default_device(), dtype)
 
     weight, logits = None, None
-    std = first_pass_gain(inputs, outputs, case.coupling) / math.sqrt(out_features)
+    std = first_pass_gain(case.inputs, case.outputs, case.coupling) / math.sqrt(case.out_features)
     if case.weight:
-        u = normal(batch, inputs, in_features, std=1 / math.sqrt(in_features))
-        sizes = {"I": inputs, "D": in_features, "J": outputs, "O": out_features}
+        u = normal("BID", std=1 / math.sqrt(case.in_features))
         memory = "IDJO" if case.weight == "IJOD" else case.weight
-        weight = normal(*(sizes[letter] for letter in memory), std=std)
+        weight = normal(memory, std=std)
         weight = weight.permute(*(memory.index(letter) for letter in case.weight)).requires_grad_()
     else:
-        u = normal(batch, inputs, outputs, out_features, std=std)
+        u = normal("BIJO", std=std)
     if case.weight == "OD":
-        logits = normal(inputs, outputs, std=1)
-    grad_v = normal(batch, outputs, out_features, std=1)
+        logits = normal("IJ", std=1)
+    grad_v = normal("BJO", std=1)
     return Problem(u.requires_grad_(), weight, logits, case.iterations, grad_v, case.coupling, case.detach_coupling)
 
 
@@ -173,7 +182,7 @@ def fused_backend(u: Tensor) -> str:
 
 
 def no_compiler() -> str:
-    """Why torch.compile cannot work here, or nothing."""
+    """Why torch.compile cannot work here, or an empty string."""
     compiler = os.environ.get("CXX", "g++")
     return "" if shutil.which(compiler) else f"needs {compiler}"
 
@@ -217,10 +226,12 @@ IMPLEMENTATIONS = {
     "compiled": Implementation(
         lambda: compiled(lambda problem: routed(problem, "reference")), (2, 3.5), compiles=True, missing=no_compiler
     ),
-    "matmul": Implementation(lambda: lambda problem: matmul(*problem[:4], *problem[5:]), (0.7, 3.5)),
+    "matmul": Implementation(
+        lambda: lambda p: matmul(p.u, p.weight, p.logits, p.iterations, p.coupling, p.detach_coupling), (0.7, 3.5)
+    ),
     # More where each pair has its own weight: it then makes D numbers for each of a vote.
     "torch-rechub": Implementation(
-        lambda: lambda problem: rechub(*problem[:3]),
+        lambda: lambda p: rechub(p.u, p.weight, p.logits),
         (3, 6),
         computes=is_rechub,
         missing=no_rechub,

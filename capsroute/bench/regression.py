@@ -1,4 +1,4 @@
-"""A benchmark's report against one that was saved before: what got slower than the noise of both can explain."""
+"""A benchmark's report against an earlier one: what got slower than the noise of both can explain."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def load(path: Path) -> dict:
     """A report that `capsroute bench --save` wrote.
 
     Raises:
-        ValueError: if the file is something else.
+        ValueError: if the file is not such a report.
     """
     try:
         report = json.loads(path.read_text())
@@ -61,7 +61,7 @@ def load(path: Path) -> dict:
 
 
 def check(base: dict, dtype: str, threads: int, keys: Iterable[tuple[Case, str]], first: str) -> None:
-    """That what will be measured can be compared with a report.
+    """Check that what will be measured can be compared with a report.
 
     Raises:
         ValueError: if they share no case and pass, or are of different dtypes, numbers of threads or seeds.
@@ -73,7 +73,7 @@ def check(base: dict, dtype: str, threads: int, keys: Iterable[tuple[Case, str]]
         ("seed", *(" and ".join(sorted({str(case.seed) for case, _ in found})) for found in (rows or keys, keys))),
     ):
         if before != now:
-            raise ValueError(f"reports of one {name} can be compared, got {before} and {now}")
+            raise ValueError(f"reports can only be compared with the same {name}, got {before} and {now}")
     if not any(first in rows.get(key, {}) for key in keys):
         raise ValueError(f"the reports share no case that {first} was measured in")
 

@@ -1,4 +1,4 @@
-"""How near the CPU kernels come to what the machine can do: arithmetic and memory, measured on the spot."""
+"""How close the CPU kernels come to the machine's limits of arithmetic and memory, which are measured too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from .._optional import optional
 from .measure import alternate
 from .path import explain, operations, path_of
-from .registry import Case, make_problem, routed, run
+from .registry import Case, make_problem, passes, routed, run
 from .table import format_seconds
 from .traffic import fewest
 
@@ -71,12 +71,10 @@ def measure(case: Case, backward: bool, dtype: torch.dtype, seconds: float) -> P
     """Time the fused kernels on a case: the forward with no gradient wanted, or forward and backward."""
     problem = make_problem(case, dtype)
     timing = alternate({"fused": partial(run, partial(routed, backend="cpu"), problem, backward)}, seconds)["fused"]
-    passes = (False, True)[: 1 + backward]
-    paths = [path_of(problem, each) for each in passes]
-    total = sum(operations(case, path, each) for path, each in zip(paths, passes, strict=True))
-    return Point(
-        case.label(backward), timing.seconds, total, fewest(problem, backward), explain(case, paths[-1], backward)
-    )
+    paths = {each: path_of(problem, each) for each in passes(backward)}
+    total = sum(operations(case, path, each) for each, path in paths.items())
+    words = explain(case, paths[backward], backward)
+    return Point(case.label(backward), timing.seconds, total, fewest(problem, backward), words)
 
 
 def rows(machine: Machine, points: Sequence[Point]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from ..nn import CapsNetLoss
 from . import table
 from .compare import TOLERANCE, check_equal
-from .measure import KILLED, Result, alternate, in_fresh_process, peak_growth
+from .measure import Result, alternate, peak_growth, with_memory
 from .registry import compiled, no_compiler
 
 BACKENDS = {"fused": "auto", "reference": "reference", "compiled": "reference"}
@@ -62,8 +61,8 @@ def compare_training_step(
 
     Returns:
         A dict of the fields of :class:`capsroute.bench.measure.Result` for each, "fused" first; without a compiler,
-        that of "compiled" has but a note. `peak_bytes` is
-        without parameters, their gradients and the optimizer's state.
+        that of "compiled" has only a note. `peak_bytes` leaves out parameters, their gradients and the optimizer's
+        state.
 
     Raises:
         DisagreementError: if a loss or gradient differs from the reference's.
@@ -86,12 +85,8 @@ def compare_training_step(
     rows = []
     for name, timing in alternate(steps, seconds).items():
         batch = images.clone(), labels.clone()  # sending a tensor moves its storage to shared memory
-        result = Result(name, *timing)
-        try:
-            peak = in_fresh_process(_step_memory, name, model_factory, *batch, torch.get_num_threads())
-            result = result._replace(peak_bytes=peak)
-        except BrokenProcessPool:
-            result = result._replace(note=KILLED)
+        threads = torch.get_num_threads()
+        result = with_memory(Result(name, *timing), _step_memory, name, model_factory, *batch, threads)
         rows.append(result._asdict())
     return rows + [Result(name, note=reason)._asdict() for name in BACKENDS if name not in names]
 

@@ -7,12 +7,11 @@ import math
 import statistics
 import sys
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 
 from .._console import emit, say
-from .measure import gpu_seconds
+from .measure import gpu_seconds, replaced
 from .registry import CASES, Case, make_problem, routed, run
 from .table import format_seconds
 
@@ -36,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Tune each case, and say what came of it."""
+    """Tune each case, and print the results."""
     from .._triton import load
 
     if not torch.cuda.is_available():
@@ -44,19 +43,19 @@ def execute(args: argparse.Namespace) -> int:
     can, why = load()
     if not can:
         raise ValueError(why)
-    torch.set_default_device("cuda")
     results = []
-    for name in args.cases:
-        results.append(tune(CASES[name]._replace(seed=args.seed or 0), getattr(torch, args.dtype)))
-        say(args, results[-1].describe())
+    with torch.device("cuda"):
+        for name in args.cases:
+            results.append(tune(CASES[name]._replace(seed=args.seed or 0), getattr(torch, args.dtype)))
+            say(args, results[-1].describe())
     emit(args, {"dtype": args.dtype, "results": [result._asdict() for result in results]})
     return 0
 
 
 class Tuned(NamedTuple):
-    """Seconds of forward + backward of a case, by the tiles as they were and by the best, and where those are kept.
+    """Seconds of forward + backward of a case, with the tiles as they were and with the best, and where those are kept.
 
-    Those as they were may not fit on this GPU: then `before` is None.
+    The tiles as they were may not fit on this GPU: then `before` is None.
     """
 
     case: str
@@ -82,7 +81,7 @@ def tune(case: Case, dtype: torch.dtype) -> Tuned:
     problem = make_problem(case, dtype)
 
     def seconds(candidate: tuning.Tuning) -> float:
-        with mock.patch.object(tuning, "for_shape", return_value=candidate):
+        with replaced(tuning, "for_shape", lambda *_, **__: candidate):
             try:
                 times = [gpu_seconds(lambda: run(_by_triton, problem, True)) for _ in range(ROUNDS)]
             except OutOfResources as error:

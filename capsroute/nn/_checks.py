@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from .._checks import check_tensor
+from .._checks import check_int, check_tensor
 
 
 def check_sizes(**sizes: int) -> None:
     """Every argument, given by its name, is an int of at least 1."""
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
-
-
-def check_amounts(**amounts: float) -> None:
-    """Every argument, given by its name, is a finite number of at least 0."""
-    for name, amount in amounts.items():
-        if isinstance(amount, bool) or not isinstance(amount, (int, float)):
-            raise TypeError(f"{name} must be a float, got {type(amount).__name__}")
-        if not 0 <= amount < math.inf:
-            raise ValueError(f"{name} must be a finite number of at least 0, got {amount}")
+        check_int(name, size, least=1)
 
 
 def pair(name: str, value: int | tuple[int, int], least: int = 1) -> tuple[int, int]:
@@ -91,4 +77,4 @@ def is_labelled(labels: Tensor, batch: int, classes: int, several: bool = True) 
             "of one-hot labels pass .argmax(1)"
         )
     nowhere = labels.new_zeros(batch, classes, dtype=torch.bool)
-    return nowhere.scatter(1, labels if labels.dim() == 2 else labels.unsqueeze(1), True)
+    return nowhere.scatter(1, labels if labels.dim() == 2 else labels.unsqueeze(1), 1)  # torch.jit.trace takes no True

@@ -1,7 +1,8 @@
 """Routing over the windows of a map of capsules, a chunk of positions at a time.
 
-Unfolded to windows of k x k, an input is k^2 times as large, and its votes J O / D times that. Neither is stored: the
-windows of a chunk are made when they are routed, and made once more when their gradient is wanted.
+Unfolded to windows of k x k, an input is k^2 times as large, and its votes J O / D times that. At most the votes of a
+few positions and the windows of a chunk are held at a time; windows are made when they are routed, and once more when
+their gradient is wanted.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _autocast
+from .. import _autocast, _autograd
 from ..functional import capsule_linear
 from ..reference import accumulation_dtype
 
@@ -70,7 +71,9 @@ def route_windows(
     chunks = _chunks(x, windows, chunk_bytes)
     if len(chunks) == 1:
         return _route(x, mask, weight, bias, windows, options)
-    return _InChunks.apply(x, mask, weight, bias, windows, chunks, options)
+    # our Function has no forward mode, and a traced module that calls one cannot be saved
+    direct = _autograd.in_forward_mode() or torch.jit.is_tracing()
+    return (_InChunks.forward if direct else _InChunks.apply)(x, mask, weight, bias, windows, chunks, options)
 
 
 def _chunks(x: Tensor, windows: Windows, chunk_bytes: int) -> list[Chunk]:
@@ -128,7 +131,7 @@ class _InChunks(torch.autograd.Function):
                 return _route(x, mask, weight, bias, windows, options)
 
             with _autocast.off(x):
-                parts = torch.func.vjp(route, *(tensors[k] for k in wanted))[1](grad_v[images, y])
+                parts = _autograd.vjp(route, [tensors[k] for k in wanted], grad_v[images, y])
             for k, part in zip(wanted, parts, strict=True):
                 if k == 0:
                     dx[images, windows.rows(y)] += part  # windows of neighbouring chunks overlap

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from ._checks import check_image_shape, check_images, check_sizes
 from ._lengths import capsule_lengths
@@ -16,19 +18,23 @@ from .primary import PrimaryCapsules
 
 
 class CapsNetOutput(NamedTuple):
-    """What a :class:`CapsNet` returns."""
+    """What :class:`CapsNet` and :class:`DeepCapsNet` return."""
 
     capsules: Tensor  # [B, J, O]
     lengths: Tensor  # [B, J], at least float32; the longest capsule is the prediction
     reconstruction: Tensor  # [B, C, H, W], or [B, K, C, H, W] with labels [B, K]
 
 
+with contextlib.suppress(AttributeError):  # torch.export.save asks for it; there is no public way to say it
+    _pytree._register_namedtuple(CapsNetOutput, serialized_type_name="capsroute.nn.CapsNetOutput")
+
+
 class CapsNet(nn.Module):
     """A capsule network for images of any size (Sabour, Frosst and Hinton 2017, section 4).
 
     Convolution, :class:`PrimaryCapsules`, :class:`CapsuleLinear` to one capsule a class, :class:`Decoder`.
-    The defaults are the paper's. Its kernels of 9 and stride of 2 belong to 28 x 28 pixels; other
-    sizes get them in proportion, the kernels between 3 and 9, that of the primary capsules also as long as its stride.
+    The defaults are the paper's. Kernel 9 and stride 2 are for 28 x 28 pixels. Other sizes scale them; kernels stay
+    between 3 and 9, but the primary kernel is never smaller than its stride.
 
     Args:
         image_shape: (channels, height, width).
@@ -43,7 +49,8 @@ class CapsNet(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        TypeError, ValueError: for a wrong argument, by its name; also for an image that is too small.
+        TypeError, ValueError: if an argument has the wrong type, dtype, shape or value; the message names it.
+            The image may also be too small.
     """
 
     def __init__(
@@ -87,7 +94,10 @@ class CapsNet(nn.Module):
         Args:
             images: ``[B, C, H, W]`` in the dtype of the parameters, values in [0, 1].
             labels: int64 ``[B]``: reconstruct from these capsules (training), with ``[B, K]`` from each of
-                K alone. None: from the longest (prediction). They reach nothing but the reconstruction.
+                K alone. None: from the longest (prediction). Labels affect the reconstruction only.
+
+        Raises:
+            TypeError, ValueError: if an argument has the wrong type, dtype, shape or value; the message names it.
         """
         capsules = self.routing(self.primary_capsules(images))  # [B, J, O]
         return CapsNetOutput(capsules, capsule_lengths(capsules), self.decoder(capsules, labels))

@@ -1,8 +1,8 @@
-"""The names of the classic PyTorch capsule network, so that a script written for it runs after its import line.
+"""The names of the classic PyTorch capsule network: scripts written for it run with only the import line changed.
 
 The snippet is that of gram-ai/capsule-networks (2017) and its many copies: ``CapsuleLayer``, ``CapsuleNet`` and
-``CapsuleLoss`` with their arguments, parameter names and output shapes. What was wrong in it and its relatives is
-mended; docs/migrating.md lists each fault. New code should use :class:`capsroute.nn.CapsuleLinear`,
+``CapsuleLoss`` with their arguments, parameter names and output shapes. Bugs in it and its relatives are fixed;
+docs/migrating.md lists them. New code should use :class:`capsroute.nn.CapsuleLinear`,
 :class:`capsroute.nn.PrimaryCapsules` and :class:`capsroute.nn.CapsNet`.
 """
 
@@ -182,6 +182,6 @@ class CapsuleLoss(nn.Module):
 
 
 def _check_one_hot(name: str, labels: Tensor, classes: Tensor) -> None:
-    """Ten class indices would broadcast with ten classes, and be taken for one-hot labels."""
+    """Ten class indices would broadcast with ten classes, and pass for one-hot labels."""
     if labels.shape != classes.shape:
         raise ValueError(f"{name} must be one-hot {list(classes.shape)}, got {list(labels.shape)}")

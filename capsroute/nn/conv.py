@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import _autocast, _checks
 from ._checks import check_sizes, pair
 from ._windows import Windows, route_windows
-from .linear import first_pass_gain
+from .linear import even_pass_gain, first_pass_gain
 
 
 class CapsuleConv(nn.Module):
@@ -77,14 +77,13 @@ class CapsuleConv(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the weight anew and set the bias to 0."""
-        inputs = self._window_capsules()
+        inputs, outputs = self._window_capsules(), self.out_types + self.leaky
         if self.iterations > 1:
-            gain = first_pass_gain(inputs, self.out_types + self.leaky, self.coupling)
+            gain = first_pass_gain(inputs, outputs, self.coupling)
         else:
             # Nothing is routed, so votes may be long, and such layers are stacked: |s| = 3 |u| makes 0.87 the length
             # that squash maps to itself. At |s| = |u| a few layers would squash everything to 0.
-            c = 1 / (self.out_types + self.leaky if self.coupling == "out" else inputs)
-            gain = 3 / (c * math.sqrt(inputs))
+            gain = even_pass_gain(3, inputs, outputs, self.coupling)
         nn.init.normal_(self.weight, std=gain / math.sqrt(self.out_features))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -124,8 +123,8 @@ class CapsuleConv2d(CapsuleConv):
     "Matrix capsules with EM routing", 2018, where all positions share the weight. With ``iterations=1`` nothing
     is routed: a convolution by the weight / J and squash, as in Rajasegaran et al., "DeepCaps", 2019.
 
-    The capsules of a window beyond the border count as 0, and take no part where ``coupling="in"``. Neither the votes
-    of a position nor more than ``chunk_bytes`` of unfolded input, or one row of windows, are ever stored, forward or
+    The capsules of a window beyond the border count as 0, and take no part where ``coupling="in"``. At most the votes
+    of a few positions, and ``chunk_bytes`` of unfolded input (or one row of windows), are held at a time, forward or
     backward.
 
     Args:
@@ -138,7 +137,7 @@ class CapsuleConv2d(CapsuleConv):
         bias: learn a bias ``[J, O]``, added to s in every pass.
         coupling, leaky, detach_coupling, eps, backend: as in :func:`capsroute.capsule_linear`.
         chunk_bytes: the size of the unfolded input that is made at once. Where it takes more than one chunk, the
-            backward routes each chunk a second time. The result does not hang on it, gradients only by rounding.
+            backward routes each chunk a second time. It does not change the result; gradients change by rounding only.
         device, dtype: of the parameters.
 
     Attributes:
@@ -146,7 +145,7 @@ class CapsuleConv2d(CapsuleConv):
         bias: ``[J, O]`` or None.
 
     Raises:
-        TypeError, ValueError: for a wrong argument, by its name.
+        TypeError, ValueError: if an argument has the wrong type, dtype, shape or value; the message names it.
     """
 
     _also = "dilation"
@@ -177,7 +176,7 @@ class CapsuleConv2d(CapsuleConv):
             mask: bool, broadcast to ``[B, H, W, C]``; False takes an input capsule out.
 
         Raises:
-            TypeError, ValueError: for an input of the wrong shape or dtype, or smaller than the kernel.
+            TypeError, ValueError: if an input has the wrong shape or dtype, or is smaller than the kernel.
         """
         mask = self._checked(x, mask)
         py, px = self.padding

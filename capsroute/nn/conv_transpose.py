@@ -30,7 +30,7 @@ class CapsuleConvTranspose2d(CapsuleConv):
 
     LaLonde and Bagci, "Capsules for Object Segmentation", 2018, with routing over the whole receptive field.
     The output positions of one phase, (y + py) mod sy and (x + px) mod sx, see the same part of the kernel: each phase
-    is a :class:`CapsuleConv2d` of that part, so no zero between inputs is ever multiplied.
+    is a :class:`CapsuleConv2d` of that part, so zeros between inputs are never multiplied.
 
     Args:
         in_types, in_features, out_types, out_features, iterations: as in :class:`CapsuleConv2d`.
@@ -43,7 +43,7 @@ class CapsuleConvTranspose2d(CapsuleConv):
         bias: ``[J, O]`` or None.
 
     Raises:
-        TypeError, ValueError: for a wrong argument, by its name.
+        TypeError, ValueError: if an argument has the wrong type, dtype, shape or value; the message names it.
     """
 
     _also = "output_padding"
@@ -82,7 +82,7 @@ class CapsuleConvTranspose2d(CapsuleConv):
             mask: bool, broadcast to ``[B, H, W, C]``; False takes an input capsule out.
 
         Raises:
-            TypeError, ValueError: for an input of the wrong shape or dtype, or that leaves no output.
+            TypeError, ValueError: if an input has the wrong shape or dtype, or leaves no output.
         """
         mask = self._checked(x, mask)
         height, width = (
@@ -94,10 +94,10 @@ class CapsuleConvTranspose2d(CapsuleConv):
         if height < 1 or width < 1:
             raise ValueError(f"x must leave an output, got {list(x.shape)}, which gives {height} x {width}")
         columns = []
-        for rx in range(self.stride[1]):
+        for rx in range(min(self.stride[1], width)):
             across = self._phase(1, rx, x.shape[2], width)
             rows = []
-            for ry in range(self.stride[0]):
+            for ry in range(min(self.stride[0], height)):
                 down = self._phase(0, ry, x.shape[1], height)
                 weight = self.weight[down.taps][:, across.taps].flip(0, 1)
                 windows = Windows(weight.shape[:2], padding=(*down.padding, *across.padding))

@@ -1,4 +1,4 @@
-"""The decoder that draws an image again from one of its capsules."""
+"""The decoder that reconstructs an image from one capsule."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Decoder(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        TypeError, ValueError: for a wrong argument, by its name.
+        TypeError, ValueError: if an argument has the wrong type, dtype, shape or value; the message names it.
     """
 
     def __init__(
@@ -57,6 +57,9 @@ class Decoder(nn.Module):
             capsules: ``[B, J, O]``.
             labels: the capsules to draw, int64 ``[B]`` (training); None draws the longest (prediction).
                 With ``[B, K]`` each of K capsules is drawn alone: ``[B, K, C, H, W]``.
+
+        Raises:
+            TypeError, ValueError: if an argument has the wrong type, dtype, shape or value; the message names it.
         """
         check_tensor("capsules", capsules, "[B, J, O]")
         if capsules.dim() != 3 or capsules.shape[1:] != (self.capsules, self.features):

@@ -31,7 +31,7 @@ class CapsuleCell(nn.Module):
         bias, backend, device, dtype: as in :class:`CapsuleConv2d`.
 
     Raises:
-        TypeError, ValueError: for a wrong argument, by its name.
+        TypeError, ValueError: if an argument has the wrong type, dtype, shape or value; the message names it.
     """
 
     def __init__(self, in_types: int, in_features: int, types: int, features: int, iterations: int = 1, **options):
@@ -53,7 +53,7 @@ class CapsuleCell(nn.Module):
 
 
 class DeepCapsNet(nn.Module):
-    """A deep capsule network in the manner of DeepCaps (Rajasegaran et al. 2019).
+    """A deep capsule network similar to DeepCaps (Rajasegaran et al. 2019).
 
     A convolution whose channels are capsules of one feature; cells of convolutional capsules, of which the last routes;
     the capsules of the last two cells routed to one capsule a class; a decoder that sees the chosen capsule alone, not
@@ -72,7 +72,7 @@ class DeepCapsNet(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        TypeError, ValueError: for a wrong argument, by its name.
+        TypeError, ValueError: if an argument has the wrong type, dtype, shape or value; the message names it.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class DeepCapsNet(nn.Module):
         check_sizes(classes=classes, channels=channels, types=types, class_features=class_features)
         check_widths("features", features)
         if not features:
-            raise ValueError("features must have a number for each of at least one cell, got none")
+            raise ValueError("features must have at least one number, one for each cell, got none")
         self.image_shape = tuple(image_shape)
         factory = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(image_shape[0], channels, 3, padding=1, **factory)
@@ -120,7 +120,10 @@ class DeepCapsNet(nn.Module):
         Args:
             images: ``[B, C, H, W]`` in the dtype of the parameters, values in [0, 1].
             labels: int64 ``[B]``: reconstruct from these capsules (training). None: from the longest
-                (prediction). They reach nothing but the reconstruction.
+                (prediction). Labels affect the reconstruction only.
+
+        Raises:
+            TypeError, ValueError: if an argument has the wrong type, dtype, shape or value; the message names it.
         """
         check_images(images, self.image_shape)
         x = F.relu(self.norm(self.conv(images)))

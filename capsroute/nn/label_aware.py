@@ -22,16 +22,14 @@ class LabelAwareAttention(nn.Module):
         power: p, at least 1. ``math.inf`` takes the nearest interest alone, as ComiRec and most libraries do.
 
     Raises:
-        TypeError, ValueError: for a wrong power.
+        TypeError, ValueError: if the power is not a number of at least 1.
     """
 
     def __init__(self, power: float = 1.0):
         super().__init__()
-        if isinstance(power, bool) or not isinstance(power, (int, float)):
-            raise TypeError(f"power must be a float, got {type(power).__name__}")
-        if not power >= 1:
+        self.power = _checks.check_number("power", power)
+        if not self.power >= 1:
             raise ValueError(f"power must be at least 1, got {power}")
-        self.power = float(power)
 
     def forward(self, interests: Tensor, label: Tensor, mask: Tensor | None = None) -> Tensor:
         """The users' vectors.
@@ -39,14 +37,14 @@ class LabelAwareAttention(nn.Module):
         Args:
             interests: v, ``[*, J, O]``.
             label: the items' vectors, ``[*, O]``.
-            mask: bool, broadcast to ``[*, J]``; False takes an interest out, as those that
+            mask: bool, broadcast to ``[*, J]``; False takes an interest out, such as one that
                 :func:`active_interests` does not give to a user.
 
         Returns:
             ``[*, O]``, 0 where a user has no interest.
 
         Raises:
-            TypeError, ValueError: for an argument of the wrong type, dtype or shape, by its name.
+            TypeError, ValueError: if an argument has the wrong type, dtype, shape or value; the message names it.
         """
         _checks.check_tensor("interests", interests, "[*, J, O]")
         _checks.check_tensor("label", label, "[*, O]")

@@ -27,7 +27,7 @@ def from_layout(weight: Tensor, layout: str, **sizes: int) -> Tensor:
         **sizes: of letters, where a product such as ``J*O`` leaves two unknown.
 
     Raises:
-        TypeError, ValueError: for a layout that means nothing, or that the tensor does not have.
+        TypeError, ValueError: if the layout is not valid, or does not fit the tensor.
     """
     axes = _parse(layout)
     check_sizes(**sizes)
@@ -57,7 +57,7 @@ def to_layout(weight: Tensor, layout: str) -> Tensor:
     """The inverse of :func:`from_layout`: a weight ``[I, J, O, D]``, ``[J, O, D]`` or ``[O, D]`` in that layout.
 
     Raises:
-        TypeError, ValueError: for a layout that means nothing, or that has other letters than the weight.
+        TypeError, ValueError: if the layout is not valid, or has other letters than the weight.
     """
     axes = _parse(layout)
     letters = [letter for axis in axes for letter in axis]

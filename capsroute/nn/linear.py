@@ -47,7 +47,7 @@ class WeightOwner(nn.Module):
                 None: as :func:`capsroute.capsule_linear` takes it.
 
         Raises:
-            TypeError, ValueError: for no tensor, a layout or a shape that does not fit.
+            TypeError, ValueError: if it is not a tensor, or the layout or the shape does not fit.
         """
         if layout is not None:
             sizes = zip("IJOD", self._sizes(), strict=True)
@@ -67,16 +67,16 @@ class CapsuleLinear(WeightOwner):
     Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules", 2017, Procedure 1.
 
     Args:
-        in_capsules: I, the number of input capsules. A shared weight routes any number: then it is the one that the
-            first weight is drawn for, or None.
+        in_capsules: I, the number of input capsules. With a shared weight, any number of capsules can be routed; this
+            value only scales the initialisation and may be None.
         in_features: D, the features of an input capsule.
         out_capsules: J, the number of output capsules.
         out_features: O, the features of an output capsule.
         iterations: R, the number of routing passes, at least 1.
         bias: learn a bias ``[J, O]``, added to s in every pass.
         shared: who shares a matrix: None, each pair has its own; ``"inputs"``, all input capsules; ``"pairs"``,
-            all pairs (MIND: Li et al. 2019), where only the logits that you give, or a bias that was trained,
-            tell the output capsules apart.
+            all pairs (MIND: Li et al. 2019): then only the logits that you give, or a trained bias, distinguish
+            the output capsules.
         coupling, leaky, detach_coupling, eps, backend: as in :func:`capsroute.capsule_linear`.
         device, dtype: of the parameters, as in every torch layer.
 
@@ -86,7 +86,7 @@ class CapsuleLinear(WeightOwner):
         bias: ``[J, O]`` or None.
 
     Raises:
-        TypeError, ValueError: for a wrong argument, by its name.
+        TypeError, ValueError: if an argument has the wrong type, dtype, shape or value; the message names it.
     """
 
     def __init__(
@@ -146,6 +146,10 @@ class CapsuleLinear(WeightOwner):
 
         Returns:
             v ``[*, J, O]``; with ``return_coupling`` also c ``[*, I, J]``.
+
+        Raises:
+            TypeError, ValueError: if an argument has the wrong type, dtype, shape or value; the message names it.
+            RuntimeError: if a named backend cannot serve the call; the message says why.
         """
         if self.shared == "pairs" and logits is not None:
             logits = for_outputs(logits, self.out_capsules)
@@ -176,7 +180,7 @@ class CapsuleLinear(WeightOwner):
 class LazyCapsuleLinear(LazyModuleMixin, CapsuleLinear):
     """A :class:`CapsuleLinear` that learns ``in_capsules`` and ``in_features`` from its first input.
 
-    As with every lazy module of torch: run it once before the optimizer is made.
+    As with every lazy module of torch, run it once before you make the optimizer.
 
     Args:
         out_capsules, out_features, iterations: as in :class:`CapsuleLinear`.
@@ -189,7 +193,6 @@ class LazyCapsuleLinear(LazyModuleMixin, CapsuleLinear):
     def __init__(self, out_capsules: int, out_features: int, iterations: int = 3, **options):
         super().__init__(1, 1, out_capsules, out_features, iterations, **options)
         self.in_capsules = self.in_features = 0
-
         if self.bias is not None:  # a weight that is loaded without one is not drawn
             nn.init.zeros_(self.bias)
 
@@ -219,15 +222,19 @@ def check_shared(shared: str | None) -> None:
         raise ValueError(f'shared must be None, "inputs" or "pairs", got {shared!r}')
 
 
-def first_pass_gain(inputs: int | None, outputs: int, coupling: str) -> float:
-    """How long votes of u should be at first, in units of |u|.
+def even_pass_gain(length: float, inputs: int, outputs: int, coupling: str) -> float:
+    """How long votes of u must be in units of |u|, for |s| of about `length` |u| where nothing is routed yet.
 
-    The first pass couples all pairs with the same c, and votes of random direction add up as sqrt(I): |s| is about
-    |u| for votes 1 / (c sqrt(I)) as long as u. A smaller s vanishes in squash, n2 / (1 + n2); a larger one saturates
-    it. Votes longer than u would let the first agreement decide the softmax at once, so they are not made longer. A
-    leak counts as an output.
+    All pairs have the same c then, and votes of random direction add up as sqrt(I). A leak counts as an output.
     """
-    if not inputs:  # not known, or none
-        return 1.0
     c = 1 / (outputs if coupling == "out" else inputs)
-    return min(1 / (c * math.sqrt(inputs)), 1.0)
+    return length / (c * math.sqrt(inputs))
+
+
+def first_pass_gain(inputs: int | None, outputs: int, coupling: str) -> float:
+    """How long votes of u should be at first, in units of |u|: so that |s| is about |u| in the first pass.
+
+    A smaller s vanishes in squash, n2 / (1 + n2); a larger one saturates it. Votes longer than u would let the first
+    agreement decide the softmax at once, so they are not made longer.
+    """
+    return min(even_pass_gain(1, inputs, outputs, coupling), 1.0) if inputs else 1.0  # not known, or none

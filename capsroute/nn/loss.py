@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import check_positive, check_tensor
-from ._checks import check_amounts, is_labelled
+from .._checks import check_amount, check_positive, check_tensor
+from ._checks import is_labelled
 from .capsnet import CapsNetOutput
 
 
@@ -23,13 +23,13 @@ class MarginLoss(nn.Module):
         down_weight: lambda, the weight of the absent classes.
 
     Raises:
-        TypeError, ValueError: for a constant that is not a finite number of at least 0.
+        TypeError, ValueError: if a constant is not a finite number of at least 0.
     """
 
     def __init__(self, m_plus: float = 0.9, m_minus: float = 0.1, down_weight: float = 0.5):
         super().__init__()
-        check_amounts(m_plus=m_plus, m_minus=m_minus, down_weight=down_weight)
-        self.m_plus, self.m_minus, self.down_weight = m_plus, m_minus, down_weight
+        self.m_plus, self.m_minus = check_amount("m_plus", m_plus), check_amount("m_minus", m_minus)
+        self.down_weight = check_amount("down_weight", down_weight)
 
     def forward(self, lengths: Tensor, labels: Tensor) -> Tensor:
         """The loss, a scalar, of lengths ``[B, J]`` under labels ``[B]``, or ``[B, K]``: K classes in each image.
@@ -37,7 +37,7 @@ class MarginLoss(nn.Module):
         Labels are int64, 0 to J - 1.
 
         Raises:
-            TypeError, ValueError: for labels or lengths of the wrong dtype or shape.
+            TypeError, ValueError: if labels or lengths have the wrong dtype or shape.
         """
         check_tensor("lengths", lengths, "[B, J]")
         if lengths.dim() != 2:
@@ -61,19 +61,18 @@ class SpreadLoss(nn.Module):
         margin: m. The paper raises it from 0.2 to 0.9 while training: set the attribute ``margin`` between epochs.
 
     Raises:
-        TypeError, ValueError: for a margin that is not a positive number.
+        TypeError, ValueError: if the margin is not a positive number.
     """
 
     def __init__(self, margin: float = 0.9):
         super().__init__()
-        check_positive("margin", margin)
-        self.margin = margin
+        self.margin = check_positive("margin", margin)
 
     def forward(self, activations: Tensor, labels: Tensor) -> Tensor:
         """The loss, a scalar, of activations ``[B, J]``, capsule lengths for instance, under labels ``[B]``.
 
         Raises:
-            TypeError, ValueError: for labels or activations of the wrong dtype or shape.
+            TypeError, ValueError: if labels or activations have the wrong dtype or shape.
         """
         check_tensor("activations", activations, "[B, J]")
         if activations.dim() != 2:
@@ -90,31 +89,30 @@ class CapsNetLoss(nn.Module):
     """The loss of a :class:`CapsNet`: the margin loss and, scaled down, the error of the reconstruction.
 
     Args:
-        reconstruction_weight: of the mean squared error of a pixel, which holds for every image size. The
+        reconstruction_weight: weight of the mean squared error of a pixel, which suits every image size. The
             paper's 0.0005 times a sum over 784 pixels would be 0.392; ten times as much draws sharper images
             and makes fewer errors on scikit-learn's digits.
 
     Raises:
-        TypeError, ValueError: for a weight that is not a finite number of at least 0.
+        TypeError, ValueError: if the weight is not a finite number of at least 0.
     """
 
     def __init__(self, reconstruction_weight: float = 4.0):
         super().__init__()
-        check_amounts(reconstruction_weight=reconstruction_weight)
-        self.reconstruction_weight = reconstruction_weight
+        self.reconstruction_weight = check_amount("reconstruction_weight", reconstruction_weight)
         self.margin = MarginLoss()
 
     def forward(self, output: CapsNetOutput, images: Tensor, labels: Tensor) -> Tensor:
         """The loss, a scalar, of the network's output for images and labels.
 
         Args:
-            output: of the network.
+            output: what the network returned.
             images: what the reconstruction should be: ``[B, C, H, W]``, or ``[B, K, C, H, W]`` under labels
                 ``[B, K]``.
             labels: ``[B]`` or ``[B, K]``, as in :class:`MarginLoss`.
 
         Raises:
-            TypeError, ValueError: for images or labels of the wrong dtype or shape.
+            TypeError, ValueError: if images or labels have the wrong dtype or shape.
         """
         check_tensor("images", images, "[B, C, H, W] or [B, K, C, H, W]")
         if output.reconstruction.shape != images.shape:  # mse_loss would broadcast

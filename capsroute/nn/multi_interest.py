@@ -27,11 +27,11 @@ class MultiInterest(WeightOwner):
     Recommendation at Tmall", 2019, section 3.3): one bilinear map for all pairs, and random prior logits,
     without which all interests would be the same vector. ``shared=None, prior="zero",
     detach_coupling=True`` is ComiRec-DR (Cen et al., "Controllable Multi-Interest Framework for
-    Recommendation", 2020, section 3.2). Several libraries route otherwise: ``docs/multi_interest.md`` says
+    Recommendation", 2020, section 3.2). Several libraries route differently: ``docs/multi_interest.md`` says
     which options give their results.
 
     Args:
-        length: the longest history, I at most; shorter batches use the first rows of what belongs to positions.
+        length: maximum history length; shorter batches use the first rows of per-position weights and logits.
         in_features: D, the features of an item.
         interests: J, the number of interests (K in the papers).
         out_features: O, the features of an interest.
@@ -42,7 +42,7 @@ class MultiInterest(WeightOwner):
             and kept in ``state_dict``; in training also anew for each history where :meth:`forward` is given a
             generator. ``"learned"``: a parameter, random at first, with its full gradient. ``"zero"``.
         prior_std: standard deviation of the random prior logits, and of the learned ones at first.
-        adaptive: give short histories fewer interests, :func:`active_interests`; the others are 0.
+        adaptive: give short histories fewer interests, by :func:`active_interests`; the others are 0.
         coupling: ``"out"`` shares each click among the interests, as the papers do; ``"in"`` makes each interest
             an average of the clicks, as some libraries do.
         cosine_scale: None adds h . v to the logits after each pass, as the papers do. A number replaces the logits
@@ -58,7 +58,7 @@ class MultiInterest(WeightOwner):
         logits: the prior, ``[I, J]``: a parameter if learned, a buffer if random, None if zero.
 
     Raises:
-        TypeError, ValueError: for a wrong argument, by its name.
+        TypeError, ValueError: if an argument has the wrong type, dtype, shape or value; the message names it.
     """
 
     def __init__(
@@ -86,9 +86,10 @@ class MultiInterest(WeightOwner):
         _checks.check_options(iterations, coupling, False, detach_coupling, eps)
         check_sizes(length=length, in_features=in_features, interests=interests, out_features=out_features)
         _checks.check_flag("adaptive", adaptive)
-        _checks.check_positive("prior_std", prior_std)
-        _checks.check_positive("squash_power", squash_power)
-        _check_routing(shared, prior, cosine_scale, detach_coupling)
+        prior_std = _checks.check_positive("prior_std", prior_std)
+        squash_power = _checks.check_positive("squash_power", squash_power)
+        _check_routing(shared, prior, detach_coupling)
+        cosine_scale = _check_cosine(cosine_scale, shared)
         self.length, self.in_features, self.interests, self.out_features = length, in_features, interests, out_features
         self.iterations, self.shared, self.prior, self.prior_std = iterations, shared, prior, prior_std
         self.adaptive, self.coupling, self.cosine_scale = adaptive, coupling, cosine_scale
@@ -126,20 +127,21 @@ class MultiInterest(WeightOwner):
 
         Args:
             u: the items' features, ``[*, I, D]`` with I <= ``length``, in the dtype of the weight.
-            lengths: how many of the I clicks are real, the first ones: integers ``[*]``. Beyond I all are, and
-                ``adaptive`` still counts the interests of the length given, as :func:`active_interests` does.
-            mask: instead of ``lengths``: bool, broadcast to ``[*, I]``, False at padding. Whatever padding holds
-                reaches nothing.
+            lengths: how many of the I clicks, from the first, are real: integers ``[*]``. A length above I means that
+                all I are real; ``adaptive`` then uses the full length.
+            mask: instead of ``lengths``: bool, broadcast to ``[*, I]``, False at padding. What padding holds has no
+                effect.
             logits: prior logits instead of the module's, broadcast to ``[*, I, J]``; ``-inf`` forbids a pair.
-            generator: in training, :meth:`draw_logits` from it; otherwise it is not used, so that evaluation gives
-                the same interests every time. Not under ``torch.utils.checkpoint`` or ``torch.compile``: see there.
+            generator: in training, :meth:`draw_logits` from it; in evaluation it is not used, so that the interests
+                are the same every time. Not for ``torch.utils.checkpoint`` or ``torch.compile``: see
+                :meth:`draw_logits`.
             return_coupling: also return the coupling of the last pass, which carries no gradient.
 
         Returns:
             v ``[*, J, O]``, 0 where a history is empty; with ``return_coupling`` also c ``[*, I, J]``.
 
         Raises:
-            TypeError, ValueError: for an argument of the wrong type, dtype or shape, by its name.
+            TypeError, ValueError: if an argument has the wrong type, dtype, shape or value; the message names it.
         """
         self._check_history(u)
         inputs = u.shape[-2]
@@ -168,8 +170,8 @@ class MultiInterest(WeightOwner):
     def draw_logits(self, u: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Random prior logits for histories, those that :meth:`forward` draws in training from the same generator.
 
-        Draw them outside and give them to :meth:`forward` as ``logits`` where it is called by
-        ``torch.utils.checkpoint``, whose second run would draw others and get wrong gradients, or inside
+        Draw them outside and give them to :meth:`forward` as ``logits`` where it runs under
+        ``torch.utils.checkpoint``, whose second run would draw others and get wrong gradients, or
         ``torch.compile``, which takes no generator.
 
         Args:
@@ -180,7 +182,7 @@ class MultiInterest(WeightOwner):
             ``[*, I, J]``, in the dtype of the weight.
 
         Raises:
-            TypeError, ValueError: for an argument of the wrong type, dtype or shape, by its name.
+            TypeError, ValueError: if an argument has the wrong type, dtype, shape or value; the message names it.
         """
         self._check_history(u)
         _check_generator(generator)
@@ -256,7 +258,7 @@ class MultiInterest(WeightOwner):
 def active_interests(lengths: Tensor, interests: int) -> Tensor:
     """Which interests a history of some length has: the first max(1, min(J, floor(log2 length))).
 
-    Li et al. 2019, section 3.3.3, whose log2 is rounded down here, as most implementations do. So length 8 has 3.
+    Li et al. 2019, section 3.3.3; the logarithm is rounded down, as in most implementations: length 8 has 3 interests.
 
     Args:
         lengths: integers ``[*]``, the number of clicks.
@@ -264,6 +266,9 @@ def active_interests(lengths: Tensor, interests: int) -> Tensor:
 
     Returns:
         bool ``[*, J]``.
+
+    Raises:
+        TypeError, ValueError: if an argument has the wrong type, dtype, shape or value; the message names it.
     """
     _check_lengths(lengths, lengths.shape if isinstance(lengths, Tensor) else ())
     check_sizes(interests=interests)
@@ -292,7 +297,7 @@ def _check_lengths(lengths: object, lead: torch.Size) -> None:
         raise ValueError(f"lengths must be [*] = {list(lead)}, got {list(lengths.shape)}")
 
 
-def _check_routing(shared: str | None, prior: str, cosine_scale: float | None, detach_coupling: bool) -> None:
+def _check_routing(shared: str | None, prior: str, detach_coupling: bool) -> None:
     check_shared(shared)
     if prior not in PRIORS:
         raise ValueError(f'prior must be "random", "learned" or "zero", got {prior!r}')
@@ -303,9 +308,11 @@ def _check_routing(shared: str | None, prior: str, cosine_scale: float | None, d
             'detach_coupling must be False with prior="learned": the prior logits reach the output only through the '
             "coupling, so they would never train"
         )
-    if cosine_scale is not None:
-        _checks.check_positive("cosine_scale", cosine_scale)
-        if shared != "pairs":
-            raise ValueError(
-                f'shared must be "pairs" with cosine_scale, got {shared!r}: it needs the length of each vote'
-            )
+
+
+def _check_cosine(cosine_scale: float | None, shared: str | None) -> float | None:
+    if cosine_scale is None:
+        return None
+    if shared != "pairs":
+        raise ValueError(f'shared must be "pairs" with cosine_scale, got {shared!r}: it needs the length of each vote')
+    return _checks.check_positive("cosine_scale", cosine_scale)

@@ -28,7 +28,7 @@ class PrimaryCapsules(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        TypeError, ValueError: for a wrong argument, by its name.
+        TypeError, ValueError: if an argument has the wrong type, dtype, shape or value; the message names it.
     """
 
     def __init__(
@@ -61,6 +61,9 @@ class PrimaryCapsules(nn.Module):
         Returns:
             ``[B, I, D]``, I = height * width * types, or with ``flatten=False``
             ``[B, height, width, types, D]``.
+
+        Raises:
+            RuntimeError: from the convolution, if ``x`` has the wrong shape or dtype.
         """
         s = self.conv(x)  # [B, types * D, height, width]
         s = s.unflatten(1, (self.types, self.features)).permute(0, 3, 4, 1, 2)  # [B, height, width, types, D]

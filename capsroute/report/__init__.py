@@ -1,1 +1,1 @@
-"""Look at a trained network: figures, and one page of HTML that holds them. Needs `pip install 'capsroute[demo]'`."""
+"""Look at a trained network: figures, and an HTML page of them. In a clone of capsroute: `pip install '.[demo]'`."""

@@ -103,8 +103,8 @@ def sections(report: Report, judged: Judged) -> Iterator[Section]:
     yield _section(
         "confusion",
         "What is taken for what",
-        "Rows: what was to be seen. Columns: what was named. Off the diagonal are the errors; colour grows as the "
-        "square root of the share of the row, so that single errors are seen.",
+        "Rows: the labels. Columns: what the network named. The errors are off the diagonal; the colour is the square "
+        "root of the share of the row, so that single errors can be seen.",
         curves.confusion_matrix(curves.confusion(judged.lengths, judged.labels), names),
     )
     if loaded.net.routing.iterations > 1:  # in one pass alone all shares are even
@@ -137,8 +137,8 @@ def _curves(report: Report) -> Section:
     return _section(
         "curves",
         "Learning",
-        f"Loss and errors by epoch; the dashed line is a mean over the steps of an epoch. {harder}, so that it may lie "
-        "above the other.",
+        f"Loss and errors by epoch; the dashed line is a mean over the steps of an epoch. {harder}, so it may lie "
+        "above the other line.",
         curves.learning_curves(report.epochs, report.best_epoch, held_out, augmented=augmented),
     )
 

@@ -19,9 +19,13 @@ from . import build
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `capsroute report`."""
-    parser.add_argument("path", type=Path, metavar="RUN_DIR", help="of `train`; report.html is written there")
+    parser.add_argument(
+        "path", type=Path, metavar="RUN_DIR", help="a directory of `train`; report.html is written there"
+    )
     parser.add_argument("--no-speed", action="store_true", help="do not compare the training step with plain PyTorch")
-    parser.add_argument("--seconds", type=number(float), default=10.0, help="to time it (default: %(default)g)")
+    parser.add_argument(
+        "--seconds", type=number(float), default=10.0, help="how long to time the training step (default: %(default)g)"
+    )
     add_data(parser)
     add_backend(parser)
 
@@ -29,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `capsroute report`; returns the exit status, 1 if the training step was wrong."""
     if not args.path.is_dir():
-        raise NotADirectoryError(f"{args.path} is no directory of a run")
+        raise NotADirectoryError(f"{args.path} is not the directory of a run")
     try:
         backend = checked_backend(args.backend)
         result = write_report(args, args.path, backend=backend, speed=not args.no_speed, seconds=args.seconds)
@@ -86,4 +90,4 @@ def _history(run_dir: Path) -> tuple[list[Epoch], int]:
     except FileNotFoundError:
         return [], 0
     except (ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{path} is no history of a run: {error}") from error
+        raise CheckpointError(f"{path} is not the history of a run: {error}") from error

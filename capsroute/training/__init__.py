@@ -1,1 +1,1 @@
-"""Train capsule networks: data, trainer, checkpoints, pictures. Needs `pip install 'capsroute[demo]'`."""
+"""Train capsule networks: data, trainer, checkpoints. In a clone of capsroute: `pip install '.[demo]'`."""

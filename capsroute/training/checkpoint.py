@@ -27,7 +27,7 @@ WRONG = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, Ru
 
 
 class CheckpointError(ValueError):
-    """A file is no checkpoint of capsroute, is cut off, or contradicts itself."""
+    """A file is not a checkpoint of capsroute, is cut off, or contradicts itself."""
 
 
 class Checkpoint(NamedTuple):
@@ -36,7 +36,7 @@ class Checkpoint(NamedTuple):
     Attributes:
         net: the network.
         model: the keyword arguments that it was made with.
-        info: whatever is worth keeping with it, as JSON knows it.
+        info: whatever is worth keeping with it; JSON must be able to hold it.
     """
 
     net: CapsNet
@@ -74,7 +74,7 @@ def save_training(path: str | Path, training: Training, info: dict) -> None:
     Args:
         path: the file.
         training: after some whole epochs.
-        info: what to check before it goes on, as JSON knows it.
+        info: what to check before it goes on; JSON must be able to hold it.
     """
     names = [name for name, _ in training.net.named_parameters()]
     moments = training.optimizer.state_dict()["state"]  # by the number of the parameter
@@ -136,7 +136,7 @@ def load_configuration(path: str | Path) -> tuple[dict, TrainingOptions, dict]:
 
 
 def history_to_json(history: list[Epoch]) -> list[dict]:
-    """The history as JSON knows it: scores by name."""
+    """The history for JSON: scores by name."""
     return [{"train": e.train._asdict(), "held_out": e.held_out._asdict(), "seconds": e.seconds} for e in history]
 
 
@@ -159,9 +159,9 @@ def _read(path: str | Path, kind: str, *, tensors: bool = True) -> tuple[dict[st
             names = file.keys() if tensors else ()
             found = {name: file.get_tensor(name).clone() for name in names}  # the file may change later
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path} is no whole safetensors file: {error}") from error
+        raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error
     if KEY not in metadata:
-        raise CheckpointError(f"{path} is a safetensors file, but no checkpoint of capsroute")
+        raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of capsroute")
     try:
         content = json.loads(metadata[KEY])
         version, found_kind = content["version"], content["kind"]

@@ -23,7 +23,7 @@ WHERE_DEFAULTS = {"backend": "auto", "device": "auto", "tensorboard": False}  # 
 def add_data(
     parser: argparse.ArgumentParser, default: str = f"the run's own; if it does not say, {ENVIRONMENT}"
 ) -> None:
-    """Add what says which images."""
+    """Add the options that choose the images."""
     parser.add_argument(
         "--data-dir",
         type=Path,
@@ -49,25 +49,28 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         shown = f"{value:.3g}" if isinstance(value, float) else value
         parser.add_argument(f"--{name}", type=kind, help=f"{text} (default: {shown})", **more)
 
-    count, share = number(int, 1), number(float)
+    count, amount = number(int, 1), number(float)
     option("epochs", count, "passes over the training images")
     option("batch-size", count, "images a step, over all processes")
-    option("learning-rate", number(float, above=True), "of AdamW, the highest of the schedule")
-    option("schedule", str, "of the learning rate, after a short rise", choices=SCHEDULES)
-    option("weight-decay", share, "of AdamW")
-    option("clip", share, "the longest that the whole gradient may be; 0: any length")
+    option("learning-rate", number(float, above=True), "peak learning rate of AdamW")
+    option("schedule", str, "what the learning rate does after a short rise", choices=SCHEDULES)
+    option("weight-decay", amount, "weight decay of AdamW")
+    option("clip", amount, "maximum norm of the whole gradient; 0: no clipping")
     option("amp", str, "automatic mixed precision", choices=AMP_DTYPES)
-    option("shift", share, "augmentation: shift by up to this share of the side")
-    option("rotation", share, "augmentation: rotate by up to so many degrees")
-    option("scale", share, "augmentation: zoom in and out by up to this share")
-    option("shear", share, "augmentation: shear by up to so many degrees")
-    option("validation", share, "choose the best epoch by this share of the training images, or by a folder val")
-    option("patience", number(int), "stop when the validation loss has not fallen for so many epochs; 0: never")
+    option("shift", amount, "augmentation: shift by up to this share of the side")
+    option("rotation", amount, "augmentation: rotate by up to this many degrees")
+    option("scale", amount, "augmentation: zoom in and out by up to this share")
+    option("shear", amount, "augmentation: shear by up to this many degrees")
+    option("validation", amount, "choose the best epoch by this share of the training images, or by a folder val")
+    option("patience", number(int), "stop when the validation loss has not fallen for this many epochs; 0: never")
     option("channels", count, "channels of the first convolution (the paper: 256)")
     option("types", count, "primary capsules at each position")
     option("iterations", count, "routing passes")
     parser.add_argument(
-        "--overlap", action="store_true", default=None, help="two digits over each other (the paper's MultiMNIST)"
+        "--overlap",
+        action="store_true",
+        default=None,
+        help="train and test on two overlapping digits (the paper's MultiMNIST)",
     )
 
 
@@ -78,9 +81,9 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     start.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the run in RUN_DIR after its last whole epoch; options that are not given are that run's",
+        help="resume the run in RUN_DIR after its last whole epoch, with its own options where none are given",
     )
-    start.add_argument("--overwrite", action="store_true", help="begin anew, whatever is in RUN_DIR")
+    start.add_argument("--overwrite", action="store_true", help="start anew, and replace the run in RUN_DIR")
     parser.add_argument("--tensorboard", action="store_true", default=None, help="also log to RUN_DIR/tensorboard")
     add_data(parser, ENVIRONMENT)
     add_training(parser)
@@ -91,7 +94,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 def load_data(args: argparse.Namespace, run: dict | None = None) -> tuple[data.Dataset, dict]:
     """The images that the arguments name, else those that a run was trained on, else those of the environment.
 
-    Returns them and where they came from, to be given as `run` another time.
+    Returns them and where they came from, which a later call takes as `run`.
     """
     whose = "images of the run"
     if not run:
@@ -111,18 +114,20 @@ def train(args: argparse.Namespace) -> int:
     """Run `capsroute train`."""
     if args.out is None:
         if args.resume:
-            raise RunError("--resume needs --out, the run to go on with")
+            raise RunError("--resume needs --out, the run to resume")
         args.out = Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     known = stored(args.out) if args.resume else None
     if args.resume and known is None and not _says_what(args):
-        raise RunError(f"{args.out} holds no run to go on with: say which images and options one is to begin with")
+        raise RunError(
+            f"{args.out} holds no run to resume; to start one, name images or options, such as --data-dir or --epochs"
+        )
     dataset, source = load_data(args, known and known.source)
     try:
         result = train_as_asked(args, dataset, source, known, resume=args.resume, overwrite=args.overwrite)
     except KeyboardInterrupt:
         if not (args.out / TRAINING).exists():
             raise
-        raise KeyboardInterrupt(f"go on with: capsroute train --out {args.out} --resume") from None
+        raise KeyboardInterrupt(f"resume with: capsroute train --out {args.out} --resume") from None
     say(args, f"wrote {args.out}; look at it with: capsroute report {args.out}")
     emit(args, result)
     return 0
@@ -134,7 +139,7 @@ def _given(args: argparse.Namespace) -> dict:
 
 
 def _says_what(args: argparse.Namespace) -> bool:
-    """Whether images or options are named, so that a training can begin where there is no run to take them from."""
+    """Whether images or options are named, so that a training can begin where there is no run to resume."""
     names = {"data_dir", "image_size", *TrainingOptions._fields, *MODEL_DEFAULTS}
     return bool(os.environ.get(DATA_VARIABLE) or names & _given(args).keys())
 
@@ -148,7 +153,7 @@ def train_as_asked(
     resume: bool = False,
     overwrite: bool = False,
 ) -> dict:
-    """Train as the arguments of :func:`add_training` say, else as a run that is known, and tell what came of it."""
+    """Train with the arguments of :func:`add_training`, else the known run's, and return the results."""
     known = known or Stored(MODEL_DEFAULTS, TrainingOptions(), {})
     given = _given(args)
     options = known.options._replace(**{name: given[name] for name in TrainingOptions._fields if name in given}).check()
@@ -156,7 +161,7 @@ def train_as_asked(
     model |= {"image_shape": image_shape(dataset, options), "classes": dataset.classes}
     where = {name: given.get(name, known.source.get(name, value)) for name, value in WHERE_DEFAULTS.items()}
     if dataset.validation and not options.validation:
-        say(args, f"{len(dataset.validation)} images for validation are not used: --validation would")
+        say(args, f"{len(dataset.validation)} validation images are not used: give --validation to use them")
     start = time.perf_counter()
     device = distributed.pick_device(where["device"])
     run = run_training(
@@ -169,7 +174,7 @@ def train_as_asked(
         resume=resume,
         overwrite=overwrite,
         tensorboard=where["tensorboard"],
-        source={**source, **where},
+        source={**known.source, **source, **where},
     )
     seconds = time.perf_counter() - start
     say(
@@ -202,13 +207,13 @@ def load_run(args: argparse.Namespace, run_dir: Path, backend: str) -> tuple[che
     """The network of a run, or of a file, on the CPU, and its images: those of --data-dir, else its own.
 
     Raises:
-        ValueError: if the network is not for such images, was trained on others than are found where nobody names
-            any, or the training has not come to its end.
+        ValueError: if the network does not fit the images, was trained on other images than its run's directory
+            holds now, or the training is not finished.
     """
     path = run_dir / MODEL if run_dir.is_dir() else run_dir
     if not path.exists() and (run_dir / TRAINING).exists():
         raise RunError(
-            f"the training in {run_dir} is not finished; go on with: capsroute train --out {run_dir} --resume"
+            f"the training in {run_dir} is not finished; resume with: capsroute train --out {run_dir} --resume"
         )
     loaded = checkpoint.load(path, backend=backend)
     dataset, _ = load_data(args, source_of(path, loaded.info))
@@ -222,8 +227,8 @@ def load_run(args: argparse.Namespace, run_dir: Path, backend: str) -> tuple[che
         raise ValueError(
             f"{path} is for images {expected[0]} of {expected[1]} classes, {dataset.name} has {found[0]} of {found[1]}"
         )
-    # An older file holds no checksum.
-    if not args.data_dir and loaded.info.get("checksum", checksum := dataset.checksum()) != checksum:
+    known = loaded.info.get("checksum")  # an older file holds none
+    if not args.data_dir and known not in (None, dataset.checksum()):
         raise ValueError(f"{dataset.name}: these are not the images that {path} was trained on: give --data-dir")
     return loaded, dataset
 

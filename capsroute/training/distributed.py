@@ -22,7 +22,7 @@ def processes(device: torch.device) -> Iterator[Share]:
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        total(0, device=device)  # until every process is here: the first one writes, where the others may still look
+        total(0, device=device)  # a barrier: rank 0 writes files that others may still be reading
         yield Share(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
@@ -32,7 +32,7 @@ def pick_device(name: str) -> torch.device:
     """`auto` is a GPU where torch sees one; each of several processes on a machine takes its own.
 
     Raises:
-        ValueError: if the device is not there, or the name is none of DEVICES.
+        ValueError: if the device is not there, or the name is not one of DEVICES.
     """
     if name not in DEVICES:  # not from the command line: a run's file says what its --device was
         raise ValueError(f"--device must be one of {', '.join(DEVICES)}, got {name!r}")

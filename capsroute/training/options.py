@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from .augment import Augmentation
 SCHEDULES = ("cosine", "exponential", "constant")
 AMP_DTYPES = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WARM_UP = 0.1  # the share of the steps over which the learning rate rises
+MOST = sys.float_info.max  # an int may be beyond, and is not infinite
 LEAST = 0.01  # where the exponential schedule ends, as a share of the highest rate
 
 
@@ -21,16 +23,16 @@ class TrainingOptions(NamedTuple):
     Attributes:
         epochs: passes over the training split.
         batch_size: images a step, over all processes.
-        learning_rate: of AdamW, the highest of the schedule.
+        learning_rate: the peak learning rate of AdamW.
         schedule: what follows a short rise: half a "cosine" down to 0, an "exponential" fall, or "constant".
         weight_decay: of AdamW.
-        clip: the longest that the gradient of all parameters together may be; 0: as long as it is.
+        clip: maximum norm of the whole gradient; 0: no clipping.
         amp: "off", or the dtype of automatic mixed precision, "bfloat16" or "float16".
         shift, rotation, scale, shear: of :class:`capsroute.training.augment.Augmentation`.
-        overlap: train and test on two digits over each other.
-        validation: the share of the training split that is held out, to choose the best epoch by, unless the dataset
+        overlap: train and test on two overlapping digits.
+        validation: the share of the training split that is held out to choose the best epoch by, unless the dataset
             has images for that; 0: the last epoch is the result, and nothing is held out.
-        patience: stop when the validation loss has not fallen for so many epochs; 0: never.
+        patience: stop when the validation loss has not fallen for this many epochs; 0: never.
         seed: of the initial parameters, the order of the images and their augmentation.
     """
 
@@ -76,11 +78,11 @@ class TrainingOptions(NamedTuple):
             _expect(getattr(self, name) >= least, name, f"at least {least}", self)
         _expect(0 <= self.seed < 2**32, "seed", "from 0 to 2^32 - 1, all that torch's generator looks at", self)
         for name in ("weight_decay", "clip", "shift", "scale"):
-            _expect(0 <= getattr(self, name) < math.inf, name, "finite and at least 0", self)
+            _expect(0 <= getattr(self, name) <= MOST, name, "finite and at least 0", self)
         for name in ("rotation", "shear"):
             _expect(0 <= getattr(self, name) <= 180, name, "degrees from 0 to 180", self)
         _expect(self.shear < 90, "shear", "below 90 degrees", self)
-        _expect(0 < self.learning_rate < math.inf, "learning_rate", "finite and above 0", self)
+        _expect(0 < self.learning_rate <= MOST, "learning_rate", "finite and above 0", self)
         _expect(0 <= self.validation < 1, "validation", "a share from 0 to below 1", self)
         _expect(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", self)
         _expect(self.amp in AMP_DTYPES, "amp", f"one of {', '.join(AMP_DTYPES)}", self)

@@ -23,7 +23,7 @@ def canvas(image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def check(labels: Tensor) -> None:
-    """That every image finds a partner, and there is something to tell apart.
+    """Check that every image finds a partner, and that there is something to tell apart.
 
     Raises:
         ValueError: if there are fewer than three classes: of two, both are in every image, and nothing is to be learnt.

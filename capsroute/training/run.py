@@ -1,8 +1,7 @@
 """A training run and the directory that it leaves behind.
 
 `training.safetensors` is written before the first epoch and after every one, whole or not at all, and everything else
-follows from it: a run that is killed loses the epoch that it was in, and goes on from there with the numbers it would
-have had.
+follows from it: a run that is killed loses the epoch that it was in, and resumes with the numbers it would have had.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ SOURCE_KINDS = {"data_dir": str, "image_size": int, "tensorboard": bool}  # that
 
 
 class RunError(ValueError):
-    """A directory holds another run than the one that is asked for, or none."""
+    """A directory holds another run than asked for, or none."""
 
 
 class Run(NamedTuple):
@@ -98,7 +97,7 @@ def source_of(path: Path, info: dict) -> dict:
     """The `source` of a run, as the info of one of its files tells it; empty if it does not.
 
     Raises:
-        CheckpointError: if it is nothing that a run could have written.
+        CheckpointError: if no run could have written it.
     """
     source = info.get("source") or {}
     if not isinstance(source, dict):
@@ -106,7 +105,7 @@ def source_of(path: Path, info: dict) -> dict:
     for name, kind in SOURCE_KINDS.items():
         value = source.get(name)
         if value is not None and type(value) is not kind:  # True is an int, but no size
-            raise CheckpointError(f"{path} has a {name} that is no {kind.__name__}: {value!r}")
+            raise CheckpointError(f"{path}: {name} must be of type {kind.__name__}, got {value!r}")
     return source
 
 
@@ -124,35 +123,36 @@ def run_training(
     source: dict | None = None,
     on_step: OnStep = lambda **fields: None,
 ) -> Run:
-    """Train with a progress bar, and leave the network, the history and the state to go on from in `run_dir`.
+    """Train with a progress bar, and leave the network, the history and the state to resume from in `run_dir`.
 
-    With several processes under torchrun each calls this, the first one writes, and all return the same.
+    With several processes under torchrun, each calls this, the first one writes, and all return the same.
 
     Args:
-        run_dir: made if it is not there.
+        run_dir: made by the first process if it is not there.
         dataset: the images; `model["image_shape"]` must be :func:`image_shape` of it.
         model: keyword arguments of :class:`capsroute.nn.CapsNet`.
         options: how to train.
         backend: of the routing.
         device: to train on.
         resume: go on with the run in `run_dir` after its last whole epoch, if there is one.
-        overwrite: begin anew, whatever is in `run_dir`; the old run is left alone until the new one can begin.
+        overwrite: start anew, whatever is in `run_dir`; the old run is left alone until the new one can begin.
         tensorboard: also log to `run_dir/tensorboard`.
-        source: where the images came from, and whatever else is to be known where :func:`stored` finds the run again.
-            None: what a resumed run has.
+        source: where the images came from, and whatever else :func:`stored` should return with the run. None: the
+            resumed run's.
         on_step: called after every step, as by :func:`capsroute.training.trainer.train_epoch`.
 
     Raises:
-        RunError: if another process writes to `run_dir`, if there is a run in it and neither `resume` nor `overwrite`
-            is given, or one of another network, of other options or of other images, or nothing to go on from.
-        CheckpointError: if what is to be resumed cannot be read.
-        ValueError: if there are fewer images than processes, or than can be held out or be laid over each other.
+        RunError: if another process writes to `run_dir`; if it holds a run and neither `resume` nor `overwrite` is
+            given; if that run has another network, other options or other images, or nothing to resume from.
+        CheckpointError: if the run to resume cannot be read.
+        ValueError: if there are fewer images than processes, or too few to hold out or to overlap.
         FloatingPointError: if the loss is no longer finite.
     """
     options.check()
-    run_dir.mkdir(parents=True, exist_ok=True)  # before training: a bad place should cost no time,
-    optional("safetensors.torch")  # nor should what is not installed
     device, writes = torch.device(device), rank() == 0
+    if writes:  # before training: a bad place should cost no time. The others may have another, which has the time
+        run_dir.mkdir(parents=True, exist_ok=True)
+    optional("safetensors.torch")  # nor should what is not installed
     info = {"dataset": dataset.name, "checksum": dataset.checksum()}
     with ExitStack() as stack:
         if writes:
@@ -227,9 +227,9 @@ def remove_pictures(run_dir: Path, but: Collection[str] = ()) -> None:
 
 def _check_resumable(run_dir: Path, found: list[str], resume: bool) -> None:
     if TRAINING not in found:
-        raise RunError(f"{run_dir} holds {found[0]}, but no {TRAINING} to go on from: --overwrite begins anew")
+        raise RunError(f"{run_dir} holds {found[0]}, but no {TRAINING} to resume from: --overwrite starts anew")
     if not resume:
-        raise RunError(f"{run_dir} holds a run already: give --resume to go on with it, --overwrite to begin anew")
+        raise RunError(f"{run_dir} already holds a run: give --resume to go on with it, or --overwrite to replace it")
 
 
 def _check_same(run_dir: Path, training: Training, info: dict, asked: dict) -> None:
@@ -237,7 +237,7 @@ def _check_same(run_dir: Path, training: Training, info: dict, asked: dict) -> N
     images = {name: info.get(name) for name in ("dataset", "checksum")}
     if images["checksum"] != asked["checksum"]:
         raise RunError(
-            f"{run_dir} holds a run that was trained on other images, {images['dataset']}, than those asked for, "
+            f"{run_dir} holds a run that was trained on other images, {images['dataset']}, than you asked for, "
             f"{asked['dataset']}"
         )
     images["dataset"] = asked["dataset"]  # whatever their directory is called now
@@ -245,7 +245,9 @@ def _check_same(run_dir: Path, training: Training, info: dict, asked: dict) -> N
     asked, known = json.loads(json.dumps([asked, known]))  # tuples are lists in a file
     for name in sorted({*asked, *known}):
         if asked.get(name) != known.get(name):
-            raise RunError(f"{run_dir} holds a run with {name} {known.get(name)}, asked for is {asked.get(name)}")
+            raise RunError(
+                f"{run_dir} holds a run with {name} = {known.get(name)}, but you asked for {name} = {asked.get(name)}"
+            )
 
 
 def _splits(dataset: Dataset, options: TrainingOptions) -> tuple[Split, Split]:

@@ -19,13 +19,15 @@ from .data import Split
 from .distributed import total
 from .options import AMP_DTYPES, TrainingOptions
 
+ADVICE = "try a lower learning rate (--learning-rate), or clip the gradient (--clip 1)"
+
 OnStep = Callable[..., None]
 
 
 class Score(NamedTuple):
-    """Means over a split: the loss, and the share of images of which everything was named.
+    """Means over a split: the loss, and the share of images whose labels are all named.
 
-    That is the longest capsule, or the two longest where two digits overlap.
+    Named are the longest capsule, or the two longest where two digits overlap.
     """
 
     loss: float
@@ -63,7 +65,7 @@ class Training:
 
     @classmethod
     def of(cls, net: CapsNet, model: dict, options: TrainingOptions, device: torch.device | str = "cpu") -> Training:
-        """A training of a network that there is."""
+        """A training of an existing network."""
         net = net.to(device)
         optimizer = torch.optim.AdamW(net.parameters(), options.learning_rate, weight_decay=options.weight_decay)
         scaler = torch.amp.GradScaler(torch.device(device).type, enabled=options.amp == "float16")
@@ -110,7 +112,7 @@ def train_epoch(
 
     Args:
         training: what goes on.
-        train, held_out: the images to train on, and to look at after.
+        train, held_out: the images to train on, and to evaluate on afterwards.
         share: of this process, one of several inside :func:`capsroute.training.distributed.processes`.
         on_step: called after every step with `epoch` (from 1), `step` (from 1 in the whole training), `images`,
             `loss` and `correct`, the last two of this process's own images.
@@ -153,7 +155,7 @@ def _train_batches(training: Training, train: Split, share: Share, on_step: OnSt
             loss = loss_of(output, parts, labels)
         value = loss.item()
         if not math.isfinite(value):
-            raise FloatingPointError(f"the loss became {value} in epoch {epoch}: try a lower learning_rate, or clip")
+            raise FloatingPointError(f"the loss became {value} in epoch {epoch}: {ADVICE}")
         # A mean over this process's images; DDP takes the mean over processes, whose shares may differ by one.
         scaler.scale(loss * (len(images) * share.count / whole)).backward()
         if options.clip:
@@ -176,7 +178,7 @@ def evaluate(net: CapsNet, split: Split, *, overlapping: bool = False, share: Sh
     the accuracy.
 
     Raises:
-        FloatingPointError: if the loss is not finite: what the last step broke shows here first.
+        FloatingPointError: if the loss is not finite; damage by the last step shows here first.
     """
     net.eval()
     device = next(net.parameters()).device
@@ -192,9 +194,7 @@ def evaluate(net: CapsNet, split: Split, *, overlapping: bool = False, share: Sh
         count += len(images)
     loss_sum, correct, count = total(loss_sum, correct, count, device=device)
     if not math.isfinite(loss_sum):
-        raise FloatingPointError(
-            f"the loss of the trained network is {loss_sum / count}: train with a lower learning_rate, or clip"
-        )
+        raise FloatingPointError(f"the loss of the trained network is {loss_sum / count}: {ADVICE}")
     return Score(loss_sum / count, correct / count)
 
 

@@ -42,7 +42,7 @@ def load(data_dir: str | Path | None = None, image_size: int | None = None) -> D
         return _of_one_size("the digits", digits(), image_size)
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
-        raise DataError(f"{data_dir} is no directory")
+        raise DataError(f"{data_dir} is not a directory")
     for found, read in READERS:
         if found(data_dir):
             return _of_one_size(data_dir, read(data_dir), image_size)
@@ -63,5 +63,7 @@ def _of_one_size(what: object, dataset: Dataset, image_size: int | None) -> Data
     """A dataset whose images have one size, unless another is asked for."""
     own = dataset.image_shape[1:]
     if image_size and own != (image_size, image_size):
-        raise DataError(f"--image-size resizes images of folders, {what} are {own[0]} x {own[1]}, got {image_size}")
+        raise DataError(
+            f"--image-size resizes images of folders only, but {what} are {own[0]} x {own[1]}, got {image_size}"
+        )
     return dataset

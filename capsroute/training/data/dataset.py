@@ -58,7 +58,7 @@ class Dataset(NamedTuple):
         return len(self.class_names)
 
     def checksum(self) -> int:
-        """Of every image and label, so that a training is not resumed on other data."""
+        """A checksum of every image and label, so that a training is not resumed on other data."""
         value = 0
         for split in filter(None, (self.train, self.test, self.validation)):
             for x in (split.images, split.labels):
@@ -103,7 +103,7 @@ def _check_split(what: str, split: Split) -> None:
     if not images.numel():
         raise DataError(f"there are no {what}")
     least, most = (float(x) for x in images.aminmax())
-    if images.dtype == torch.float32 and not (least >= 0 and most <= 1):  # nor are they, if one is NaN
+    if images.dtype == torch.float32 and not (least >= 0 and most <= 1):  # NaN fails this too
         raise DataError(f"{what} must be from 0 to 1 in float32, got {least:g} to {most:g}")
     if labels.min() < 0:
         raise DataError(f"labels of {what} must be at least 0, got {int(labels.min())}")

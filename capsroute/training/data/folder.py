@@ -32,7 +32,7 @@ def image_folder(data_dir: Path, image_size: int | None = None) -> Dataset:
     train_dir = data_dir / "train"
     judging = [data_dir / name for name in ("test", *VALIDATION_FOLDERS) if (data_dir / name).is_dir()]
     if train_dir.is_dir() != bool(judging):
-        raise DataError(f"{data_dir} must have folders train and test, or none of them, got one")
+        raise DataError(f"{data_dir} must have both of the folders train and test, or neither, got one")
     name = f"images:{data_dir.resolve().name}"
     if not judging:
         class_names, files = _list(data_dir)
@@ -62,7 +62,8 @@ def _list(folder: Path) -> tuple[list[str], dict[Path, int]]:
         for path in sorted((folder / name).iterdir())
         if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
     }
-    empty = [name for label, name in enumerate(class_names) if label not in files.values()]
+    found = set(files.values())
+    empty = [name for label, name in enumerate(class_names) if label not in found]
     if not files or empty:
         kinds = ", ".join(sorted(SUFFIXES))
         raise DataError(f"{folder / empty[0] if empty else folder} holds no images ({kinds}) in folders, one a class")
@@ -90,11 +91,11 @@ def _read(paths: list[Path], image_size: int | None) -> Tensor:
         except DataError:
             raise
         except (OSError, ValueError, SyntaxError, pil.DecompressionBombError) as error:
-            raise DataError(f"{path} is no image that can be read: {error}") from error
+            raise DataError(f"{path} cannot be read as an image: {error}") from error
         opened.append(image.resize((image_size, image_size)) if image_size else image)
         if opened[-1].size != opened[0].size:
             (w, h), (w0, h0) = opened[-1].size, opened[0].size
-            raise DataError(f"{path} has {h} x {w} pixels, {paths[0]} {h0} x {w0}: say what to resize to, --image-size")
+            raise DataError(f"{path} has {h} x {w} pixels, {paths[0]} {h0} x {w0}: pass --image-size N to resize them")
     mode = "L" if all(image.mode == "L" for image in opened) else "RGB"
     pixels = torch.stack([torch.from_numpy(numpy.array(image.convert(mode))) for image in opened])
     return pixels.unsqueeze(1) if mode == "L" else pixels.permute(0, 3, 1, 2).contiguous()

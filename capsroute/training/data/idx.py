@@ -55,7 +55,7 @@ def read_idx(path: Path, dims: int) -> Tensor:
         try:
             raw = gzip.decompress(raw)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise DataError(f"{path} is no whole gzip file: {error}") from error
+            raise DataError(f"{path} is not a complete gzip file: {error}") from error
     start = 4 + 4 * dims
     magic = bytes((0, 0, IDX_UINT8, dims))
     if raw[:4] != magic:
