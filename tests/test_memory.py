@@ -37,6 +37,14 @@ def test_a_call_after_one_without_memory_is_right(cpu):
     assert torch.equal(capsroute.capsule_linear(u, weight, backend=cpu), expected)
 
 
+def test_sizes_whose_products_overflow_are_an_error(cpu):
+    """An expanded tensor may have any size."""
+    one = torch.ones(1)
+    u, weight = one.expand(1, 3, 2**57), one.expand(3, 2, 1, 2**57)
+    with pytest.raises(RuntimeError, match="B I D J O must be less than 2\\^50"):
+        capsroute.capsule_linear(u, weight, backend=cpu)
+
+
 @pytest.mark.parametrize("coupling", ["out", "in"])
 @pytest.mark.parametrize("outputs", [1, 2, 3])
 @pytest.mark.parametrize("form", ["jod", "od"])
