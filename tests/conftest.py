@@ -79,6 +79,20 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item not in left_out]
 
 
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, put back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads):
+    """Where scratch per thread would count, or there is so little work that several only wait for each other."""
+    threads(1)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def device(request):
     """The tests' tensors are there, where they do not say otherwise."""

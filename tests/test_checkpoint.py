@@ -285,7 +285,7 @@ def test_the_options_of_a_training_are_checked(saved_training):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
+def all_on_one_thread():
     """As in the processes that are killed: torch's convolutions have other bits on another number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

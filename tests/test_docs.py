@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from test_data import idx, make_images
 
 import capsroute
@@ -56,16 +55,13 @@ def test_every_block_says_what_it_is(page):
 
 
 @pytest.fixture(autouse=True)
-def few_digits(tmp_path, monkeypatch):
-    """An empty directory, no images of the environment's, and not all of scikit-learn's."""
+def few_digits(tmp_path, monkeypatch, threads):
+    """An empty directory, no images of the environment's, not all of scikit-learn's; a page may set threads."""
     digits = data.digits()
     few = digits._replace(train=digits.train[:256], test=digits.test[:64])
     monkeypatch.setattr(data, "digits", lambda: few)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CAPSROUTE_DATA", raising=False)
-    threads = torch.get_num_threads()  # which a page may set
-    yield
-    torch.set_num_threads(threads)
 
 
 @pages

@@ -176,15 +176,6 @@ def extra_memory(problem: Problem, backend: str) -> int:
     return peak.extra_memory(lambda: problem.gradients(backend).values())
 
 
-@pytest.fixture
-def one_thread():
-    """Scratch is per thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.not_interpreted
 def test_extra_memory_is_a_small_part_of_the_references(fused, one_thread):
     problem = random_problem((128, 1152, 8, 10, 16), dtype=torch.float32)

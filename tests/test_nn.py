@@ -230,15 +230,6 @@ def test_capsnet_gradients(backend):
     assert torch.autograd.gradcheck(loss, (images, *parameters), fast_mode=True)
 
 
-@pytest.fixture
-def one_thread():
-    """Of so little work several only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.not_interpreted
 @pytest.mark.usefixtures("one_thread")
 def test_capsnet_learns_its_batch(backend):

@@ -22,13 +22,8 @@ def world(recommender):
     return recommender.World(recommender.SMALL, torch.Generator().manual_seed(1))
 
 
-def test_several_interests_recover_more_topics_than_one(recommender, capsys):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are small
-    try:
-        results = recommender.run(recommender.SMALL)
-    finally:
-        torch.set_num_threads(threads)
+def test_several_interests_recover_more_topics_than_one(recommender, capsys, one_thread):
+    results = recommender.run(recommender.SMALL)
     printed = capsys.readouterr().out
     assert list(results) == ["knowing the topics", "mean pooling", "MIND", "ComiRec-DR"]
     assert all(name in printed for name in results)

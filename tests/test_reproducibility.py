@@ -12,14 +12,6 @@ from problems import FORMS, LARGE, Problem, cotangent, fit, random_problem
 SIZES = (13, 300, 8, 10, 16)
 
 
-@pytest.fixture
-def threads():
-    """torch.set_num_threads, put back afterwards."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 OPTIONS = {
     "plain": {},
     "all": {"bias": True, "logits": "IJ", "mask": "BI", "leaky": True},
