@@ -143,10 +143,10 @@ def _run_recorded(op, keyset, arguments):
         return _run_below(op, keyset, arguments)
 
 
-class _Recorded(torch.autograd.Function):
+class _Recorded(torch.autograd.function._SingleLevelFunction):  # Function looks for torch.func once more
     """An op that autograd records: `apply(op, keyset, *arguments)`, with no keyset from eager code."""
 
-    apply = torch._C._FunctionBase.__dict__["apply"]  # that of Function looks for torch.func once more
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
 
 
 class _Route(_Recorded):

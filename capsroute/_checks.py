@@ -42,11 +42,17 @@ def check_int(name: str, value: int, least: int | None = None) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_sizes(**sizes: int) -> None:
+    """Every argument, given by its name, is an int of at least 1."""
+    for name, size in sizes.items():
+        check_int(name, size, least=1)
+
+
 def check_number(name: str, value: float) -> float:
     """The number as a float: torch takes no int above 64 bits. One beyond all floats is infinite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    if abs(value) > sys.float_info.max:
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
         return math.inf if value > 0 else -math.inf
     return float(value)
 
@@ -214,3 +220,49 @@ def check_mask(mask: Tensor, target: tuple[int, ...], u: Tensor, letters: str = 
     _check_layout("mask", mask)
     check_device("mask", mask, u)
     check_broadcast("mask", mask, target, letters)
+
+
+def pair(name: str, value: int | tuple[int, int], least: int = 1) -> tuple[int, int]:
+    """(height, width) from one int or two."""
+    both = (value, value) if isinstance(value, int) else value
+    ints = isinstance(both, (tuple, list)) and all(isinstance(n, int) and not isinstance(n, bool) for n in both)
+    if not ints or len(both) != 2:
+        raise TypeError(f"{name} must be an int or (height, width), got {value!r}")
+    if min(both) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return tuple(both)
+
+
+def check_image_shape(image_shape: tuple[int, int, int]) -> None:
+    """Three sizes: channels, height and width."""
+    if not isinstance(image_shape, (tuple, list)) or len(image_shape) != 3:
+        raise ValueError(f"image_shape must be (channels, height, width), got {image_shape!r}")
+    check_widths("image_shape", image_shape)
+
+
+def check_widths(name: str, widths: tuple[int, ...]) -> None:
+    """A tuple or list of sizes; it may be empty."""
+    if not isinstance(widths, (tuple, list)):
+        raise TypeError(f"{name} must be a tuple of ints, got {type(widths).__name__}")
+    check_sizes(**{f"{name}[{k}]": width for k, width in enumerate(widths)})
+
+
+def check_images(images: Tensor, image_shape: tuple[int, int, int]) -> None:
+    """A batch of images of a known size."""
+    check_tensor("images", images, "[B, C, H, W]")
+    if images.dim() != 4 or tuple(images.shape[1:]) != image_shape:
+        channels, height, width = image_shape
+        raise ValueError(
+            f"images must be [B, C, H, W] with C = {channels}, H = {height} and W = {width}, got {list(images.shape)}"
+        )
+
+
+def check_labels(labels: Tensor, batch: int, several: bool = True) -> None:
+    """One or, where that may be, K class indices for each image; that they are below J is left to what reads them."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be an int64 tensor, got {type(labels).__name__}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    letters = "[B] or [B, K]" if several else "[B]"
+    if not 1 <= labels.dim() <= 1 + several or labels.shape[0] != batch:
+        raise ValueError(f"labels must be {letters} with B = {batch}, got {list(labels.shape)}")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -18,15 +21,20 @@ DEMO_ACCURACY = 0.985  # that the demo must reach on the test split
 # What the package raises for what a user can put right.
 EXPECTED = (ImportError, OSError, ValueError, FloatingPointError, torch.OutOfMemoryError)
 NO_MEMORY = ("allocate memory", "no memory for")  # on a CPU torch has no class of its own for that
-INTERRUPTED = 130  # as a shell reports it
+INTERRUPTED, UNREAD = 130, 141  # as a shell reports SIGINT and SIGPIPE
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 done, 1 fell short, 2 called wrongly, 130 interrupted."""
+    """Run the command; returns the exit status: 0 done, 1 fell short, 2 called wrongly, 130 interrupted, 141 unread."""
     args = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it may be none
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does
     torch.manual_seed(args.seed or 0)
     try:
         return args.run(args)
+    except BrokenPipeError:  # whoever reads, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest as it ends
+        return UNREAD
     except EXPECTED as error:
         complain(args, error)
         return 2
@@ -51,19 +59,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"capsroute {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+    def command(name: str, run, text: str, seed: str = "0") -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(run=run)
         added.add_argument(
             "--seed",
             type=number(int, most=2**32 - 1),
             metavar="N",
-            help="seed of all random numbers (default: 0, or the run's with --resume)",
+            help=f"seed of all random numbers (default: {seed})",
         )
         added.add_argument("--json", action="store_true", help="print one JSON object as the last line")
         return added
 
-    training.add_train(command("train", training.train, "Train a capsule network on images."))
+    train = command("train", training.train, "Train a capsule network on images.", "0, or the run's with --resume")
+    training.add_train(train)
     training.add_eval(command("eval", training.evaluate_run, "Measure a trained network on the test split."))
     report.add_arguments(command("report", report.run, "Show what a trained network has learnt, on one HTML page."))
     bench.add_arguments(command("bench", bench.run, "Compare time and memory of routing with plain PyTorch."))
@@ -104,18 +113,19 @@ def _demo(args: argparse.Namespace) -> int:
     from .report.cli import write_report
     from .training import cli as training
     from .training import data
-    from .training.run import PAGE, RunError, found_in, stored
+    from .training.run import PAGE, PICTURES, RunError, found_in, stored
 
     optional("matplotlib")  # for the report; before anything takes long
     known = stored(args.out)
-    found = "a run" if found_in(args.out) else f"a {PAGE}" if (args.out / PAGE).exists() else None
+    drawn = any((args.out / name).exists() for name in (PAGE, PICTURES))
+    found = "a run" if found_in(args.out) else "a report" if drawn else None
     if found and not (known and known.source.get("demo")):
         raise RunError(f"{args.out} holds {found} that is not the demo's: choose another --out")
     result = training.train_as_asked(args, data.digits(), {"demo": True}, overwrite=True)
     if rank():
         return 0  # the first process draws and judges
     try:
-        result |= write_report(args, args.out)
+        result = write_report(args, args.out) | result
     except DisagreementError as error:
         complain(args, error)
         return 1

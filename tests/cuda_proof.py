@@ -148,6 +148,7 @@ def compile_for(storage: str, target: int, folder: Path) -> list[tuple]:
 
 
 def readable(kernel: str) -> str:
+    kernel = re.sub(r".*&\(void (.*?)\(.*", r"\1", kernel)  # what a kernel around any function is around
     for number, source in enumerate(("made", "keys", "given")):
         kernel = kernel.replace(f"(Source){number}", source)
     for number, direction in enumerate(("forward", "backward")):

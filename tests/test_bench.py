@@ -361,6 +361,13 @@ def test_narrowest_is_over_all_that_was_measured():
     assert table.narrowest(lines[2:]) == ""
 
 
+def test_what_is_asked_for_twice_is_measured_once(capsys):
+    words = ("--case", "mnist-1", "mnist-1", "--batch", "2", "2", "--implementations", "fused", "fused")
+    assert main(["bench", *words, "--pass", "forward", "--seconds", "0", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["results"]
+    assert (row["name"], row["case"]["batch"]) == ("fused", 2)
+
+
 def test_command_sets_threads_and_dtype(capsys):
     before = torch.get_num_threads()
     assert bench(

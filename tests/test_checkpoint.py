@@ -368,7 +368,8 @@ def test_killed_at_any_instant_a_run_loses_one_epoch_at_most(tmp_path, uninterru
             time.sleep(generator.uniform(0, 0.2))
             process.kill()
         elif kind == "train":  # anywhere in an epoch or the write after it, up to some epochs later
-            wait_for(lambda begun=begun: begun.value, process)
+            epoch = max(stored, 0) + generator.randint(1, 3)
+            wait_for(lambda begun=begun, epoch=epoch: begun.value >= epoch, process)
             time.sleep(generator.uniform(0, 0.1))
             process.kill()
         process.join(60)

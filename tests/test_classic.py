@@ -98,6 +98,19 @@ def test_the_network_draws_the_chosen_capsule():
     assert all(x.grad is not None and x.grad.isfinite().all() for x in net.parameters())
 
 
+def test_gradients_per_sample():
+    net, images = CapsuleNet(), torch.rand(2, 1, 28, 28)
+    weight = net.digit_capsules.route_weights.detach()
+
+    def loss(weight, image):  # the longest is drawn
+        _, drawn = torch.func.functional_call(net, {"digit_capsules.route_weights": weight}, (image.unsqueeze(0),))
+        return drawn.square().sum()
+
+    gradient = torch.func.grad(loss)
+    expected = torch.stack([gradient(weight, image) for image in images])
+    assert_close(torch.vmap(gradient, (None, 0))(weight, images), expected)
+
+
 # What was wrong
 
 

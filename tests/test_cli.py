@@ -1,7 +1,9 @@
 """The command `capsroute`: what each command prints, its exit status, and its JSON."""
 
 import argparse
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -42,6 +44,23 @@ def test_info_tells_every_backend_and_why(capsys):
         assert any(name in line and why in line and ("yes" if can else "no") in line for line in out.splitlines())
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """As of `capsroute info | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "capsroute", "info"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (cli.UNREAD, "")
+
+
+def test_words_that_a_terminal_cannot_show_stop_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    monkeypatch.setattr(cli, "_info", lambda args: _console.say(args, "±5% \udcff") or 0)
+    assert cli.main(["info"]) == 0
+    assert sys.stdout.buffer.getvalue() == rb"\xb15% \udcff" + b"\n"
+
+
 @pytest.mark.parametrize("command", ["train", "eval", "report", "bench", "tune", "info", "demo"])
 def test_help(capsys, command):
     status, out, _ = run(capsys, command, "--help")
@@ -49,6 +68,7 @@ def test_help(capsys, command):
     assert out.startswith(f"usage: capsroute {command}")
     assert "--json" in out
     assert "--seed" in out
+    assert ("--resume" in out) == (command == "train")  # no other has it
 
 
 @pytest.mark.parametrize(

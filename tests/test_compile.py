@@ -277,7 +277,10 @@ def test_forward_mode_around_compiled_code():
     compiled(u, *rest)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(u, torch.ones_like(u))
-        found = torch.autograd.forward_ad.unpack_dual(compiled(dual, *rest)).tangent
+        try:
+            found = torch.autograd.forward_ad.unpack_dual(compiled(dual, *rest)).tangent
+        except torch._dynamo.exc.Unsupported as error:
+            pytest.skip(f"as torch from 2.15 on says: {str(error).splitlines()[0]}")
     reference = random_problem((2, 3, 2, 3, 4)).as_function("reference")[0]
     assert_close(found, torch.func.jvp(lambda u: reference(u, *rest), (u,), (torch.ones_like(u),))[1])
 

@@ -194,6 +194,22 @@ def test_many_chunks_are_not_summed_in_low_precision():
         assert chunked <= 2 * whole
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk_bytes", [ALL_AT_ONCE, ROW_BY_ROW])
+def test_windows_that_overlap_are_not_summed_in_low_precision(chunk_bytes, dtype):
+    layer = make(CapsuleConv2d, {"kernel_size": 9, "iterations": 1}, chunk_bytes=chunk_bytes)
+    torch.nn.init.uniform_(layer.weight)  # so that nothing cancels
+    x = torch.rand(1, 14, 14, *IN).to(dtype).double().requires_grad_()
+    cotangent = torch.rand(layer(x).shape).to(dtype)
+    exact = torch.autograd.grad(layer(x), x, cotangent.double())[0]
+    layer.to(dtype)
+    windows = _windows.Windows(layer.kernel_size).unfold(x).flatten(3, 5).to(dtype)
+    weight = layer.weight.flatten(0, 2).permute(0, 2, 3, 1)
+    v = capsroute.capsule_linear(windows, weight, 1, backend="reference")
+    found, reference = (torch.autograd.grad(v, x, cotangent)[0].to(dtype) - exact for v in (layer(x.to(dtype)), v))
+    assert found.norm() <= 1.1 * reference.norm()  # summed in float64
+
+
 @pytest.mark.parametrize("left_out", [None, "x", "weight", "bias"])
 def test_only_wanted_gradients(monkeypatch, left_out):
     layer = make(CapsuleConv2d, {"bias": True}, chunk_bytes=ROW_BY_ROW)
@@ -279,6 +295,13 @@ def test_compiled_and_exported_for_any_batch_that_fits_one_chunk(kind):
         assert_close(compiled(x), layer(x))
         assert_close(exported(x), layer(x))
     assert len(graphs) <= 2
+
+
+def test_phases_of_many_chunks_compile_in_one_graph_of_unknown_sizes():
+    layer, x = make(CapsuleConvTranspose2d, {"stride": 2}, chunk_bytes=ROW_BY_ROW), torch.rand(2, 2, 2, *IN).double()
+    compiled = torch.compile(layer, backend="aot_eager", dynamic=True, fullgraph=True)
+    grads = (torch.autograd.grad(function(x).square().sum(), layer.parameters()) for function in (compiled, layer))
+    assert_close(*grads)
 
 
 def test_empty_batch():
@@ -367,6 +390,7 @@ def test_a_transposed_layer_starts_by_what_a_position_sees():
         (CapsuleConv2d, {"padding": -1}, ValueError, "padding must be at least 0, got -1"),
         (CapsuleConv2d, {"dilation": 1.5}, TypeError, "dilation must be an int or"),
         (CapsuleConv2d, {"iterations": 0}, ValueError, "iterations must be at least 1"),
+        (CapsuleConv2d, {"bias": "no"}, TypeError, "bias must be True or False, got 'no'"),
         (CapsuleConv2d, {"chunk_bytes": 0}, ValueError, "chunk_bytes must be at least 1"),
         (
             CapsuleConvTranspose2d,
@@ -406,8 +430,10 @@ def test_wrong_maps_are_named(shape, message):
         make(CapsuleConv2d, {})(torch.zeros(shape, dtype=torch.float64))
 
 
-def test_maps_of_another_dtype_are_named():
-    with pytest.raises(TypeError, match=r"x must have the dtype of the weight, torch.float64, got torch.float32"):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_maps_of_another_dtype_are_named(autocast):
+    message = r"x must have the dtype of the weight, torch.float64, got torch.float32"
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.raises(TypeError, match=message):
         make(CapsuleConv2d, {})(torch.zeros(2, 5, 5, *IN))
 
 

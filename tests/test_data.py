@@ -3,6 +3,7 @@
 import gzip
 import math
 import os
+import shutil
 import struct
 from pathlib import Path
 
@@ -57,8 +58,15 @@ def test_what_is_held_out_is_stratified_and_the_same_always(digits):
     share = held.labels.bincount() / digits.train.labels.bincount()
     torch.testing.assert_close(share, torch.full((10,), 0.25), rtol=0, atol=0.01)
     assert torch.equal(hold_out(digits.train, 0.25)[1].images, held.images)
-    with pytest.raises(DataError, match=r"0\.1 of 20 images cannot be held out"):
-        hold_out(digits.train[:20], 0.1)
+    for labels, fraction, words in (
+        ([0, 0, 1, 1] * 5, 0.05, "the smallest has 10, 1 would be held out and 19 kept"),
+        ([0, 0, 1, 1] * 5, 0.95, "the smallest has 10, 19 would be held out and 1 kept"),
+        ([0, 0, 0, 0, 2], 0.4, "the smallest has 1, 2 would be held out and 3 kept"),
+    ):
+        split = Split(torch.rand(len(labels), 1, 2, 2), torch.tensor(labels))
+        told = f"{fraction:g} of {len(labels)} images cannot be held out: each of 2 classes must have one"
+        with pytest.raises(DataError, match=f"^{told} on either side, but {words}$"):
+            hold_out(split, fraction)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +258,7 @@ def test_a_folder_with_train_and_test_and_other_sizes(tmp_path):
     for split, count in (("train", 3), ("test", 2)):
         make_images(tmp_path / split / "a", count, 10, mode="L")
         make_images(tmp_path / split / "b", count, 20, size=(9, 9), mode="L")
-    with pytest.raises(DataError, match=r"b/0.png has 9 x 9 pixels, .*a/0.png 5 x 6: pass --image-size N"):
+    with pytest.raises(DataError, match=r"b/0.png has 9 x 9 pixels, .*a/0.png 5 x 6: give image_size \(--image-"):
         data.load(tmp_path)
     (tmp_path / "train" / "a" / "._0.png").write_bytes(b"hidden, of a file system")
     dataset = data.load(tmp_path, image_size=7)
@@ -290,8 +298,14 @@ def test_a_palette_decides_whether_an_image_is_grey(tmp_path, colour, channels):
 
 def test_images_of_one_size_are_not_resized():
     assert data.load(image_size=8).image_shape == (1, 8, 8)
-    with pytest.raises(DataError, match="resizes images of folders only, but the digits are 8 x 8, got 16"):
+    with pytest.raises(DataError, match=r"^image_size .* images of folders only, but the digits are 8 x 8, got 16"):
         data.load(image_size=16)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, "16", True])
+def test_a_size_of_images_is_checked(size):
+    with pytest.raises(DataError, match=f"^image_size must be a whole number of at least 1, got {size!r}$"):
+        data.load(image_size=size)
 
 
 @pytest.mark.parametrize(
@@ -302,9 +316,13 @@ def test_images_of_one_size_are_not_resized():
             "a/0.png cannot be read as",
         ),
         (lambda d: make_images(d / "train" / "a", 1, 3000, mode="I;16"), "a/0.png must have 8 bits a channel"),
-        (lambda d: (d / "train" / "c").mkdir(), "train/c holds no images"),
+        (lambda d: (d / "train" / "c").mkdir(), r"train/c, the folder of a class, holds no images \(.bmp, .* .webp\)"),
+        (lambda d: [shutil.rmtree(d / "train" / name) for name in ("a", "b")], "train must .* each class, got none$"),
+        (lambda d: [shutil.rmtree(d / split / "b") for split in ("train", "test")], "train must .* each class, got a$"),
+        (lambda d: [shutil.copytree(d / "test", d / name) for name in ("val", "valid")], "validation, got val, valid$"),
         (lambda d: make_images(d / "test" / "c", 1, 0), "must have the same classes, only one has c"),
-        (lambda d: (d / "test").rename(d / "exam"), "must have both of the folders train and test, or neither"),
+        (lambda d: (d / "test").rename(d / "exam"), "must have both of the folders train and test, got train alone"),
+        (lambda d: (d / "train").rename(d / "exam"), "must have both of the folders train and test, got test alone"),
     ],
 )
 def test_a_bad_image_folder_is_named(tmp_path, spoil, message):

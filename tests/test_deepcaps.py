@@ -40,6 +40,13 @@ def test_cells_of_unlike_capsules_are_not_mixed():
     assert small().routing.in_capsules == (2 * 2 + 1) * 4
 
 
+def test_all_capsule_layers_have_the_options_of_routing():
+    net = small(bias=True, detach_coupling=True)
+    for layer in (net.routing, net.cells[0].down, net.cells[-1].skip):
+        assert layer.detach_coupling
+        assert layer.bias is not None
+
+
 def test_the_decoder_draws_the_chosen_capsule():
     net, images = small().eval(), torch.rand(3, 1, 8, 8)
     free = net(images)

@@ -1,5 +1,6 @@
 """capsroute._files: a file is written whole or not at all, whoever else writes it."""
 
+import errno
 import os
 
 import pytest
@@ -10,11 +11,19 @@ from capsroute._files import remove_unfinished, write_atomically
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomically(path, b"old")
-    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "disk full")))
+    with pytest.raises(OSError, match=f"disk full: '{path}'$"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(("parent", "error"), [("none", FileNotFoundError), ("file", NotADirectoryError)])
+def test_an_error_names_the_file_that_was_to_be_written(tmp_path, parent, error):
+    (tmp_path / "file").touch()
+    path = tmp_path / parent / "report.html"
+    with pytest.raises(error, match=f": '{path}'$"):
+        write_atomically(path, b"")
 
 
 def test_two_writers_at_once_publish_whole_files_both(tmp_path, monkeypatch):

@@ -71,6 +71,24 @@ def test_state_dict_and_deepcopy(module_and_input):
     assert not {x.data_ptr() for x in copied.parameters()} & {x.data_ptr() for x in module.parameters()}
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.CapsuleLinear(7, 3, 4, 5),
+        lambda: nn.LazyCapsuleLinear(4, 5),
+        lambda: nn.MultiInterest(7, 3, 4, 5, shared=None, prior="zero"),
+    ],
+)
+def test_channels_last_leaves_weights_in_the_order_that_the_kernels_read(make):
+    """Of four dimensions, they would be taken for those of a convolution, and copied on every call."""
+    model = torch.nn.Sequential(make()).double()
+    loss(model(torch.rand(2, 7, 3).double())).backward()
+    model.to(memory_format=torch.channels_last)
+    (weight,) = model.parameters()
+    assert weight.is_contiguous()
+    assert weight.grad.is_contiguous()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_to_dtype(module_and_input, dtype):
     module, x = module_and_input

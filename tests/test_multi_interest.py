@@ -432,6 +432,12 @@ def test_weights_come_in_by_their_layout(shared):
         module.set_weight(torch.zeros(7))
 
 
+def test_a_weight_that_is_made_anew_is_not_set():
+    module = torch.nn.utils.parametrizations.weight_norm(layer(), "weight")
+    with pytest.raises(RuntimeError, match="weight must be a parameter, but a parametrization makes it anew"):
+        module.set_weight(torch.zeros(OUT, FEATURES))
+
+
 @pytest.mark.parametrize(("options", "batches"), [({}, (5, 4)), ({"cosine_scale": 5.0}, (5,))])
 def test_compile_in_one_graph(options, batches):
     module = layer(adaptive=True, **options)

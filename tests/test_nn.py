@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from capsroute.nn import CapsNet, CapsNetLoss, Decoder, MarginLoss, PrimaryCapsules
-from capsroute.nn._lengths import capsule_lengths
 from capsroute.nn.capsnet import CapsNetOutput
+from capsroute.nn.decoder import capsule_lengths
 
 DIGITS = (1, 8, 8)
 
@@ -145,6 +145,15 @@ def test_capsnet_is_the_papers_by_default():
     assert (net.primary.conv.kernel_size, net.primary.conv.stride) == ((9, 9), (2, 2))
     assert net.routing.weight.shape == (1152, 8, 10, 16)
     assert [layer.out_features for layer in net.decoder.layers[::2]] == [512, 1024, 784]
+
+
+def test_capsnet_hands_the_options_of_routing_on():
+    """Of ports of the paper: no gradient through the coupling; of the authors' code: a leak and a bias."""
+    routing = small_net(bias=True, leaky=True, detach_coupling=True, eps=1e-7).routing
+    assert (routing.leaky, routing.detach_coupling, routing.eps) == (True, True, 1e-7)
+    assert routing.bias.shape == (3, 16)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'leak'"):
+        small_net(leak=True)
 
 
 def test_several_labels_of_an_image():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ def test_every_case_can_be_explained(name):
     for backward in (False, True):
         path = path_of(problem, backward)
         assert path.scratch > 0
-        assert explain(case, path, backward).count("MiB") >= 1
+        assert re.search(r"; scratch (< 1|[1-9][0-9.]*) [MG]iB$", explain(case, path, backward))
         assert operations(case, path, backward) > 0
 
 

@@ -18,7 +18,7 @@ from capsroute.bench.compare import DisagreementError
 from capsroute.bench.measure import Result
 from capsroute.cli import main
 from capsroute.nn import CapsNet
-from capsroute.report import build, coupling, curves, images
+from capsroute.report import build, coupling, curves, images, style
 from capsroute.report.style import short, stacked, styled
 from capsroute.training import data
 from capsroute.training.batches import evaluation_batches
@@ -188,6 +188,18 @@ def test_a_report_needs_no_more_than_the_options(alone, digits):
         assert report_on(alone, digits, "--no-speed") == status
 
 
+def test_json_holds_what_the_page_shows(run_dir, digits, tmp_path, capsys):
+    path = shutil.copytree(run_dir, tmp_path / run_dir.name)
+    assert report_on(path, digits, "--no-speed", "--json") == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    judged = build.judge(build_net(run_dir), digits, overlapping="overlap" in run_dir.name)
+    assert found["dataset"] == digits.name
+    assert found["test_accuracy"] == judged.accuracy
+    assert found["class_names"] == list(digits.class_names)
+    assert found["confusion"] == curves.confusion(judged.lengths, judged.labels).tolist()
+    assert found["training_step"] == []
+
+
 def test_the_step_is_timed_as_long_as_asked_for(alone, digits, monkeypatch):
     told = []
     monkeypatch.setattr(build, "compare_training_step", lambda *_, seconds: told.append(seconds) or [])
@@ -309,6 +321,20 @@ def test_the_epoch_of_the_result_is_marked():
     assert loss.lines[2].get_ydata() == 1.0
     assert error.lines[2].get_ydata() == 50
     assert error.transData.transform((1, 50))[1] <= error.bbox.ymax
+
+
+@pytest.mark.parametrize(
+    ("most", "least", "numbers"),
+    [(1.0, 0.24, [20, 50, 100]), (1.0, 0.004, [0, 0.5, 1, 2, 5, 10, 20, 50, 100]), (0.78, 0.6, [50, 100])],
+)
+def test_the_learning_curves_can_be_read(most, least, numbers):
+    """The errors lie between two numbers, with no empty half; the loss has some beside it."""
+    scores = [Score(loss, 1 - loss) for loss in (most, (most + least) / 2, least)]
+    figure = curves.learning_curves([Epoch(score, score, 1.0) for score in scores], 3, "test")
+    figure.canvas.draw()
+    loss, error = ([tick for tick in x.get_yticks() if x.get_ylim()[0] <= tick <= x.get_ylim()[1]] for x in figure.axes)
+    assert len(loss) >= 4
+    assert error == numbers
 
 
 @pytest.mark.parametrize(("validation", "name"), [(0.0, "test, which decided nothing"), (0.2, "validation")])
@@ -479,6 +505,52 @@ def test_any_name_of_a_class_can_be_drawn(tmp_path, digits):
     labels = axes.get_yticklabels()
     assert [label.get_text() for label in labels[:3]] == [r"a$\x$b", "costs $5 or $_6"[:11] + "…", "two lines"]
     assert not any(label.get_parse_math() for label in labels)
+
+
+@pytest.fixture
+def cjk_font(tmp_path, monkeypatch):
+    """A font under the name of one that has Chinese letters; of them it has one, a box."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+    from matplotlib.font_manager import fontManager
+
+    pen = TTGlyphPen(None)
+    for move, at in ((pen.moveTo, (0, 0)), (pen.lineTo, (0, 900)), (pen.lineTo, (900, 900)), (pen.lineTo, (900, 0))):
+        move(at)
+    pen.closePath()
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder([".notdef", "cat"])
+    builder.setupCharacterMap({ord("猫"): "cat"})
+    builder.setupGlyf(dict.fromkeys((".notdef", "cat"), pen.glyph()))
+    builder.setupHorizontalMetrics(dict.fromkeys((".notdef", "cat"), (1000, 0)))
+    builder.setupHorizontalHeader(ascent=900, descent=-100)
+    builder.setupNameTable({"familyName": style.CJK_FONTS[0], "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(tmp_path / "cjk.ttf")
+    monkeypatch.setattr(fontManager, "ttflist", list(fontManager.ttflist))
+    fontManager.addfont(tmp_path / "cjk.ttf")
+
+
+def boxes_in(name: str) -> set[str]:
+    with styled() as boxes:
+        build._section("", "", "", curves.confusion_matrix(torch.ones(2, 2).long(), ["ant", name]))
+    return boxes
+
+
+def test_chinese_names_are_drawn_in_a_font_that_has_them(cjk_font):
+    assert boxes_in("猫") == set()
+    assert boxes_in("猫犬") == {"犬"}
+
+
+def test_letters_that_no_font_has_are_told(alone, digits, monkeypatch, capsys):
+    monkeypatch.setattr(style, "CJK_FONTS", ())
+    assert boxes_in("猫") == {"猫"}
+    named = digits._replace(class_names=["猫犬", *digits.class_names[1:]])
+    assert report_on(alone, named, "--no-speed") == 0
+    words = "No font here has 犬猫: figures show boxes in their place."
+    assert words in capsys.readouterr().out
+    assert words in (alone / "report.html").read_text()
 
 
 def test_long_names_are_cut():

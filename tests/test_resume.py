@@ -199,12 +199,14 @@ def test_demo_knows_its_run_after_train_went_on_with_it(capsys, monkeypatch, tmp
         assert run(capsys, *words, "--out", tmp_path)[0] == 0
 
 
-def test_demo_overwrites_no_page_but_its_own(capsys, tmp_path):
+@pytest.mark.parametrize("name", ["report.html", "report/curves.png"])
+def test_demo_overwrites_no_report_but_its_own(capsys, tmp_path, name):
     (tmp_path / "report").mkdir()
-    for name in ("report/thesis.tex", "report.html"):
-        (tmp_path / name).write_text("mine")
+    for mine in {name, "report/thesis.tex"}:
+        (tmp_path / mine).write_text("mine")
     status, _, err = run(capsys, "demo", "--out", tmp_path, *TINY)
     assert status == 2
-    assert err.endswith(f"{tmp_path} holds a report.html that is not the demo's: choose another --out\n")
-    assert {path.name for path in tmp_path.iterdir()} == {"report", "report.html"}
-    assert (tmp_path / "report" / "thesis.tex").read_text() == (tmp_path / "report.html").read_text() == "mine"
+    assert err.endswith(f"{tmp_path} holds a report that is not the demo's: choose another --out\n")
+    files = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {tmp_path / name, tmp_path / "report" / "thesis.tex"}
+    assert all(path.read_text() == "mine" for path in files)

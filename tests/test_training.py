@@ -1,12 +1,15 @@
 """capsroute.training: options, the trainer, several processes, and what a run leaves behind."""
 
 import contextlib
+import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import unittest.mock
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -573,6 +576,23 @@ def test_of_several_processes_the_first_one_shows_its_progress_while_there_is_an
     training.history = [Epoch(Score(1.0, 0.5), Score(1.0, 0.5), 1.0)] * 3
     with progress.progress(training, 30, Share()) as shown:
         assert type(shown) is progress.Shown
+
+
+@pytest.mark.parametrize(("width", "shown"), [(79, progress._Lines), (80, progress._Bar)])
+def test_a_bar_is_shown_where_it_has_room_for_all_its_words(monkeypatch, width, shown):
+    rich, out = pytest.importorskip("rich.console"), io.StringIO()
+    console = partial(rich.Console, file=out, force_terminal=True, width=width, color_system=None)
+    monkeypatch.setattr(rich, "Console", lambda stderr: console())
+    training = Training.begin(SMALL, FAST._replace(epochs=200, validation=0.5))
+    with progress.progress(training, 12_345, Share()) as found:
+        assert type(found) is shown
+        if shown is progress._Bar:
+            found.step(epoch=100, images=12_345, loss=0.5)
+            found.epoch([Epoch(Score(0.5, 0.5), Score(0.5, 1.0), 1.0)] * 100)
+    assert "…" not in out.getvalue()
+    if shown is progress._Bar:
+        words = r"epoch 100/200 .*loss 0.5000 validation accuracy 100.00% 12,345 images/s [-\d]:[-\d]{2}:[-\d]{2}"
+        assert re.search(words, out.getvalue())
 
 
 def test_the_network_sees_a_larger_canvas_where_digits_overlap(few):

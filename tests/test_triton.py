@@ -17,8 +17,8 @@ from problems import EVERY, cases, random_problem
 
 import capsroute
 from capsroute import _triton
-from capsroute.bench.registry import CASES
-from capsroute.bench.traffic import traffic
+from capsroute.bench.registry import CASES, Case, make_problem
+from capsroute.bench.traffic import planned, traffic
 from capsroute.cli import main
 
 
@@ -125,7 +125,75 @@ def test_offsets_of_a_gradient_beyond_31_bits(spread_out):
     assert torch.equal(*gradients)
 
 
+@pytest.mark.parametrize(
+    ("coupling", "sizes"), [("in", (2, 5, 3, 4, 6)), ("in", (2, 5, 16, 4, 6)), ("out", (2, 3, 3, 70, 17))]
+)
+def test_the_last_stream_has_the_logits_of_the_others(coupling, sizes):
+    """Where it takes their maxima and sums from other streams, and votes are so long that a last bit decides."""
+    problem = random_problem(sizes, coupling=coupling, iterations=2, dtype=torch.float32)
+    problem.tensors["u"] *= 1e3
+    expected = problem.map(torch.Tensor.double).gradients("reference")
+    for name, value in problem.gradients("triton").items():
+        largest = expected[name].abs().max().item()
+        torch.testing.assert_close(value.double(), expected[name], rtol=0, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("poisoned", ["an output", "a sample"])
+@pytest.mark.parametrize("coupling", ["out", "in"])
+@pytest.mark.parametrize("form", ["jod", "od"])
+def test_a_gradient_of_nan_reaches_the_weight_as_in_the_reference(form, coupling, poisoned):
+    """Of an output capsule whose pairs are all forbidden it does not; of a masked sample only where j is normalised."""
+    problem = random_problem((2, 3, 3, 3, 5), form=form, logits="BIJ", mask="BI", iterations=2, coupling=coupling)
+    problem.tensors["logits"][:, :, 1] = -torch.inf
+    problem.mask[0], problem.mask[1] = False, True
+    grad_v = torch.ones(2, 3, 5)
+    grad_v[(1, 1) if poisoned == "an output" else 0] = torch.nan
+    expected = problem.gradients("reference", grad_v)
+    for name, value in problem.gradients("triton", grad_v).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-12, equal_nan=True)
+
+
 # Launches and scratch: functions of the shape
+
+
+@pytest.mark.parametrize("form", ["ijod", "jod", "votes"])
+def test_a_grid_takes_few_programs_in_its_second_and_third_dimension(with_tuning, monkeypatch, form):
+    """On a GPU 65535, here 2."""
+    from capsroute._triton import problem as module
+    from capsroute._triton import tuning
+
+    def run(launch):
+        assert max(launch.grid[1:]) <= 2, launch.name
+        original(launch)
+
+    original = module.Launch.run
+    monkeypatch.setattr(module.Launch, "run", run)
+    monkeypatch.setattr(tuning, "MOST", 2)
+    with_tuning(**TILES["small"])
+    problem = random_problem((3, 7, 2, 5, 9), form=form, dtype=torch.float32, iterations=2)
+    assert_as_exact_as_the_reference(problem, "triton")
+
+
+LARGE = {
+    "samples": Case("", 50_000, 1152, 8, 10, 16),
+    "samples of one weight": Case("", 5_000_000, 8, 4, 2, 4, weight="JOD"),
+    "input capsules": Case("", 1, 2_000_000, 16, 16, 16),
+    "output capsules": Case("", 1, 4, 2, 70_000, 256),
+    "output capsules, given votes": Case("", 1, 4, 2, 70_000, 256, weight=""),
+}
+
+
+@pytest.mark.parametrize("case", LARGE.values(), ids=LARGE)
+def test_launches_of_any_size(case):
+    """65535 programs in a second and third dimension, and 256 samples that one program adds one by one."""
+    with torch.device("meta"):
+        steps, _ = planned(make_problem(case), backward=True)
+    for step in steps:
+        if hasattr(step, "grid"):
+            assert max(step.grid[1:]) <= 65535, step.name
+            names = step.kernel.arg_names
+            if "share" in names:
+                assert step.args[names.index("share")] <= 256, step.name
 
 
 @pytest.mark.parametrize(
@@ -216,6 +284,26 @@ def test_kernels_compile_for_gpus_that_are_not_here():
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "backward.gradients" in result.stdout
+
+
+def test_eps_is_compiled_as_a_float64():
+    """A number of Python is a float32 for Triton, where nothing else is said; its interpreter shows no difference."""
+    program = (
+        "import torch\n"
+        "from triton.runtime import driver\n"
+        "from capsroute._triton import aot, tuning\n"
+        "driver.set_active(aot._Driver('sm_90'))\n"
+        "found = dict((x.name, x) for _, x in aot.launches(torch.float64, tuning.ARCHITECTURES['sm_90'], quick=True))\n"
+        "x = found['forward.finish']\n"
+        "print(x.kernel.warmup(*x.args, grid=x.grid, **x.options).asm['ptx'])\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(".param .f64") == 1
+    assert ".param .f32" not in result.stdout
 
 
 # Tuning

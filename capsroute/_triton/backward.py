@@ -10,7 +10,11 @@ from torch import Tensor
 from . import tuning
 from .forward import Parts, finish, merge_rows, stream_query
 from .kernels import backward as kernels
-from .problem import Grid, Launch, Problem, Step, Sum, ceil
+from .problem import Grid, Launch, Problem, Step, Sum, TakesPart, ceil
+
+# Features of an input capsule up to which the last stream holds W_i in a tensor for each, and so adds up a vote in the
+# order of the other streams. Beyond, it would hold more tensors than registers: 64 spilled.
+EACH = 16
 
 
 class Needs(NamedTuple):
@@ -204,7 +208,9 @@ def stream(p: Problem, chain: Chain, k: int, of_weight: KeyWeight | None) -> tup
 
 
 class KeyWeight(NamedTuple):
-    """dW_j = sum over k, b of ds^k_j (sum_i p_ij u_i)^T + V^(k-1)_j (sum_i db_ij u_i)^T."""
+    """dW_j = sum over k, b of ds^k_j (sum_i p_ij u_i)^T + V^(k-1)_j (sum_i db_ij u_i)^T, of the b, j of which any pair
+    takes part: of the others ds or a query may be NaN.
+    """
 
     sum_p: Tensor  # [R, B, J, D]: sum_i p_ij u_i
     sum_db: Tensor  # as Chain.V: sum_i db_ij u_i
@@ -224,7 +230,9 @@ class KeyWeight(NamedTuple):
         counts = [x.numel() // (J * p.O) for x, _ in products]
         share = tuning.share(p.tuning, counts[0], J * across[0] * across[1])
         parts = p.empty(sum(ceil(count, share) for count in counts), J, p.O, p.D)
-        steps: list[Step] = []
+        takes_part = TakesPart.of(p, max(len(x) for x, _ in products))
+        steps: list[Step] = [] if takes_part is None else [takes_part]
+        flags = None if takes_part is None else takes_part.out
         done = 0
         for (x, y), count in zip(products, counts, strict=True):
             shares = ceil(count, share)
@@ -232,7 +240,8 @@ class KeyWeight(NamedTuple):
             done += shares
             grid = (J, across[0] * across[1], shares)
             traffic = to.nbytes + x.nbytes * across[0] + y.nbytes * across[1]
-            steps.append(Launch(kernels.outer, grid, (x, y, to, count, share, static), 4, traffic))
+            traffic += count * J * across[0] * across[1] if flags is not None else 0
+            steps.append(Launch(kernels.outer, grid, (x, y, flags, to, count, share, static), 4, traffic))
         return [*steps, Sum(parts, out)]
 
 
@@ -255,6 +264,7 @@ def last_stream(p: Problem, chain: Chain, needs: Needs, results) -> list[Step]:
     kept = kept or ("j" if needs.logits else "")
     static = replace(
         p.backward()[0], TB=tile.rows, JB=tile.outputs, XB=tile.features, tiled=p.tiled(tile),
+        held=1 if p.D <= EACH else p.backward()[0].DB,
         near=False, given=chain.given, moves=chain.R > 1 or chain.given or needs.logits,
         need_u=needs.u, need_weight=of_pairs, need_logits=kept,
     )  # fmt: skip

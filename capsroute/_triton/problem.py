@@ -57,7 +57,34 @@ class Sum(NamedTuple):
         self.out.copy_(self.parts.sum(0).view(self.out.shape))
 
 
-Step = Launch | Sum
+class TakesPart(NamedTuple):
+    """out [n, B, J]: whether any pair of an output capsule takes part, by torch; a masked one does, but not over i."""
+
+    p: Problem
+    out: Tensor  # of bytes
+
+    @classmethod
+    def of(cls, p: Problem, n: int) -> TakesPart | None:
+        """None where all do."""
+        if p.logits is None and not (p.over_inputs and p.mask is not None):
+            return None
+        return cls(p, p.u.new_empty(n, p.B, p.J, dtype=torch.uint8))
+
+    @property
+    def traffic(self) -> int:
+        return self.out.nbytes + sum(x.nbytes for x in (self.p.logits, self.p.mask) if x is not None)
+
+    def run(self) -> None:
+        p, some = self.p, self.out.new_ones(1, 1, 1, dtype=torch.bool)
+        if p.logits is not None:
+            some = p.logits != -torch.inf
+        if p.mask is not None:
+            kept = p.mask.bool()[:, :, None]
+            some = some & kept if p.over_inputs else some | ~kept
+        self.out.copy_(some.expand(-1, p.I, -1).any(1))
+
+
+Step = Launch | Sum | TakesPart
 
 
 def run(steps: list[Step]) -> None:

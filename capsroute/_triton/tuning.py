@@ -18,6 +18,10 @@ import torch
 
 from .._files import write_atomically
 
+# Programs that a grid takes in its second and in its third dimension: tiles of output capsules there, groups of input
+# capsules or shares of samples here. What would be more of them is fewer and larger.
+MOST = 65535
+
 
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
@@ -47,6 +51,8 @@ class Tuning:
         programs: half the processors, about. The last stream shares out the samples, and a stream takes fewer samples a
             tile, to have as many; not more, since a tile of half the samples reads W twice as often.
         fewest: samples of a tile or a share, at least, unless the registers hold no more.
+        longest: samples of a share, at most, so that a running sum over them keeps its digits: of numbers all alike it
+            loses up to 3e-8 of itself with each.
         lanes: of a warp.
     """
 
@@ -61,6 +67,7 @@ class Tuning:
     groups: int = 16
     programs: int = 64
     fewest: int = 8
+    longest: int = 256
     lanes: int = 32
 
 
@@ -105,7 +112,12 @@ def _warps(tuning: Tuning, numbers: int, per_thread: int, most: int) -> int:
 def _outputs(tuning: Tuning, J: int, features: int) -> int:
     """Output capsules of a tile: all, or as many as leave room for many samples."""
     outputs = power_of_two(J)
-    return outputs if outputs * features <= tuning.row else max(1, min(outputs, tuning.tiled // features))
+    return outputs if outputs * features <= tuning.row else max(_least(J), min(outputs, tuning.tiled // features))
+
+
+def _least(J: int) -> int:
+    """Output capsules of a tile, where one less, to the next power of two, would make too many tiles."""
+    return power_of_two(-(-J // MOST))
 
 
 def tiled(tuning: Tuning, J: int, X: int) -> bool:
@@ -118,7 +130,7 @@ def group(tuning: Tuning, I: int, J: int, X: int, D: int) -> int:
     added in the same order in any batch.
     """
     work = min(J, _outputs(tuning, J, power_of_two(X))) * X * D
-    return max(1, min(I, max(tuning.groups, tuning.work // work)))
+    return max(1, min(I, max(tuning.groups, tuning.work // work, -(-I // MOST))))
 
 
 def tile(tuning: Tuning, shape: tuple[int, int], B: int, J: int, X: int, itemsize: int, groups: int) -> Tile:
@@ -145,7 +157,7 @@ def gradient_tile(tuning: Tuning, I: int, J: int, X: int, D: int, itemsize: int,
     outputs = _outputs(tuning, J, features)
     most, per_thread = tuning.held[0], max(1, tuning.held[1] * 4 // itemsize)
     room = per_thread * tuning.lanes * most
-    while outputs > 1 and outputs * features * deep > room // (2 if narrow else 1):
+    while outputs > _least(J) and outputs * features * deep > room // (2 if narrow else 1):
         outputs //= 2
     rows = min(max(1, room // 2 // (outputs * features * deep)), power_of_two(max(I, 1)))
     rows = min(rows, max(1, 4 * tuning.row // (outputs * features)))
@@ -154,8 +166,8 @@ def gradient_tile(tuning: Tuning, I: int, J: int, X: int, D: int, itemsize: int,
 
 def share(tuning: Tuning, count: int, programs: int) -> int:
     """How many of `count` samples one program takes, where so many programs take each."""
-    shares = max(1, min(-(-tuning.programs * 4 // programs), count // tuning.fewest))
-    return max(1, -(-count // shares))
+    shares = max(1, min(-(-tuning.programs * 4 // programs), count // tuning.fewest), -(-count // tuning.longest))
+    return max(1, -(-count // min(shares, MOST)))
 
 
 def for_shape(device: torch.device, form: str, J: int, O: int, D: int, dtype: torch.dtype) -> Tuning:

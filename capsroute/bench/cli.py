@@ -149,14 +149,14 @@ def _threads(count: int | None) -> Iterator[None]:
 def _asked(args: argparse.Namespace) -> list[Asked]:
     named = [CASES[name]._replace(seed=args.seed or 0) for name in (CASES if "all" in args.cases else args.cases)]
     cases = [case._replace(batch=batch) for case in named for batch in args.batches or [case.batch]]
-    return list(itertools.product(cases, passes(args.passes == "both")))
+    return list(itertools.product(dict.fromkeys(cases), passes(args.passes == "both")))
 
 
 def _implementations(args: argparse.Namespace, asked: list[Asked], dtype: torch.dtype) -> int:
     """The header and the table."""
     base = regression.load(args.compare) if args.compare else None  # before anything takes long
     cases = list(dict.fromkeys(case for case, _ in asked))
-    about, names = describe_machine(dtype), args.implementations or names_for(cases)
+    about, names = describe_machine(dtype), list(dict.fromkeys(args.implementations or names_for(cases)))
     facts = *about.items(), *((case.title, case.describe()) for case in cases)
     say(args, "\n".join(f"- {name}: {value}" for name, value in facts))
     if base:

@@ -8,6 +8,7 @@ import torch
 
 from .. import _autograd, _ops, reference
 from .registry import Case, Problem
+from .table import format_bytes
 
 
 class Plan(NamedTuple):
@@ -51,15 +52,16 @@ def path_of(problem: Problem, backward: bool) -> Plan:
 
 def explain(case: Case, path: Plan, backward: bool) -> str:
     """The path, and why, in words."""
+    shared = "one weight for all i: the stream reads u itself, and W meets V and the sums alone"
     rows = {
-        "IJOD": "votes W u are made in the stream, of several samples for each load of W",
-        "": "votes are read as given",
-    }.get(case.weight, "one weight for all i: the stream reads u itself, and W meets V and the sums alone")
-    words = [rows]
+        "pair": "votes W u are made in the stream, of several samples for each load of W",
+        "votes": "votes are read as given",
+    }
+    words = [rows.get(case.form, shared)]
     passes = streamed(case, backward)
     if path.by_samples:
         words.append("a lane is a sample, as there are enough of them and their votes stay near")
-    if case.weight == "IJOD" and (passes > 1 or path.handed):
+    if case.form == "pair" and (passes > 1 or path.handed):
         together = f"{min(case.batch, 4)} samples" if case.batch > 1 else "one sample"
         samples = "a vector's samples" if path.by_samples else together
         if path.handed:
@@ -78,7 +80,7 @@ def explain(case: Case, path: Plan, backward: bool) -> str:
         words.append(f"{path.chunk} of {case.batch} samples at a time, {kept}")
         if path.few_inputs:
             words.append("few input capsules at a time, as W and dW of more would leave the cache between samples")
-    words.append(f"scratch {path.scratch / 2**20:.2g} MiB")
+    words.append(f"scratch {format_bytes(path.scratch)}")
     return "; ".join(words)
 
 
@@ -86,7 +88,7 @@ def streamed(case: Case, backward: bool) -> int:
     """Passes that are streamed: in the backward not the first, but for the gradient of a shared weight."""
     if not backward:
         return case.iterations
-    return (1 if case.detach_coupling else case.iterations) - (case.weight not in ("JOD", "OD"))
+    return (1 if case.detach_coupling else case.iterations) - (not case.shared)
 
 
 def operations(case: Case, path: Plan, backward: bool) -> int:
@@ -94,10 +96,9 @@ def operations(case: Case, path: Plan, backward: bool) -> int:
     and gradients. Exponentials, squash and what is of the size of v are not counted.
     """
     B, I, D, J, O, R = case.sizes.values()
-    shared = case.weight in ("JOD", "OD")
-    row = 2 * B * I * J * (D if shared else O)  # of agreement, or a sum, in one pass
-    votes = 2 * B * I * J * O * D if case.weight == "IJOD" else 0
-    products = 2 * B * J * O * D if shared else 0  # of W with V or a sum
+    row = 2 * B * I * J * (D if case.shared else O)  # of agreement, or a sum, in one pass
+    votes = 2 * B * I * J * O * D if case.form == "pair" else 0
+    products = 2 * B * J * O * D if case.shared else 0  # of W with V or a sum
     kept = path.kept_inputs / max(I, 1)
     if not backward:
         # the first pass couples all alike: its sums may be a product of their own
@@ -109,6 +110,6 @@ def operations(case: Case, path: Plan, backward: bool) -> int:
     passes = streamed(case, backward)
     made = 0 if path.handed else min(1, passes)
     stream = round((kept * made + (1 - kept) * passes) * votes) + (R - 1) * 3 * row
-    stream += (R * row + (2 * R - 1) * 3 * products) if shared else 0
+    stream += (R * row + (2 * R - 1) * 3 * products) if case.shared else 0
     made_again = 0 if path.keeps_pairs else (R - 1) * 2 * row + votes
     return stream + made_again + (2 * R - 1) * row + 2 * votes  # dh, then du and dW

@@ -61,6 +61,11 @@ class Case(NamedTuple):
         return {"IJOD": "pair", "JOD": "output", "OD": "single", "": "votes"}[self.weight]
 
     @property
+    def shared(self) -> bool:
+        """Whether input capsules share a weight."""
+        return self.form in ("output", "single")
+
+    @property
     def title(self) -> str:
         """Its name, and its batch where that is another than the name stands for."""
         own = CASES.get(self.name)

@@ -66,9 +66,10 @@ def route_windows(
     if mask is None and options["coupling"] == "in" and max(windows.padding) > 0:
         mask = x.new_ones((1, *x.shape[1:4]), dtype=torch.bool)  # padding has no part in a softmax over i
     mask = None if mask is None else windows.pad(mask, False)
-    x, weight = _autocast.cast(x, weight)  # here, since a backward is not under autocast
-    x = windows.pad(x)
-    chunks = _chunks(x, windows, chunk_bytes)
+    (weight,) = _autocast.cast(weight)  # here, since a backward is not under autocast
+    # x is never in low precision, as its windows may be: gradients are sums over windows and chunks, in its dtype
+    x = windows.pad(x.to(accumulation_dtype(weight.dtype)))
+    chunks = _chunks(x.shape, windows, chunk_bytes // weight.element_size())
     if len(chunks) == 1:
         return _route(x, mask, weight, bias, windows, options)
     # our Function has no forward mode, and a traced module that calls one cannot be saved
@@ -76,12 +77,12 @@ def route_windows(
     return (_InChunks.forward if direct else _InChunks.apply)(x, mask, weight, bias, windows, chunks, options)
 
 
-def _chunks(x: Tensor, windows: Windows, chunk_bytes: int) -> list[Chunk]:
-    """Chunks whose windows take about chunk_bytes. They follow from shapes alone, as the bits of dW then do."""
-    batch, height, width, types, features = x.shape
+def _chunks(shape: torch.Size, windows: Windows, numbers: int) -> list[Chunk]:
+    """Chunks whose windows are about so many numbers. They follow from shapes alone, as the bits of dW then do."""
+    batch, height, width, types, features = shape
     height, width = windows.positions(height, width)
-    row = width * windows.kernel[0] * windows.kernel[1] * types * features * x.element_size()
-    rows = max(chunk_bytes // row, 1)
+    row = width * windows.kernel[0] * windows.kernel[1] * types * features
+    rows = max(numbers // row, 1)
     if batch <= rows // height:  # asked first, so that a compiled batch may be of any size that fits
         return [(slice(0, batch), slice(0, height))]
     return list(itertools.product(_cut(batch, max(rows // height, 1)), _cut(height, min(rows, height))))
@@ -92,7 +93,7 @@ def _cut(length: int, step: int) -> list[slice]:
 
 
 def _route(x, mask, weight, bias, windows, options) -> Tensor:
-    u = windows.unfold(x).flatten(3, 5)  # [B, H', W', I, D]
+    u = windows.unfold(x).to(weight.dtype).flatten(3, 5)  # [B, H', W', I, D]
     if mask is not None:
         mask = windows.unfold(mask).flatten(3)  # [B or 1, H', W', I]
     return capsule_linear(u, weight.flatten(0, 2).permute(0, 2, 3, 1), bias=bias, mask=mask, **options)
@@ -135,8 +136,8 @@ class _InChunks(torch.autograd.Function):
             for k, part in zip(wanted, parts, strict=True):
                 if k == 0:
                     dx[images, windows.rows(y)] += part  # windows of neighbouring chunks overlap
-                else:  # many chunks may be summed: not in low precision
-                    sums[k] = sums[k] + part.to(accumulation_dtype(x.dtype))
+                else:
+                    sums[k] = sums[k] + part.to(x.dtype)
         dweight, dbias = (sums[k].to(p.dtype) if k in sums else None for k, p in ((1, weight), (2, bias)))
         return dx, None, dweight, dbias, None, None, None
 

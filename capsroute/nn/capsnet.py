@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from ._checks import check_image_shape, check_images, check_sizes
-from ._lengths import capsule_lengths
-from .decoder import Decoder
+from .._checks import check_image_shape, check_images, check_sizes
+from .decoder import Decoder, capsule_lengths
 from .linear import CapsuleLinear
 from .primary import PrimaryCapsules
 
@@ -45,8 +44,9 @@ class CapsNet(nn.Module):
         class_features: O, the features of a class capsule.
         iterations: R, the number of routing passes.
         hidden: widths of the decoder's hidden layers.
-        backend: as in :func:`capsroute.capsule_linear`.
         device, dtype: of the parameters.
+        **routing: other keyword arguments of the :class:`CapsuleLinear`, such as ``bias``, ``leaky``,
+            ``detach_coupling`` and ``backend``.
 
     Raises:
         TypeError, ValueError: if an argument has the wrong type, dtype, shape or value; the message names it.
@@ -64,9 +64,9 @@ class CapsNet(nn.Module):
         class_features: int = 16,
         iterations: int = 3,
         hidden: tuple[int, ...] = (512, 1024),
-        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **routing,
     ):
         super().__init__()
         check_image_shape(image_shape)
@@ -79,7 +79,7 @@ class CapsNet(nn.Module):
         self.conv = nn.Conv2d(image_shape[0], channels, kernel, **factory)
         self.primary = PrimaryCapsules(channels, types, primary_features, primary_kernel, stride, **factory)
         self.routing = CapsuleLinear(
-            grid[0] * grid[1] * types, primary_features, classes, class_features, iterations, backend=backend, **factory
+            grid[0] * grid[1] * types, primary_features, classes, class_features, iterations, **routing, **factory
         )
         self.decoder = Decoder(classes, class_features, self.image_shape, hidden, **factory)
 

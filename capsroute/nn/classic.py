@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import check_sizes
 from ..functional import capsule_linear, squash
-from ._checks import check_sizes
-from ._lengths import capsule_lengths
+from .decoder import capsule_lengths, one_hot
 from .layout import from_layout
 from .linear import first_pass_gain
 
@@ -154,7 +154,7 @@ class CapsuleNet(nn.Module):
         x = self.digit_capsules(x).flatten(2).transpose(0, 1)  # [B, 10, 16]
         classes = capsule_lengths(x)
         if y is None:
-            y = F.one_hot(classes.argmax(1), classes.shape[1])
+            y = one_hot(classes.argmax(1), classes.shape[1])
         _check_one_hot("y", y, classes)
         chosen = torch.where(y.unsqueeze(-1) > 0, x, 0)
         return classes, self.decoder(chosen.flatten(1))

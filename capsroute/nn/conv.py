@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import _autocast, _checks
-from ._checks import check_sizes, pair
 from ._windows import Windows, route_windows
 from .linear import even_pass_gain, first_pass_gain
 
@@ -41,7 +40,8 @@ class CapsuleConv(nn.Module):
     ):
         super().__init__()
         _checks.check_options(iterations, coupling, leaky, detach_coupling, eps)
-        check_sizes(
+        _checks.check_flag("bias", bias)
+        _checks.check_sizes(
             in_types=in_types,
             in_features=in_features,
             out_types=out_types,
@@ -50,8 +50,8 @@ class CapsuleConv(nn.Module):
         )
         self.in_types, self.in_features = in_types, in_features
         self.out_types, self.out_features = out_types, out_features
-        self.kernel_size, self.stride = pair("kernel_size", kernel_size), pair("stride", stride)
-        self.padding, self.chunk_bytes = pair("padding", padding, least=0), chunk_bytes
+        self.kernel_size, self.stride = _checks.pair("kernel_size", kernel_size), _checks.pair("stride", stride)
+        self.padding, self.chunk_bytes = _checks.pair("padding", padding, least=0), chunk_bytes
         self.iterations, self.coupling, self.leaky = iterations, coupling, leaky
         self.detach_coupling, self.eps, self.backend = detach_coupling, eps, backend
         factory = {"device": device, "dtype": dtype}
@@ -67,7 +67,7 @@ class CapsuleConv(nn.Module):
             "coupling": self.coupling,
             "leaky": self.leaky,
             "detach_coupling": self.detach_coupling,
-            "eps": self.eps,
+            "eps": float(self.eps),  # dynamo must meet it here, outside of the Functions that several calls pass it to
             "backend": self.backend,
         }
 
@@ -95,7 +95,8 @@ class CapsuleConv(nn.Module):
             raise ValueError(
                 f"x must be [B, H, W, C, D] with C = {self.in_types} and D = {self.in_features}, got {list(x.shape)}"
             )
-        if x.dtype != self.weight.dtype and not _autocast.is_on(x):
+        cast = _autocast.cast(x, self.weight)
+        if cast[0].dtype != cast[1].dtype:
             raise TypeError(f"x must have the dtype of the weight, {self.weight.dtype}, got {x.dtype}")
         if mask is None:
             return None
@@ -166,7 +167,7 @@ class CapsuleConv2d(CapsuleConv):
         super().__init__(
             in_types, in_features, out_types, out_features, kernel_size, stride, padding, iterations, **options
         )
-        self.dilation = pair("dilation", dilation)
+        self.dilation = _checks.pair("dilation", dilation)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Output capsules ``[B, H', W', J, O]`` of a map ``[B, H, W, C, D]``.

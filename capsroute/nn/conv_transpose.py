@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import pair
+from .._checks import pair
 from ._windows import Windows, route_windows
 from .conv import CapsuleConv
 

@@ -8,9 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_tensor
-from ._checks import check_image_shape, check_labels, check_sizes, check_widths, is_labelled
-from ._lengths import capsule_lengths
+from .._checks import check_image_shape, check_labels, check_sizes, check_tensor, check_widths
+from ..reference import accumulation_dtype
 
 
 class Decoder(nn.Module):
@@ -70,10 +69,21 @@ class Decoder(nn.Module):
         if labels is None:
             labels = capsule_lengths(capsules).argmax(-1)
         check_labels(labels, capsules.shape[0])
-        if labels.dim() == 2:
-            each = labels.shape
-            return self(capsules.repeat_interleave(each[1], 0), labels.flatten()).unflatten(0, each)
-        chosen = is_labelled(labels, *capsules.shape[:2])  # [B, J]
+        capsules = capsules if labels.dim() == 1 else capsules.unsqueeze(1)
         # Select, do not multiply: a NaN in another capsule must not reach the image.
-        masked = torch.where(chosen.unsqueeze(-1), capsules, 0)  # [B, J, O]
-        return self.layers(masked.flatten(1)).unflatten(1, self.image_shape)
+        masked = torch.where(one_hot(labels, self.capsules).unsqueeze(-1), capsules, 0)  # [B, J, O] or [B, K, J, O]
+        return self.layers(masked.flatten(-2)).unflatten(-1, self.image_shape)
+
+
+def capsule_lengths(capsules: Tensor) -> Tensor:
+    """|v| ``[*, J]`` of ``[*, J, O]``: how sure a capsule is that what it stands for is there.
+
+    In float32 for low precision; its gradient is 0 at v = 0.
+    """
+    return torch.linalg.vector_norm(capsules, dim=-1, dtype=accumulation_dtype(capsules.dtype))
+
+
+def one_hot(labels: Tensor, classes: int) -> Tensor:
+    """Labels [*] as bool [*, J]. torch refuses those outside 0..J-1; F.one_hot would refuse vmap."""
+    nowhere = labels.new_zeros(*labels.shape, classes, dtype=torch.bool)
+    return nowhere.scatter(-1, labels.unsqueeze(-1), 1)  # torch.jit.trace takes no True

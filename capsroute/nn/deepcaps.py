@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_image_shape, check_images, check_labels, check_sizes, check_widths
-from ._lengths import capsule_lengths
+from .._checks import check_image_shape, check_images, check_labels, check_sizes, check_widths
 from .capsnet import CapsNetOutput
 from .conv import CapsuleConv2d
-from .decoder import Decoder
+from .decoder import Decoder, capsule_lengths
 from .linear import CapsuleLinear
 
 
@@ -25,26 +24,23 @@ class CapsuleCell(nn.Module):
     Args:
         in_types: C, the capsules at an input position.
         in_features: D, the features of an input capsule.
-        types: J, the capsules at an output position.
-        features: O, the features of an output capsule.
+        out_types: J, the capsules at an output position.
+        out_features: O, the features of an output capsule.
         iterations: R, the routing passes of ``skip``.
-        bias, backend, device, dtype: as in :class:`CapsuleConv2d`.
+        **options: of all four, as in :class:`CapsuleConv2d`.
 
     Raises:
         TypeError, ValueError: if an argument has the wrong type, dtype, shape or value; the message names it.
     """
 
-    def __init__(self, in_types: int, in_features: int, types: int, features: int, iterations: int = 1, **options):
+    def __init__(
+        self, in_types: int, in_features: int, out_types: int, out_features: int, iterations: int = 1, **options
+    ):
         super().__init__()
-
-        def conv(in_types: int, in_features: int, stride: int = 1, iterations: int = 1) -> CapsuleConv2d:
-            return CapsuleConv2d(
-                in_types, in_features, types, features, 3, stride, padding=1, iterations=iterations, **options
-            )
-
-        self.down = conv(in_types, in_features, stride=2)
-        self.first, self.second = conv(types, features), conv(types, features)
-        self.skip = conv(types, features, iterations=iterations)
+        out = out_types, out_features
+        self.down = CapsuleConv2d(in_types, in_features, *out, 3, stride=2, padding=1, iterations=1, **options)
+        self.first, self.second = (CapsuleConv2d(*out, *out, 3, padding=1, iterations=1, **options) for _ in range(2))
+        self.skip = CapsuleConv2d(*out, *out, 3, padding=1, iterations=iterations, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """Capsules ``[B, ceil(H / 2), ceil(W / 2), J, O]`` of a map ``[B, H, W, C, D]``."""
@@ -68,8 +64,9 @@ class DeepCapsNet(nn.Module):
         class_features: O, the features of a class capsule.
         iterations: R, the routing passes of the last cell and of the class capsules.
         hidden: widths of the decoder's hidden layers.
-        backend: as in :func:`capsroute.capsule_linear`.
         device, dtype: of the parameters.
+        **routing: other keyword arguments of all capsule layers, such as ``bias``, ``leaky``, ``detach_coupling`` and
+            ``backend``.
 
     Raises:
         TypeError, ValueError: if an argument has the wrong type, dtype, shape or value; the message names it.
@@ -86,9 +83,9 @@ class DeepCapsNet(nn.Module):
         class_features: int = 32,
         iterations: int = 3,
         hidden: tuple[int, ...] = (512, 1024),
-        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **routing,
     ):
         super().__init__()
         check_image_shape(image_shape)
@@ -104,14 +101,14 @@ class DeepCapsNet(nn.Module):
         routed = []  # capsules of each cell, with their features
         for depth, out in enumerate(features, 1):
             passes = iterations if depth == len(features) else 1
-            cells.append(CapsuleCell(*inside, types, out, passes, backend=backend, **factory))
+            cells.append(CapsuleCell(*inside, types, out, passes, **routing, **factory))
             inside, size = (types, out), [-(-n // 2) for n in size]
             routed.append((size[0] * size[1] * types, out))
         self.cells = nn.ModuleList(cells)
         # Capsules of one size can be routed together.
         self.routed = [depth for depth, (_, out) in enumerate(routed) if depth >= len(routed) - 2 and out == inside[1]]
         inputs = sum(routed[depth][0] for depth in self.routed)
-        self.routing = CapsuleLinear(inputs, inside[1], classes, class_features, iterations, backend=backend, **factory)
+        self.routing = CapsuleLinear(inputs, inside[1], classes, class_features, iterations, **routing, **factory)
         self.decoder = Decoder(1, class_features, self.image_shape, hidden, **factory)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> CapsNetOutput:
@@ -139,4 +136,4 @@ class DeepCapsNet(nn.Module):
             labels = lengths.argmax(-1)
         check_labels(labels, capsules.shape[0], several=False)
         chosen = capsules.gather(1, labels[:, None, None].expand(-1, 1, capsules.shape[2]))  # [B, 1, O]
-        return CapsNetOutput(capsules, lengths, self.decoder(chosen, torch.zeros_like(labels)))
+        return CapsNetOutput(capsules, lengths, self.decoder(chosen))

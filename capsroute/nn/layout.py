@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from ._checks import check_sizes
+from .._checks import check_sizes
 
 LOGICAL = ("[I, J, O, D]", "[J, O, D]", "[O, D]")
 

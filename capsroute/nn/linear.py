@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 from .. import _checks
 from ..functional import capsule_linear
-from ._checks import check_sizes, for_outputs
 from .layout import from_layout
 
 ORDERS = {None: "IDJO", "inputs": "JOD", "pairs": "OD"}  # in the kernels' order, by who shares a matrix
@@ -34,6 +34,14 @@ class WeightOwner(nn.Module):
     def _empty_weight(self, **factory) -> nn.Parameter:
         return nn.Parameter(torch.empty(self._weight_shape(), **factory))
 
+    def _apply(self, fn, recurse: bool = True):
+        def in_order(x: Tensor) -> Tensor:
+            """`.to(memory_format=torch.channels_last)` takes a weight of four dimensions for a convolution's."""
+            x = fn(x)
+            return x if is_lazy(x) else x.contiguous()
+
+        return super()._apply(in_order, recurse)
+
     def logical_weight(self) -> Tensor:
         """The weight as :func:`capsroute.capsule_linear` takes it, a view: ``[I, J, O, D]``, or shared."""
         return self.weight if self.shared else self.weight.permute(0, 2, 3, 1)
@@ -48,7 +56,10 @@ class WeightOwner(nn.Module):
 
         Raises:
             TypeError, ValueError: if it is not a tensor, or the layout or the shape does not fit.
+            RuntimeError: if a parametrization makes this layer's weight.
         """
+        if not isinstance(self.weight, nn.Parameter):
+            raise RuntimeError("weight must be a parameter, but a parametrization makes it anew: set it before that")
         if layout is not None:
             sizes = zip("IJOD", self._sizes(), strict=True)
             weight = from_layout(weight, layout, **{letter: n for letter, n in sizes if letter in str(layout) and n})
@@ -112,8 +123,8 @@ class CapsuleLinear(WeightOwner):
         check_shared(shared)
         _checks.check_flag("bias", bias)
         if in_capsules is not None or shared is None:
-            check_sizes(in_capsules=in_capsules)
-        check_sizes(in_features=in_features, out_capsules=out_capsules, out_features=out_features)
+            _checks.check_sizes(in_capsules=in_capsules)
+        _checks.check_sizes(in_features=in_features, out_capsules=out_capsules, out_features=out_features)
         self.in_capsules, self.in_features = in_capsules, in_features
         self.out_capsules, self.out_features = out_capsules, out_features
         self.iterations, self.shared, self.coupling, self.leaky = iterations, shared, coupling, leaky
@@ -220,6 +231,14 @@ class LazyCapsuleLinear(LazyModuleMixin, CapsuleLinear):
 def check_shared(shared: str | None) -> None:
     if shared not in tuple(ORDERS):  # what cannot be hashed is refused by name too
         raise ValueError(f'shared must be None, "inputs" or "pairs", got {shared!r}')
+
+
+def for_outputs(logits: Tensor, outputs: int) -> Tensor:
+    """Prior logits [*, I, J] from what broadcasts to that: a weight [O, D] takes J from them."""
+    _checks.check_tensor("logits", logits, "[*, I, J]")
+    if logits.dim() and logits.shape[-1] not in (1, outputs):
+        raise ValueError(f"logits must broadcast to [*, I, J] with J = {outputs}, got {list(logits.shape)}")
+    return logits.expand(*logits.shape[:-1], outputs)
 
 
 def even_pass_gain(length: float, inputs: int, outputs: int, coupling: str) -> float:

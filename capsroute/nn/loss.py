@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import check_amount, check_positive, check_tensor
-from ._checks import is_labelled
+from .._checks import check_amount, check_labels, check_positive, check_tensor
 from .capsnet import CapsNetOutput
+from .decoder import one_hot
 
 
 class MarginLoss(nn.Module):
@@ -125,3 +125,16 @@ class CapsNetLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"reconstruction_weight={self.reconstruction_weight:g}"
+
+
+def is_labelled(labels: Tensor, batch: int, classes: int, several: bool = True) -> Tensor:
+    """Checked labels [B] or [B, K] as bool [B, J]."""
+    check_labels(labels, batch, several)
+    if labels.dim() == 1:
+        return one_hot(labels, classes)
+    if labels.shape[1] >= max(classes, 2):  # taken for indices, 0 and 1 would pass as classes
+        raise ValueError(
+            f"labels must be [B] or [B, K] with K < J = {classes}, got {list(labels.shape)}; "
+            "of one-hot labels pass .argmax(1)"
+        )
+    return one_hot(labels, classes).any(1)

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from .. import _autocast, _checks
 from ..functional import capsule_linear, routing_pass, squash
 from ..reference import accumulation_dtype
-from ._checks import check_sizes, for_outputs
-from .linear import WeightOwner, check_shared, first_pass_gain
+from .linear import WeightOwner, check_shared, first_pass_gain, for_outputs
 
 PRIORS = ("random", "learned", "zero")
 
@@ -84,7 +83,7 @@ class MultiInterest(WeightOwner):
     ):
         super().__init__()
         _checks.check_options(iterations, coupling, False, detach_coupling, eps)
-        check_sizes(length=length, in_features=in_features, interests=interests, out_features=out_features)
+        _checks.check_sizes(length=length, in_features=in_features, interests=interests, out_features=out_features)
         _checks.check_flag("adaptive", adaptive)
         prior_std = _checks.check_positive("prior_std", prior_std)
         squash_power = _checks.check_positive("squash_power", squash_power)
@@ -271,7 +270,7 @@ def active_interests(lengths: Tensor, interests: int) -> Tensor:
         TypeError, ValueError: if an argument has the wrong type, dtype, shape or value; the message names it.
     """
     _check_lengths(lengths, lengths.shape if isinstance(lengths, Tensor) else ())
-    check_sizes(interests=interests)
+    _checks.check_sizes(interests=interests)
     # floor(log2 n) > j  <=>  n >= 2^(j+1): exact, where a logarithm is not. No history has 2^62 clicks.
     least = [0] + [2 ** min(j + 1, 62) for j in range(1, interests)]
     return lengths.unsqueeze(-1).long() >= torch.tensor(least, device=lengths.device)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_eps, check_flag
+from .._checks import check_eps, check_flag, check_sizes, pair
 from ..functional import squash
-from ._checks import check_sizes, pair
 
 
 class PrimaryCapsules(nn.Module):

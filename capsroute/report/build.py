@@ -148,7 +148,7 @@ def _apart(report: Report, judged: Judged) -> Section:
         "apart",
         "Overlapping images taken apart",
         "The network sees the first column alone. The two longest capsules are its answer, and the decoder draws "
-        "each of them without the other. Orange and blue belong together in a row.",
+        "each of them without the other. Of what a row is made of, the first is orange, the second blue.",
         images.taken_apart(report.loaded.net, judged.first, report.dataset.class_names),
     )
 
@@ -183,23 +183,28 @@ def _speed(report: Report) -> Section:
     )
 
 
-def write(run_dir: Path, report: Report, judged: Judged) -> list[Path]:
-    """Write the page and its figures to a directory; returns their paths, the page first."""
-    with styled():
+def write(run_dir: Path, report: Report, judged: Judged) -> tuple[list[Path], str]:
+    """Write the page and its figures to a directory.
+
+    Returns:
+        Their paths, the page first; and what is to be said of letters that no font has, if there are any.
+    """
+    with styled() as boxes:
         made = list(sections(report, judged))
+    fonts = f"No font here has {''.join(sorted(boxes))}: figures show boxes in their place." if boxes else ""
     folder = run_dir / PICTURES
     folder.mkdir(exist_ok=True)
     paths = [run_dir / PAGE]
     for section in made:
         paths.append(folder / f"{section.name}.png")
         write_atomically(paths[-1], section.png)
-    write_atomically(paths[0], page_of(report, judged, made).encode(errors="replace"))
+    write_atomically(paths[0], page_of(report, judged, made, fonts).encode(errors="replace"))
     remove_pictures(run_dir, but={section.name for section in made})
-    return paths
+    return paths, fonts
 
 
-def page_of(report: Report, judged: Judged, made: Sequence[Section]) -> str:
-    """The page, with the figures that were made."""
+def page_of(report: Report, judged: Judged, made: Sequence[Section], fonts: str = "") -> str:
+    """The page, with the figures that were made, and what is to be said of the fonts."""
     loaded, options = report.loaded, report.loaded.options
     test = judged.accuracy
     parameters = sum(x.numel() for x in loaded.net.parameters())
@@ -212,7 +217,7 @@ def page_of(report: Report, judged: Judged, made: Sequence[Section]) -> str:
     ]
     data = loaded.info.get("dataset", report.dataset.name)
     shown = {"data": data, **loaded.model, **options._asdict(), "capsroute": __version__}
-    notes = []
+    notes = [fonts] if fonts else []
     if not options.overlap:
         notes.append("Overlapping images are taken apart in the report of a run of: capsroute train --overlap")
     if not report.rows:
@@ -220,8 +225,8 @@ def page_of(report: Report, judged: Judged, made: Sequence[Section]) -> str:
         notes.append(f"Speed was not measured{why}.")
     return render(
         f"Capsule network on {report.dataset.name}",
-        f"{'Both named' if options.overlap else 'Named'} in {test:.2%} of {len(judged.labels):,} {what} that "
-        "it was not trained on.",
+        f"{'Both right classes were' if options.overlap else 'The right class was'} named in {test:.2%} of "
+        f"{len(judged.labels):,} {what}.",
         cards,
         made,
         [(name.replace("_", " "), _words(value)) for name, value in shown.items()],

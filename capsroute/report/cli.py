@@ -15,6 +15,7 @@ from ..training.cli import add_data, load_run
 from ..training.run import HISTORY, alone_in
 from ..training.trainer import Epoch
 from . import build
+from .curves import confusion
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,13 +70,22 @@ def write_report(
                 say(args, format_rows(report.rows))
             except DisagreementError as error:
                 disagreement, report = error, report._replace(unmeasured=str(error))
-        files = build.write(run_dir, report, judged)
+        files, fonts = build.write(run_dir, report, judged)
+    if fonts:
+        say(args, fonts)
     say(args, f"wrote {files[0]}")
     if disagreement:
         raise disagreement
     for row in report.rows:
         row["images_per_second"] = row["seconds"] and options.batch_size / row["seconds"]
-    return {"files": [str(path) for path in files], "training_step": list(report.rows)}
+    return {
+        "files": [str(path) for path in files],
+        "dataset": dataset.name,
+        "test_accuracy": judged.accuracy,
+        "class_names": list(dataset.class_names),
+        "confusion": confusion(judged.lengths, judged.labels).tolist(),
+        "training_step": list(report.rows),
+    }
 
 
 def _history(run_dir: Path) -> tuple[list[Epoch], int]:

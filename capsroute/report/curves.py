@@ -14,6 +14,7 @@ from .style import BLUE, GREY, ORANGE, figure, plain, short
 
 MOST_NUMBERS = 12  # classes of a confusion matrix whose cells have room for numbers
 MOST_NAMES = 30  # classes whose names have room
+ERRORS = 0, 0.5, 1, 2, 5, 10, 20, 50, 100  # in percent, that are written beside the curves
 
 
 def learning_curves(history: Sequence[Epoch], best_epoch: int, held_out: str, *, augmented: bool = True):
@@ -31,13 +32,16 @@ def learning_curves(history: Sequence[Epoch], best_epoch: int, held_out: str, *,
         plain(axes)
     ticks = optional("matplotlib.ticker")
     loss.set_yscale("log")
-    loss.yaxis.set_major_locator(ticks.LogLocator(subs=(1, 2, 5)))
+    loss.yaxis.set_major_locator(ticks.LogLocator(subs=(1, 2, 3, 5, 7)))
     loss.yaxis.set_minor_formatter(ticks.NullFormatter())
     loss.set_ylabel("loss")
     loss.legend(frameon=False)
     error.set_yscale("symlog", linthresh=1)  # linear below 1 %, since an error of 0 has no logarithm
-    error.yaxis.set_major_locator(ticks.FixedLocator([0, 0.5, 1, 2, 5, 10, 20, 50, 100]))
-    error.set_ylim(0, 1.2 * error.get_ylim()[1])  # a marker at the top is drawn whole
+    error.yaxis.set_major_locator(ticks.FixedLocator(ERRORS))
+    least, most = error.dataLim.intervaly
+    below = max(tick for tick in ERRORS if tick < least or tick == 0)
+    above = min(tick for tick in ERRORS if tick > most or tick == 100)
+    error.set_ylim(below, 1.1 * above)  # a marker at the top is drawn whole
     error.set_ylabel("errors, %")
     error.set_xlabel("epoch")
     error.set_xlim(0.5, len(history) + 0.5)

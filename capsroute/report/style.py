@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,14 @@ MOST_CLASSES = 10  # that a figure of images shows
 WIDTH = 5.2  # inches; at a phone's width the letters of 9 points are still read
 DPI = 200
 FONT = 9
+# Chinese, Japanese and Korean letters are drawn in the first of these that is installed and has them.
+CJK_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "Noto Sans KR", "Source Han Sans SC"),
+    *("WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback", "NanumGothic", "IPAGothic"),  # Linux
+    *("Microsoft YaHei", "SimHei", "Yu Gothic", "MS Gothic", "Malgun Gothic"),  # Windows
+    *("PingFang SC", "Hiragino Sans GB", "Hiragino Sans", "Apple SD Gothic Neo", "Arial Unicode MS"),  # macOS
+)
+NO_GLYPH = re.compile(r"Glyph (\d+) .* missing from font")  # what matplotlib warns of, before it draws a box
 MOST_LETTERS = 12  # of a class's name: beside an image, or below one, there is room for no more
 
 
@@ -25,12 +34,24 @@ def figure(height: float):
 
 
 @contextmanager
-def styled() -> Iterator[None]:
-    """The context in which figures are drawn and saved."""
-    settings = {"font.size": FONT, "axes.titlesize": FONT, "text.parse_math": False}
+def styled() -> Iterator[set[str]]:
+    """The context in which figures are drawn and saved; the letters that were drawn as boxes are in what it yields."""
+    installed = {font.name for font in optional("matplotlib.font_manager").fontManager.ttflist}
+    families = ["sans-serif", *(name for name in CJK_FONTS if name in installed)]
+    settings = {"font.family": families, "font.size": FONT, "axes.titlesize": FONT, "text.parse_math": False}
+    boxes: set[str] = set()
     with optional("matplotlib").rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name in any script is drawn, if as boxes
-        yield
+        show_others = warnings.showwarning
+
+        def note(message, *where, **more) -> None:
+            if found := NO_GLYPH.match(str(message)):
+                boxes.add(chr(int(found[1])))
+            else:
+                show_others(message, *where, **more)
+
+        warnings.filterwarnings("always", NO_GLYPH.pattern)
+        warnings.showwarning = note
+        yield boxes
 
 
 def short(name: str) -> str:

@@ -11,6 +11,8 @@ from .._optional import optional
 from .batches import Share
 from .trainer import Epoch, Training
 
+NARROW = 80  # columns: in fewer a bar would have no room for its words
+
 
 class Shown:
     """What a training tells: after every step, and after every epoch. This one is silent."""
@@ -66,7 +68,7 @@ class _Bar(Shown):
 
 @contextmanager
 def progress(training: Training, images: int, share: Share) -> Iterator[Shown]:
-    """Show a training on stderr while the context lasts: a bar on a terminal, else a line an epoch.
+    """Show a training on stderr while the context lasts: a bar on a terminal that is wide enough, else a line an epoch.
 
     Args:
         training: where it begins.
@@ -79,17 +81,18 @@ def progress(training: Training, images: int, share: Share) -> Iterator[Shown]:
         return
     rich = optional("rich.progress")
     console = optional("rich.console").Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_terminal or console.width < NARROW:
         yield _Lines(epochs, done, images, held_out)
         return
 
+    unbroken = optional("rich.table").Column(no_wrap=True)  # as texts are: the bar gives way
     columns = (
         rich.TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
         rich.BarColumn(),
-        rich.TextColumn("training loss {task.fields[loss]:.4f}"),
+        rich.TextColumn("loss {task.fields[loss]:.4f}"),
         rich.TextColumn(f"{held_out} accuracy {{task.fields[accuracy]}}"),
         rich.TextColumn("{task.fields[rate]:,.0f} images/s"),
-        rich.TimeRemainingColumn(elapsed_when_finished=True),
+        rich.TimeRemainingColumn(elapsed_when_finished=True, table_column=unbroken),
     )
     with rich.Progress(*columns, console=console) as bar:
         yield _Bar(bar, epochs, done, images, share)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -166,26 +166,45 @@ def run_training(
             source = known.get("source") if source is None else source
         else:
             training = Training.begin(model, options, backend, device)
-        train, held_out = _splits(dataset, options)
+        splits = _splits(dataset, options)
         share = stack.enter_context(distributed.processes(device))
         stack.callback(training.leave_processes)
-        steps_per_epoch(len(train), options.batch_size, share.count)  # can all processes train?
+        keep = partial(save_training, run_dir / TRAINING, info={**info, "source": source}) if writes else None
+        _train(
+            run_dir, training, splits, share, keep, replaces=bool(found) and overwrite, log=tensorboard, on_step=on_step
+        )
+        return _finish(run_dir, training, dataset, source, share, writes)
+
+
+def _train(
+    run_dir: Path,
+    training: Training,
+    splits: tuple[Split, Split],
+    share: Share,
+    keep: Callable[[Training], None] | None,
+    *,
+    replaces: bool,
+    log: bool,
+    on_step: OnStep,
+) -> None:
+    """The epochs that are left, shown, and kept and logged by the process that is given what keeps them."""
+    train, held_out = splits
+    steps_per_epoch(len(train), training.options.batch_size, share.count)  # can all processes train?
+    with ExitStack() as stack:
         show = stack.enter_context(progress(training, len(train), share))
         after_epoch = [lambda training: show.epoch(training.history)]
         old_logs = logs_in(run_dir / LOGS)
-        if tensorboard and writes:
-            after_epoch.append(stack.enter_context(tensorboard_log(run_dir / LOGS, len(training.history))))
-        if writes:
-            keep = partial(save_training, run_dir / TRAINING, info={**info, "source": source})
+        if keep:
+            if log:
+                after_epoch.append(stack.enter_context(tensorboard_log(run_dir / LOGS, len(training.history))))
             keep(training)  # --resume is to find this run, whatever becomes of the first epoch
             after_epoch.append(keep)
-            if found and overwrite:
+            if replaces:
                 _remove_results(run_dir, old_logs)
         while not training.finished:
             train_epoch(training, train, held_out, share=share, on_step=_each(on_step, show.step))
             for call in after_epoch:
                 call(training)
-        return _finish(run_dir, training, dataset, source, share, writes)
 
 
 @contextmanager

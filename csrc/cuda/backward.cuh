@@ -6,53 +6,12 @@
 
 namespace capsroute::cuda {
 
-template <class X>
-CAPSROUTE_KERNEL(kFinishThreads)
-begin_backward_kernel(CAPSROUTE_ARGUMENT FinishBackward<X> a) {
-  CAPSROUTE_SHARED(memory);
-  begin_backward(a, block_index() % a.layout.tiles, block_index() / a.layout.tiles, memory);
-}
-
-template <class X>
-CAPSROUTE_KERNEL(kFinishThreads)
-finish_backward_kernel(CAPSROUTE_ARGUMENT FinishBackward<X> a) {
-  CAPSROUTE_SHARED(memory);
-  finish_backward(a, block_index() % a.layout.tiles, block_index() / a.layout.tiles, memory);
-}
-
 template <class X, Source source>
 CAPSROUTE_KERNEL(kMaxSlices* kLanes)
 gradients_kernel(CAPSROUTE_ARGUMENT Gradients<X> a) {
   CAPSROUTE_SHARED(memory);
   const int block = block_index(), tiles = a.all_tiles ? 1 : int(a.layout.tiles), chunks = int(a.split.chunks);
   GradientStream<X, source>(a, block % tiles, block / tiles % chunks, block / tiles / chunks, memory).run();
-}
-
-template <class A, class To>
-CAPSROUTE_KERNEL(kElementThreads)
-fold_kernel(CAPSROUTE_ARGUMENT Fold<A, To> a) {
-  fold(a);
-}
-
-template <class X, class Parameter>
-CAPSROUTE_KERNEL(kSumThreads)
-bias_gradient_kernel(CAPSROUTE_ARGUMENT BiasGradient<X, Parameter> a) {
-  CAPSROUTE_SHARED(memory);
-  bias_gradient(a, memory);
-}
-
-template <class X, class Parameter>
-CAPSROUTE_KERNEL(kSumThreads)
-logits_gradient_kernel(CAPSROUTE_ARGUMENT LogitsGradient<X, Parameter> a) {
-  CAPSROUTE_SHARED(memory);
-  logits_gradient(a, memory);
-}
-
-template <class X>
-CAPSROUTE_KERNEL(kSquare* kSquare)
-shared_weight_gradient_kernel(CAPSROUTE_ARGUMENT SharedWeightGradient<X> a) {
-  CAPSROUTE_SHARED(memory);
-  shared_weight_gradient(a, memory);
 }
 
 template <class X>
@@ -80,8 +39,8 @@ class Backpropagation {
     if (split_.groups > 1 && !p.over_inputs)
       group_statistics_ = carver_.take<A>(split_.groups * launcher_.statistics_size());
     if (p.over_inputs) chunk_statistics_ = carver_.take<A>(split_.chunks * launcher_.statistics_size());
+    if (shared_weight_gradient() || (keys_ && p.over_inputs)) partial_p_ = carver_.take<A>(split_.chunks * row_state);
     if (shared_weight_gradient()) {
-      partial_p_ = carver_.take<A>(split_.chunks * row_state);
       sum_p_ = carver_.take<A>(p.R * row_state);
       sum_db_ = carver_.take<A>(p.R * row_state);
     }
@@ -124,6 +83,7 @@ class Backpropagation {
         gradients_.dweight_sum = gradients_.dweight;
       else if (layout_.tiles > 1)
         gradients_.dweight_sum = carver_.take<A>(p_.I * p_.D * p_.J * p_.O);
+      if (layout_.tiles > kGroupedTiles) gradients_.dweight_groups = carver_.take<A>(2 * p_.I * p_.D * p_.J * p_.O);
     }
     if (out_.logits) gradients_.dlogits = carver_.take<A>(p_.B * p_.I * p_.J);
     if (shared_weight_gradient()) {
@@ -138,8 +98,7 @@ class Backpropagation {
     finish.chunks = split_.chunks, finish.partial = partial_, finish.chunk_statistics = chunk_statistics_,
     finish.partial_p = partial_p_;
     finish.sum_p = sum_p_, finish.sum_db = sum_db_;
-    const int64_t shared = finish_shared_bytes<X>(layout_), blocks = layout_.tiles * p_.J;
-    launcher_.run("begin_backward", begin_backward_kernel<X>, blocks, kFinishThreads, shared, finish);
+    launcher_.template for_capsules<begin_backward<X>>("begin_backward", finish);
 
     Pass<X> pass{p_, layout_, split_, launcher_.weight};
     for (int64_t k = p_.R - 1; k >= 0; --k) {
@@ -148,7 +107,7 @@ class Backpropagation {
       // Over inputs db_ij is known only after its sum: the gradients of the logits and, with a query, of the votes use
       // it.
       const bool corrects = p_.over_inputs && (out_.logits || p_.query.data);
-      const bool sums = finish.dV || finish.dquery || partial_p_ || corrects;
+      const bool sums = finish.dV || finish.dquery || sum_db_ || corrects;
       if (!sums && (uniform(p_, k) || p_.over_inputs)) return;  // p is known without
       pass.query = k > 0 || p_.query.data ? states_.query + k * layout_.row_state(p_) : nullptr;
       pass.gradient = states_.row_ds + k * layout_.row_state(p_);
@@ -163,7 +122,7 @@ class Backpropagation {
         launcher_.template run_pass<Direction::forward>(again, nullptr);
       }
       finish.pass = k;
-      launcher_.run("finish_backward", finish_backward_kernel<X>, blocks, kFinishThreads, shared, finish);
+      launcher_.template for_capsules<finish_backward<X>>("finish_backward", finish);
     }
   }
 
@@ -182,22 +141,22 @@ class Backpropagation {
 
   template <class To>
   void fold(const A* part, int64_t parts, int64_t count, To* total) const {
-    launcher_.for_elements("fold", fold_kernel<A, To>, count, Fold<A, To>{count, parts, part, total});
+    launcher_.template for_elements<cuda::fold<A, To>>("fold", count, Fold<A, To>{count, parts, part, total});
   }
 
   template <class Parameter>
   void bias_gradient(Parameter* dbias) const {
-    launcher_.run("bias_gradient", bias_gradient_kernel<X, Parameter>, p_.J * p_.O, kSumThreads,
-                  kSumThreads * int64_t(sizeof(A)), BiasGradient<X, Parameter>{p_, layout_, states_.ds, dbias});
+    launcher_.template for_blocks<kSumThreads, cuda::bias_gradient<X, Parameter>>(
+        "bias_gradient", p_.J * p_.O, kSumThreads, BiasGradient<X, Parameter>{p_, layout_, states_.ds, dbias});
   }
 
   template <class Parameter>
   void logits_gradient(Parameter* dlogits) const {
     if (out_.logits_B == p_.B && out_.logits_I == p_.I && p_.I > 1)  // nothing is summed
       return fold(gradients_.dlogits, 1, p_.B * p_.I * p_.J, dlogits);
-    launcher_.run("logits_gradient", logits_gradient_kernel<X, Parameter>, out_.logits_B * out_.logits_I * p_.J,
-                  kSumThreads, kSumThreads * int64_t(sizeof(A)),
-                  LogitsGradient<X, Parameter>{p_, out_.logits_B, out_.logits_I, gradients_.dlogits, dlogits});
+    launcher_.template for_blocks<kSumThreads, cuda::logits_gradient<X, Parameter>>(
+        "logits_gradient", out_.logits_B * out_.logits_I * p_.J, kSumThreads,
+        LogitsGradient<X, Parameter>{p_, out_.logits_B, out_.logits_I, gradients_.dlogits, dlogits});
   }
 
   int64_t matrices() const { return p_.form == Weight::single ? 1 : p_.J; }
@@ -206,8 +165,9 @@ class Backpropagation {
     SharedWeightGradient<X> a{p_, layout_, states_, sum_p_, sum_db_};
     a.parts = parts_, a.dweight = dweight_parts_;
     const int64_t blocks = parts_ * matrices() * divide_up(p_.O, kSquare) * divide_up(p_.D, kSquare);
-    launcher_.run("shared_weight_gradient", shared_weight_gradient_kernel<X>, blocks, kSquare * kSquare,
-                  2 * kSquare * (kLanes + 1) * int64_t(sizeof(A)), a);
+    const int64_t shared = 2 * kSquare * (kLanes + 1);
+    launcher_.template for_blocks<kSquare * kSquare, cuda::shared_weight_gradient<X>>("shared_weight_gradient", blocks,
+                                                                                      shared, a);
     fold(dweight_parts_, parts_, matrices() * p_.O * p_.D, static_cast<X*>(out_.weight));
   }
 

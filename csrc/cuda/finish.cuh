@@ -36,8 +36,8 @@ class Capsule {
     first = reinterpret_cast<A*>(memory), second = first + size, of_lane = second + size;
   }
 
-  // first = sum over the chunks of the partial sums, in order; where statistics are given, each times exp(m_c - m) / z
-  CAPSROUTE_DEVICE void sum_chunks(const A* partial, int64_t chunks, const A* statistics = nullptr, A m = 0,
+  // column = sum over the chunks of the partial sums, in order; where statistics are given, each times exp(m_c - m) / z
+  CAPSROUTE_DEVICE void sum_chunks(A* column, const A* partial, int64_t chunks, const A* statistics = nullptr, A m = 0,
                                    A r = 1) const {
     for (int64_t f = warp; CAPSROUTE_WITHIN(f, layout_.rows); f += warps) {
       A sum = 0;
@@ -48,7 +48,7 @@ class Capsule {
         else if (load(of_chunk(statistics, c) + kLanes) != 0)
           sum += x * exp(load(of_chunk(statistics, c)) - m);
       }
-      first[column_at(f, lane)] = sum * r;
+      column[column_at(f, lane)] = sum * r;
     }
     CAPSROUTE_SYNC();
   }
@@ -210,7 +210,7 @@ CAPSROUTE_DEVICE void begin(const Finish<X>& a, int64_t tile, int64_t j, char* m
 }
 
 template <class X>
-CAPSROUTE_DEVICE void finish(const Finish<X>& a, int64_t pass, int64_t tile, int64_t j, char* memory) {
+CAPSROUTE_DEVICE void finish_pass(const Finish<X>& a, int64_t pass, int64_t tile, int64_t j, char* memory) {
   using A = Acc<X>;
   const Problem& p = a.p;
   const Capsule<X> capsule(p, a.layout, tile, j, memory);
@@ -220,7 +220,7 @@ CAPSROUTE_DEVICE void finish(const Finish<X>& a, int64_t pass, int64_t tile, int
     A m, z;
     capsule.join_chunks(a.chunk_statistics, a.chunks, m, z);
     const A r = z != 0 ? 1 / z : A(0);
-    capsule.sum_chunks(a.partial, a.chunks, a.chunk_statistics, m, r);
+    capsule.sum_chunks(capsule.first, a.partial, a.chunks, a.chunk_statistics, m, r);
     if (capsule.warp == 0) {
       A* all = statistics_at(a.statistics, tile, p.J, j, lane);
       store(all, m), store(all + kLanes, r);
@@ -229,7 +229,7 @@ CAPSROUTE_DEVICE void finish(const Finish<X>& a, int64_t pass, int64_t tile, int
         store(a.norm + to, m), store(a.norm + a.saved * p.B * p.J + to, z);
     }
   } else {
-    capsule.sum_chunks(a.partial, a.chunks);
+    capsule.sum_chunks(capsule.first, a.partial, a.chunks);
   }
   if (capsule.keys) capsule.to_outputs();
   A* s = capsule.keys ? capsule.second : capsule.first;
@@ -258,6 +258,11 @@ CAPSROUTE_DEVICE void finish(const Finish<X>& a, int64_t pass, int64_t tile, int
     CAPSROUTE_SYNC();
     capsule.to_rows(capsule.first, a.query);
   }
+}
+
+template <class X>
+CAPSROUTE_DEVICE void finish(const Finish<X>& a, int64_t tile, int64_t j, char* memory) {
+  finish_pass(a, a.pass, tile, j, memory);
 }
 
 }  // namespace capsroute::cuda

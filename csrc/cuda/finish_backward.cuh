@@ -32,9 +32,9 @@ struct FinishBackward {
   int64_t chunks;
   const A* partial;           // of pass `pass`: sums of db_ij h_ij
   const A* chunk_statistics;  // over inputs: sums of db_ij, [chunk, tile, j, 3, lane]
-  const A* partial_p;         // of a shared weight whose gradient is wanted: sums of p_ij h_ij, or null
-  A* dV;                      // [tile, j, o, lane], added up; null where no earlier pass wants it
-  A* sum_db;                  // [R, tile, j, row, lane]: with partial_p, the two sums themselves
+  const A* partial_p;  // of a shared weight, over inputs or if its gradient is wanted: sums of p_ij h_ij, or null
+  A* dV;               // [tile, j, o, lane], added up; null where no earlier pass wants it
+  A* sum_db;           // [R, tile, j, row, lane]: the two sums themselves for that gradient, or null
   A* sum_p;
   A* dquery;  // [B, J, O], or null
 };
@@ -104,17 +104,13 @@ CAPSROUTE_DEVICE void begin_backward(const FinishBackward<X>& a, int64_t tile, i
   use_ds(a, capsule, last);
 }
 
-// The sum of the chunks, kept for the gradient of a shared weight, less `error` times what the other sum is.
+// Keeps a column of rows for the gradient of a shared weight.
 template <class X>
-CAPSROUTE_DEVICE void keep_sum(const FinishBackward<X>& a, const Capsule<X>& capsule, const Acc<X>* partial,
-                               Acc<X>* sums, const Acc<X>* other, Acc<X> error) {
+CAPSROUTE_DEVICE void keep_rows(const FinishBackward<X>& a, const Capsule<X>& capsule, const Acc<X>* column,
+                                Acc<X>* rows) {
   const int64_t state = a.pass * a.layout.row_state(a.p);
-  capsule.sum_chunks(partial, a.chunks);
-  for (int64_t f = capsule.warp; f < a.layout.rows; f += capsule.warps) {
-    const int64_t at = state + (capsule.row_at + f) * kLanes + capsule.lane;
-    const Acc<X> sum = capsule.first[column_at(f, capsule.lane)];
-    store(sums + at, other ? sum - error * load(other + at) : sum);
-  }
+  for (int64_t f = capsule.warp; f < a.layout.rows; f += capsule.warps)
+    store(rows + state + (capsule.row_at + f) * kLanes + capsule.lane, column[column_at(f, capsule.lane)]);
 }
 
 // Over inputs: the error of the mean of t: added to the mean, so taken from every db_ij.
@@ -130,6 +126,21 @@ CAPSROUTE_DEVICE Acc<X> correct_mean(const FinishBackward<X>& a, const Capsule<X
   return error;
 }
 
+// Takes that error from every db_ij: from their sum, the column `first`, error times the sum over i of p_ij h_ij, which
+// of a shared weight is the column `second`. Before any W, and rounded as db_ij h_ij was: of votes so long that all
+// couple with one input capsule, nothing may be left.
+template <class X>
+CAPSROUTE_DEVICE void correct_sum(const FinishBackward<X>& a, const Capsule<X>& capsule, Acc<X> error) {
+  using A = Acc<X>;
+  if (!capsule.keys) read_s(a, capsule, capsule.second, a.pass);
+  for (int64_t f = capsule.warp; f < a.layout.rows; f += capsule.warps) {
+    const int at = column_at(f, capsule.lane);
+    const A sum_p = capsule.second[at] - (capsule.keys ? A(0) : capsule.bias(f));
+    capsule.first[at] -= rounded_product(error, sum_p);
+  }
+  CAPSROUTE_SYNC();
+}
+
 // After the stream of pass k: dV_k, then ds_(k-1) or, of the first pass, the query's gradient; of a shared weight also
 // the sums over i that its gradient is made of.
 template <class X>
@@ -138,20 +149,20 @@ CAPSROUTE_DEVICE void finish_backward(const FinishBackward<X>& a, int64_t tile, 
   const Problem& p = a.p;
   const Capsule<X> capsule(p, a.layout, tile, j, memory);
   const A error = p.over_inputs && a.chunk_statistics ? correct_mean(a, capsule) : A(0);
+  if (!a.dV && !a.dquery && !a.sum_db) return;
   if (a.partial_p) {
-    keep_sum(a, capsule, a.partial_p, a.sum_p, static_cast<const A*>(nullptr), A(0));
-    keep_sum(a, capsule, a.partial, a.sum_db, p.over_inputs ? a.sum_p : nullptr, error);
+    capsule.sum_chunks(capsule.second, a.partial_p, a.chunks);
+    if (a.sum_p) keep_rows(a, capsule, capsule.second, a.sum_p);
   }
+  capsule.sum_chunks(capsule.first, a.partial, a.chunks);
+  if (p.over_inputs) correct_sum(a, capsule, error);
+  if (a.sum_db) keep_rows(a, capsule, capsule.first, a.sum_db);
   if (!a.dV && !a.dquery) return;
-  capsule.sum_chunks(a.partial, a.chunks);
   if (capsule.keys) capsule.to_outputs();
   const A* x = capsule.keys ? capsule.second : capsule.first;
-  A* s = capsule.keys ? capsule.first : capsule.second;
-  if (p.over_inputs) read_s(a, capsule, s, a.pass);
   for (int64_t o = capsule.warp; CAPSROUTE_WITHIN(o, p.O); o += capsule.warps) {
     const int at = column_at(o, capsule.lane);
     A dV = x[at];
-    if (p.over_inputs) dV -= error * (s[at] - capsule.bias(o));
     if (a.dV) {
       A* state = a.dV + (capsule.out_at + o) * kLanes + capsule.lane;
       dV += a.pass == p.R - 1 ? A(0) : load(state);

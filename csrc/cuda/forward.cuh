@@ -14,32 +14,29 @@ pass_kernel(CAPSROUTE_ARGUMENT Pass<X> a) {
                                           block / tiles / chunks, memory);
 }
 
-constexpr int kFinishThreads = 256, kElementThreads = 256, kSumThreads = 128;
+constexpr int kElementThreads = 256, kCapsuleThreads = 256;
 
-template <class X>
+// A thread has an element.
+template <class Arguments, void (*body)(const Arguments&)>
 CAPSROUTE_KERNEL(kElementThreads)
-pack_kernel(CAPSROUTE_ARGUMENT Pack<X> a) {
-  pack(a);
+element_kernel(CAPSROUTE_ARGUMENT Arguments a) {
+  body(a);
 }
 
-template <class X>
-CAPSROUTE_KERNEL(kElementThreads)
-merge_kernel(CAPSROUTE_ARGUMENT Merge<X> a) {
-  merge(a);
-}
-
-template <class X>
-CAPSROUTE_KERNEL(kFinishThreads)
-finish_kernel(CAPSROUTE_ARGUMENT Finish<X> a) {
+// A block has a tile and an output capsule.
+template <class Arguments, void (*body)(const Arguments&, int64_t tile, int64_t j, char* memory)>
+CAPSROUTE_KERNEL(kCapsuleThreads)
+capsule_kernel(CAPSROUTE_ARGUMENT Arguments a) {
   CAPSROUTE_SHARED(memory);
-  finish(a, a.pass, block_index() % a.layout.tiles, block_index() / a.layout.tiles, memory);
+  body(a, block_index() % a.layout.tiles, block_index() / a.layout.tiles, memory);
 }
 
-template <class X>
-CAPSROUTE_KERNEL(kFinishThreads)
-begin_kernel(CAPSROUTE_ARGUMENT Finish<X> a) {
+// A block has whatever its index says.
+template <int threads, class Arguments, void (*body)(const Arguments&, char* memory)>
+CAPSROUTE_KERNEL(threads)
+block_kernel(CAPSROUTE_ARGUMENT Arguments a) {
   CAPSROUTE_SHARED(memory);
-  begin(a, block_index() % a.layout.tiles, block_index() / a.layout.tiles, memory);
+  body(a, memory);
 }
 
 // All passes of a tile, where a block has all of i and of j and the softmax runs over j.
@@ -64,7 +61,7 @@ route_kernel(CAPSROUTE_ARGUMENT Route<X> a) {
     pass<X, source, Direction::forward, false>(a.pass, query, k == p.R - 1, tile, 0, 0, memory);
     CAPSROUTE_SYNC();
     for (int64_t j = 0; j < p.J; ++j) {
-      finish(a.finish, k, tile, j, memory);
+      finish_pass(a.finish, k, tile, j, memory);
       CAPSROUTE_SYNC();
     }
   }
@@ -98,9 +95,21 @@ struct Launcher {
     launch(name, kernel, blocks, threads, shared, stream, shape_text(p), arguments);
   }
 
-  template <class Arguments>
-  void for_elements(const char* name, void (*kernel)(Arguments), int64_t count, const Arguments& arguments) const {
-    run(name, kernel, divide_up(count, kElementThreads), kElementThreads, 0, arguments);
+  template <auto body, class Arguments>
+  void for_elements(const char* name, int64_t count, const Arguments& arguments) const {
+    run(name, element_kernel<Arguments, body>, divide_up(count, kElementThreads), kElementThreads, 0, arguments);
+  }
+
+  template <auto body, class Arguments>
+  void for_capsules(const char* name, const Arguments& arguments) const {
+    run(name, capsule_kernel<Arguments, body>, layout.tiles * p.J, kCapsuleThreads, finish_shared_bytes<X>(layout),
+        arguments);
+  }
+
+  // `shared` numbers of shared memory.
+  template <int threads, auto body, class Arguments>
+  void for_blocks(const char* name, int64_t blocks, int64_t shared, const Arguments& arguments) const {
+    run(name, block_kernel<threads, Arguments, body>, blocks, threads, shared * int64_t(sizeof(A)), arguments);
   }
 
   int threads(const Split& split) const { return int(maximum(kMinWarps, split.units)) * kLanes; }
@@ -117,7 +126,7 @@ struct Launcher {
     const int64_t count = p.I * D * J * layout.row_padded;
     X* packed = carver.take<X>(count);
     weight = packed;
-    if (packed) for_elements("pack", pack_kernel<X>, count, Pack<X>{p, layout, packed});
+    if (packed) for_elements<pack<X>>("pack", count, Pack<X>{p, layout, packed});
   }
 
   // A pass over all of i; where there are groups of j, first their statistics, unless they are known.
@@ -138,9 +147,9 @@ struct Launcher {
         first.partial = nullptr, first.coupling = nullptr, first.logits = nullptr;
         first.group_statistics = group_statistics;
         pass("statistics", first);
-        for_elements("merge", merge_kernel<X>, layout.tiles * p.I * kLanes,
-                     Merge<X>{p, layout.tiles, a.split.groups, direction == Direction::backward, group_statistics,
-                              a.statistics});
+        for_elements<merge<X>>("merge", layout.tiles * p.I * kLanes,
+                               Merge<X>{p, layout.tiles, a.split.groups, direction == Direction::backward,
+                                        group_statistics, a.statistics});
       }
       if (a.split.groups == 1 || p.over_inputs || a.partial) pass("pass", a);
     });
@@ -165,15 +174,14 @@ void run_route(const Launcher<X>& launcher, const Pass<X>& pass, const Finish<X>
 template <class X>
 void run_passes(const Launcher<X>& launcher, const Pass<X>& last, Finish<X> finish, Acc<X>* group_statistics) {
   const Problem& p = last.p;
-  const int64_t blocks = launcher.layout.tiles * p.J, shared = finish_shared_bytes<X>(launcher.layout);
-  if (p.query.data) launcher.run("begin", begin_kernel<X>, blocks, kFinishThreads, shared, finish);
+  if (p.query.data) launcher.template for_capsules<begin<X>>("begin", finish);
   for (int64_t k = 0; k < p.R; ++k) {
     Pass<X> pass = last;
     pass.query = k == 0 && !p.query.data ? nullptr : finish.query;
     if (k < p.R - 1) pass.coupling = nullptr, pass.logits = nullptr;
     launcher.template run_pass<Direction::forward>(pass, group_statistics);
     finish.pass = k;
-    launcher.run("finish", finish_kernel<X>, blocks, kFinishThreads, shared, finish);
+    launcher.template for_capsules<cuda::finish<X>>("finish", finish);
   }
 }
 

@@ -11,6 +11,8 @@
 
 namespace capsroute::cuda {
 
+constexpr int64_t kGroupedTiles = 32;  // whose dW are added before they join the long sum over the batch
+
 // Is the coupling of pass k the same for all j, whatever the votes?
 CAPSROUTE_ANYWHERE bool uniform(const Problem& p, int64_t k) {
   return k == 0 && !p.logits.data && !p.query.data && !p.over_inputs;
@@ -28,7 +30,8 @@ struct Gradients {
   bool all_tiles;       // one block for all tiles
   A* du_groups;         // [group, B, I, D], or null: there is one group
   X* du;                // [B, I, D], or the votes' [B, I, J, O]; null where not wanted
-  A* dweight_sum;       // [I, D, J, O] between tiles
+  A* dweight_sum;       // [I, D, J, O] between the tiles of a group
+  A* dweight_groups;    // [2, I, D, J, O]: the sum of the groups so far, and what it lost; null: there is one
   X* dweight;           // [I, D, J, O], or null
   A* dlogits;           // [B, I, J] in A, or null
 };
@@ -102,7 +105,7 @@ class GradientStream {
       clear(dh[n]);
       dlogits[n] = 0;
       live[n] = active && CAPSROUTE_WITHIN(i + n, last_) && takes_part(p_, place_.b, i + n);
-      prior[n] = prior_logit<X>(p_, place_, i + n, live[n]);
+      prior[n] = prior_logit<X>(p_, place_.b, i + n, place_.j, live[n]);
       live[n] = live[n] && prior[n] != -infinity<A>();  // of a forbidden pair nothing may be used, NaN or not
     }
     for (int k = int(p_.R) - 1; k >= 0; --k) {
@@ -227,8 +230,8 @@ class GradientStream {
     }
   }
 
-  // dW[d, k] = sum over the tile's samples of u_d dh_k, added to that of the tiles before: a lane has one d of the
-  // stage and kOwn neighbouring k of its warp's slice.
+  // dW[d, k] = sum over the tile's samples of u_d dh_k: a lane has one d of the stage and kOwn neighbouring k of its
+  // warp's slice.
   CAPSROUTE_DEVICE void add_samples(int i, int n, int d0) {
     constexpr int kOwn = K * kDepth / kLanes;
     const int d = place_.lane / (K / kOwn), k0 = place_.lane % (K / kOwn) * kOwn;
@@ -243,15 +246,21 @@ class GradientStream {
     CAPSROUTE_UNROLL
     for (int q = 0; q < kOwn; ++q) {
       const int o = place_.slice * K + k0 + q;
-      if (!CAPSROUTE_WITHIN(o, p_.O)) continue;
-      const int64_t to = ((i * p_.D + d0 + d) * p_.J + place_.j) * p_.O + o;
-      const A total = place_.tile > 0 ? load(a_.dweight_sum + to) + sum[q] : sum[q];
-      if (place_.tile == a_.layout.tiles - 1) {
-        store(a_.dweight + to, from_acc<X>(total));
-      } else {
-        store(a_.dweight_sum + to, total);
-      }
+      if (CAPSROUTE_WITHIN(o, p_.O)) add_tile(((i * p_.D + d0 + d) * p_.J + place_.j) * p_.O + o, sum[q]);
     }
+  }
+
+  // Adds a tile's x to a number of dW. The tiles of a group are added one by one; groups make a long sum, whose two
+  // parts are thus read and written once in a group.
+  CAPSROUTE_DEVICE void add_tile(int64_t at, A x) {
+    const int64_t last = a_.layout.tiles - 1, size = p_.I * p_.D * p_.J * p_.O, in_group = place_.tile % kGroupedTiles;
+    if (in_group > 0) x += load(a_.dweight_sum + at);
+    if (in_group < kGroupedTiles - 1 && place_.tile < last) return store(a_.dweight_sum + at, x);
+    LongSum<A> sum;
+    if (place_.tile >= kGroupedTiles) sum = {load(a_.dweight_groups + at), load(a_.dweight_groups + size + at)};
+    sum.add(x);
+    if (place_.tile == last) return store(a_.dweight + at, from_acc<X>(sum.total()));
+    store(a_.dweight_groups + at, sum.sum), store(a_.dweight_groups + size + at, sum.lost);
   }
 
   // Of a shared weight: du[f] = sum over the group's j of dh_j[f]

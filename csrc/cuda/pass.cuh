@@ -128,12 +128,12 @@ CAPSROUTE_DEVICE void couple(const Pass<X>& a, bool last, const Place& place, in
   }
 }
 
-// The prior logit of this lane and j, 0 where input capsule i takes no part.
+// The prior logit, 0 where input capsule i takes no part.
 template <class X>
-CAPSROUTE_DEVICE Acc<X> prior_logit(const Problem& p, const Place& place, int i, bool live) {
+CAPSROUTE_DEVICE Acc<X> prior_logit(const Problem& p, int b, int i, int j, bool live) {
   const int64_t* stride = p.logits.stride;
   if (!live || !p.logits.data) return 0;
-  return load_element<X>(p.logits, p.u.dtype, place.b * stride[0] + i * stride[1] + place.j * stride[2]);
+  return load_element<X>(p.logits, p.u.dtype, b * stride[0] + i * stride[1] + j * stride[2]);
 }
 
 // The softmax over i of this lane and j: online, or known already.
@@ -190,7 +190,7 @@ CAPSROUTE_DEVICE bool leave_logit(const Pass<X>& a, const Place& place, int i, A
                                   const Acc<X> (&q)[K], const Acc<X> (&e)[K], Acc<X>* l, Acc<X>* t) {
   using A = Acc<X>;
   bool used = takes_part(a.p, place.b, i);
-  A logit = prior_logit<X>(a.p, place, i, used), target = 0;
+  A logit = prior_logit<X>(a.p, place.b, i, place.j, used), target = 0;
   used = used && logit != -infinity<A>();
   logit = place.slice == 0 ? logit : A(0);
   if (used) {

@@ -89,6 +89,10 @@ CAPSROUTE_DEVICE Half from_acc<Half>(float x) {
   return {__half_as_ushort(__float2half_rn(x))};
 }
 
+// x y, rounded before it is added to anything: nvcc makes one fma of a product and a sum, the emulation never.
+CAPSROUTE_DEVICE float rounded_product(float x, float y) { return __fmul_rn(x, y); }
+CAPSROUTE_DEVICE double rounded_product(double x, double y) { return __dmul_rn(x, y); }
+
 CAPSROUTE_DEVICE int thread_index() { return int(threadIdx.x); }
 CAPSROUTE_DEVICE int thread_count() { return int(blockDim.x); }
 CAPSROUTE_DEVICE int block_index() { return int(blockIdx.x); }
@@ -151,6 +155,11 @@ CAPSROUTE_DEVICE float to_acc(Half x) { return float(bits_as<_Float16>(x.bits));
 template <>
 inline Half from_acc<Half>(float x) {
   return {bits_as<uint16_t>(_Float16(x))};
+}
+
+template <class A>
+A rounded_product(A x, A y) {
+  return x * y;
 }
 
 using emulation::block_index;

@@ -81,20 +81,23 @@ template <class A, class To>
 CAPSROUTE_DEVICE void fold(const Fold<A, To>& a) {
   const int64_t e = own_element();
   if (!CAPSROUTE_WITHIN(e, a.count)) return;
-  A sum = 0;
-  for (int64_t part = 0; CAPSROUTE_WITHIN(part, a.parts); ++part) sum += load(a.part + part * a.count + e);
-  store(a.total + e, from_acc<To>(sum));
+  LongSum<A> sum;
+  for (int64_t part = 0; CAPSROUTE_WITHIN(part, a.parts); ++part) sum.add(load(a.part + part * a.count + e));
+  store(a.total + e, from_acc<To>(sum.total()));
 }
 
-// The sum of a number of each thread, in order, for thread 0.
+constexpr int kSumThreads = 128;  // a power of two
+
+// The sum of a number of each of them, as a tree, for thread 0.
 template <class A>
 CAPSROUTE_DEVICE A sum_threads(A x, A* memory) {
-  memory[thread_index()] = x;
-  CAPSROUTE_SYNC();
-  A sum = 0;
-  if (thread_index() == 0)
-    for (int t = 0; CAPSROUTE_WITHIN(t, thread_count()); ++t) sum += memory[t];
-  return sum;
+  const int own = thread_index();
+  memory[own] = x;
+  for (int half = kSumThreads / 2; half > 0; half /= 2) {
+    CAPSROUTE_SYNC();
+    if (CAPSROUTE_WITHIN(own, half)) memory[own] += memory[own + half];
+  }
+  return memory[own];
 }
 
 // dbias[j, o] = sum over k and b of ds^k_j. A block has one (j, o).
@@ -112,13 +115,13 @@ CAPSROUTE_DEVICE void bias_gradient(const BiasGradient<X, Parameter>& a, char* m
   using A = Acc<X>;
   const Problem& p = a.p;
   const int64_t block = block_index(), j = block / p.O, o = block % p.O, tiles = a.layout.tiles;
-  A sum = 0;
+  LongSum<A> own;
   for (int64_t k = 0; k < p.R; ++k)
     for (int64_t e = thread_index(); CAPSROUTE_WITHIN(e, tiles * kLanes); e += thread_count()) {
       const int64_t tile = e / kLanes, lane = e % kLanes;
-      sum += load(a.ds + k * a.layout.out_state(p) + ((tile * p.J + j) * a.layout.out_padded + o) * kLanes + lane);
+      own.add(load(a.ds + k * a.layout.out_state(p) + ((tile * p.J + j) * a.layout.out_padded + o) * kLanes + lane));
     }
-  sum = sum_threads(sum, reinterpret_cast<A*>(memory));
+  const A sum = sum_threads(own.total(), reinterpret_cast<A*>(memory));
   if (thread_index() == 0) store(a.dbias + block, from_acc<Parameter>(sum));
 }
 
@@ -138,12 +141,12 @@ CAPSROUTE_DEVICE void logits_gradient(const LogitsGradient<X, Parameter>& a, cha
   const Problem& p = a.p;
   const int64_t block = block_index(), j = block % p.J, own_i = block / p.J % a.own_I, own_b = block / p.J / a.own_I;
   const int64_t count_b = a.own_B == p.B ? 1 : p.B, count_i = a.own_I == p.I ? 1 : p.I;
-  A sum = 0;
+  LongSum<A> own;
   for (int64_t e = thread_index(); CAPSROUTE_WITHIN(e, count_b * count_i); e += thread_count()) {
     const int64_t b = own_b + e / count_i, i = own_i + e % count_i;
-    sum += load(a.all + pair_at(p, b, i, j));
+    own.add(load(a.all + pair_at(p, b, i, j)));
   }
-  sum = sum_threads(sum, reinterpret_cast<A*>(memory));
+  A sum = sum_threads(own.total(), reinterpret_cast<A*>(memory));
   if (p.over_inputs && a.own_I == 1) sum -= sum;  // a softmax over i gives nothing to what all i share; a NaN stays
   if (thread_index() == 0) store(a.dlogits + block, from_acc<Parameter>(sum));
 }
@@ -164,6 +167,17 @@ struct SharedWeightGradient {
   A* dweight;     // [part, J or 1, O, D]
 };
 
+// Are all pairs of output capsule j of sample b forbidden, by their prior logits or, over inputs, by the mask?
+template <class X>
+CAPSROUTE_DEVICE bool forbidden(const Problem& p, int b, int j) {
+  if (!p.logits.data && !(p.over_inputs && p.mask.data)) return false;
+  for (int i = 0; CAPSROUTE_WITHIN(i, p.I); ++i) {
+    const bool live = takes_part(p, b, i);
+    if (live ? prior_logit<X>(p, b, i, j, live) != -infinity<Acc<X>>() : !p.over_inputs) return false;
+  }
+  return true;
+}
+
 template <class X>
 CAPSROUTE_DEVICE void shared_weight_gradient(const SharedWeightGradient<X>& a, char* memory) {
   using A = Acc<X>;
@@ -180,30 +194,35 @@ CAPSROUTE_DEVICE void shared_weight_gradient(const SharedWeightGradient<X>& a, c
   const int64_t per_part = divide_up(layout.tiles, a.parts), first = part * per_part;
   const int own_o = thread_index() / kSquare, own_d = thread_index() % kSquare;
 
-  A sum = 0;
+  LongSum<A> sum;
   auto add = [&](const A* outputs, const A* rows, int64_t tile, int64_t j) {
     for (int e = thread_index(); e < kSquare * kLanes; e += thread_count()) {
       const int f = e / kLanes, lane = e % kLanes;
       const int64_t o = (tile * p.J + j) * layout.out_padded + o0 + f,
                     d = (tile * p.J + j) * layout.row_padded + d0 + f;
-      left[f * kRow + lane] = o0 + f < p.O ? load(outputs + o * kLanes + lane) : A(0);
+      A x = o0 + f < p.O ? load(outputs + o * kLanes + lane) : A(0);
+      // What is not finite adds nothing where no pair is used; 0 times it would be NaN.
+      if (x - x != 0 && forbidden<X>(p, int(tile) * kLanes + lane, int(j))) x = 0;
+      left[f * kRow + lane] = x;
       right[f * kRow + lane] = d0 + f < p.D ? load(rows + d * kLanes + lane) : A(0);
     }
     CAPSROUTE_SYNC();
-    A of_tile = 0;  // added by itself: a long sum loses less
+    A of_tile = 0;
     for (int lane = 0; lane < kLanes; ++lane) of_tile += left[own_o * kRow + lane] * right[own_d * kRow + lane];
-    sum += of_tile;
+    sum.add(of_tile);
     CAPSROUTE_SYNC();
   };
   for (int64_t tile = first; CAPSROUTE_WITHIN(tile, minimum(first + per_part, layout.tiles)); ++tile)
-    for (int64_t k = 0; k < p.R; ++k)
-      for (int64_t j = one ? 0 : matrix; j <= (one ? p.J - 1 : matrix); ++j) {
-        add(a.states.ds + k * layout.out_state(p), a.sum_p + k * layout.row_state(p), tile, j);
-        if (k > 0 || p.query.data)
-          add(a.states.V + k * layout.out_state(p), a.sum_db + k * layout.row_state(p), tile, j);
+    for (int64_t j = one ? 0 : matrix; j <= (one ? p.J - 1 : matrix); ++j) {
+      CAPSROUTE_ROLL
+      for (int64_t term = 0; term < 2 * p.R; ++term) {
+        const int64_t k = term / 2, out = k * layout.out_state(p), row = k * layout.row_state(p);
+        if (term == 1 && !p.query.data) continue;
+        add((term % 2 ? a.states.V : a.states.ds) + out, (term % 2 ? a.sum_db : a.sum_p) + row, tile, j);
       }
+    }
   if (CAPSROUTE_WITHIN(o0 + own_o, p.O) && CAPSROUTE_WITHIN(d0 + own_d, p.D))
-    store(a.dweight + ((part * matrices + matrix) * p.O + o0 + own_o) * p.D + d0 + own_d, sum);
+    store(a.dweight + ((part * matrices + matrix) * p.O + o0 + own_o) * p.D + d0 + own_d, sum.total());
 }
 
 }  // namespace capsroute::cuda

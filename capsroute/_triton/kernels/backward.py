@@ -8,20 +8,22 @@ last to the second. Then one stream makes every gradient from
     dh_ij = sum over k of p^k_ij ds^k_j + db^k_ij V^(k-1)_j,    V^0 = 0.
 """
 
+# ruff: noqa: RUF005 - Triton's tuples grow by + alone
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from .forward import added, from_keys, to_keys
-from .stream import normalised, pairs, softmax_parts, squash_scale, tile, votes
+from .stream import normalised, pairs, softmax_parts, squash_root, squash_scale, tile, votes
 
 
 @triton.jit
 def squash_gradient(s, g, eps):
     """J_sq(s)^T g; this form is accurate to |s| = 1e18 in float32."""
     n2 = tl.sum(s * s, 2, keep_dims=True)
-    r = tl.sqrt(n2 + eps)
+    r = squash_root(n2, eps)
     f = n2 / (1 + n2) / r
     unit = s / r
     return f * g + (2 * r / (1 + n2) / (1 + n2) - f) * tl.sum(unit * g, 2, keep_dims=True) * unit
@@ -29,7 +31,7 @@ def squash_gradient(s, g, eps):
 
 @triton.jit(do_not_specialize=["B", "R"])
 def start(
-    grad, s, weight, bias, V, ds, queries, slopes, means, B, R, eps, strides,
+    grad, s, weight, bias, V, ds, queries, slopes, means, B, R, eps: tl.float64, strides,
     SQUASH: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """V^1 .. V^(R-1) from what was saved, and ds^R = J_sq(s^R)^T dv; for keys also W^T V and W^T ds.
@@ -85,7 +87,7 @@ def store_ds(ds_k, s_k, weight, bias, ds, slopes, means, b, j, o, k, B, strides,
 
 @triton.jit(do_not_specialize=["B", "k", "groups"])
 def between(
-    parts, s, weight, bias, dV, ds, slopes, means, k, B, groups, eps, strides,
+    parts, s, weight, bias, dV, ds, slopes, means, k, B, groups, eps: tl.float64, strides,
     FIRST: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """dV^k = dV^(k+1) + sum of the parts of the stream of pass k + 1, and ds^k = J_sq(s^k)^T dV^k, k from 0."""
@@ -114,7 +116,9 @@ def query_before(queries, k, n, at, inside, P: tl.constexpr):
     place = k * n + at
     if not GIVEN:
         place -= n
-    return tl.load(queries + place, mask=inside & (place >= 0), other=0)
+        # Both say k > 0; beside W_i this one leaves no registers spilled, elsewhere the other.
+        inside = inside & (tl.zeros([1, 1, 1], tl.int32) + k > 0 if P.pair else place >= 0)
+    return tl.load(queries + place, mask=inside, other=0)
 
 
 @triton.jit
@@ -251,26 +255,89 @@ def vote_gradient(h, prior, allowed, queries, slopes, tops, totals, means, row, 
                 factor = of_query(db, k, P)
             dh = tl.fma(tl.broadcast_to(factor, [IB, JB, XB]), tl.broadcast_to(V, [IB, JB, XB]), dh)
             dlogits += db
-    return tl.where(allowed, dh, 0.0), dlogits
+    if P.mask or P.logits:
+        dh = tl.where(allowed, dh, 0.0)
+    return dh, dlogits
+
+
+@triton.jit
+def read_weight(weight, i, j, x, d, I, P: tl.constexpr):
+    """W_i, a tensor [IB, held, JB, XB] for each `held` of the D features."""
+    HELD: tl.constexpr = P.held
+    J: tl.constexpr = P.J
+    X: tl.constexpr = P.X
+    D: tl.constexpr = P.D
+    W = ()
+    at = weight + i[:, :, :, None] * (D * J * X) + d * (J * X) + (j * X + x)[:, None, :, :]
+    inside = (i < I)[:, :, :, None] & ((j < J) & (x < X))[:, None, :, :]
+    for first in tl.static_range(0, D, HELD):
+        W = W + (tl.load(at + first * (J * X), mask=inside & (first + d < D), other=0).to(P.acc),)
+    return W
+
+
+@triton.jit
+def store_weight_gradient(dweight, dW, i, j, x, d, I, P: tl.constexpr):
+    """dW_i, likewise."""
+    HELD: tl.constexpr = P.held
+    J: tl.constexpr = P.J
+    X: tl.constexpr = P.X
+    D: tl.constexpr = P.D
+    to = dweight + tl.program_id(2) * (I.to(tl.int64) * (D * J * X))
+    to += i[:, :, :, None] * (D * J * X) + d * (J * X) + (j * X + x)[:, None, :, :]
+    inside = (i < I)[:, :, :, None] & ((j < J) & (x < X))[:, None, :, :]
+    for first in tl.static_range(0, D, HELD):
+        dW_d = dW[first // HELD].to(dweight.dtype.element_ty)
+        tl.store(to + first * (J * X), dW_d, mask=inside & (first + d < D))
+
+
+@triton.jit
+def votes_of_held(W, u, row, d, P: tl.constexpr):
+    """h_i = W_i u_i of a sample [IB, JB, XB], and u_i as [IB, held, 1, 1]. Where held is 1 it is added up as `votes`
+    does it: the logits have the bits that their maxima and sums were made of.
+    """
+    HELD: tl.constexpr = P.held
+    D: tl.constexpr = P.D
+    h, u_b = tl.zeros_like(W[0]), ()
+    for first in tl.static_range(0, D, HELD):
+        u_d = tl.load(u + first + d, mask=row[:, :, :, None] & (first + d < D), other=0).to(P.acc)
+        h = tl.fma(tl.broadcast_to(u_d, h.shape), W[first // HELD], h)
+        u_b = u_b + (u_d,)
+    return tl.sum(h, 1), u_b
 
 
 @triton.jit
 def store_input_gradient(du, dh, W, row, b, i, j, x, d, B, I, P: tl.constexpr):
     """du_i of a sample, of given votes dh itself."""
+    HELD: tl.constexpr = P.held
     D: tl.constexpr = P.D
     J: tl.constexpr = P.J
     X: tl.constexpr = P.X
     if P.pair:
-        du_b = tl.sum(tl.sum(W * dh[:, None, :, :], 3, keep_dims=True), 2, keep_dims=True)
-        du_b = tl.where(row[:, :, :, None], du_b, 0.0)  # W may hold what is not finite
         to = du + ((tl.program_id(1) * B.to(tl.int64) + b) * I + i)[:, :, :, None] * D + d
-        tl.store(to, du_b.to(du.dtype.element_ty), mask=(i < I)[:, :, :, None] & (d < D))
+        for first in tl.static_range(0, D, HELD):
+            W_d = W[first // HELD]
+            du_d = tl.sum(tl.sum(W_d * dh[:, None, :, :], 3, keep_dims=True), 2, keep_dims=True)
+            if P.mask:  # W may hold what is not finite
+                du_d = tl.where(row[:, :, :, None], du_d, 0.0)
+            tl.store(to + first, du_d.to(du.dtype.element_ty), mask=(i < I)[:, :, :, None] & (first + d < D))
     elif P.keys:
         to = du + ((tl.program_id(1) * B.to(tl.int64) + b) * I + i) * X + x
         tl.store(to, tl.sum(dh, 1, keep_dims=True).to(du.dtype.element_ty), mask=(i < I) & (x < X))
     else:
         to = du + ((b * I.to(tl.int64) + i) * J + j) * X + x
         tl.store(to, dh.to(du.dtype.element_ty), mask=(i < I) & (j < J) & (x < X))
+
+
+@triton.jit
+def add_weight_gradient(dW, u_b, dh, P: tl.constexpr):
+    """dW_i + dh_i u_i^T."""
+    HELD: tl.constexpr = P.held
+    D: tl.constexpr = P.D
+    added = ()
+    for n in tl.static_range((D + HELD - 1) // HELD):
+        to = dW[n]
+        added = added + (tl.fma(tl.broadcast_to(u_b[n], to.shape), tl.broadcast_to(dh[:, None, :, :], to.shape), to),)
+    return added
 
 
 @triton.jit
@@ -306,26 +373,24 @@ def gradients(
     dW_ij = sum over b of dh_ij u_i^T, in parts [shares, I, D, J, O].
     dlogits by P.need_logits, the dimensions that the logits have: "bi" [B, I, J]; "b" parts [tiles of i, B, J]; "i"
     parts [shares, I, J]; "j" parts [shares, tiles of i, J].
-    The tile has i where the other streams have samples: [IB, JB, XB], for W and dW [IB, DB, JB, XB].
+    The tile has i where the other streams have samples: [IB, JB, XB], for W and dW see `read_weight`.
     """
     ACC: tl.constexpr = P.acc
     IB: tl.constexpr = P.TB
     JB: tl.constexpr = P.JB
     XB: tl.constexpr = P.XB
-    DB: tl.constexpr = P.DB
-    J: tl.constexpr = P.J
-    X: tl.constexpr = P.X
+    HELD: tl.constexpr = P.held
     D: tl.constexpr = P.D
-    i = (tl.program_id(0).to(tl.int64) * IB + tl.arange(0, IB))[:, None, None]
+    first = tl.program_id(0).to(I.dtype if P.pair else tl.int64)  # W_i leaves few registers; tiles end at 2^31 too
+    i = (first * IB + tl.arange(0, IB)).to(tl.int64)[:, None, None]
     j = (tl.program_id(1) * JB + tl.arange(0, JB))[None, :, None]
     x = tl.arange(0, XB)[None, None, :]
-    d = tl.arange(0, DB)[None, :, None, None]
-    of_i = i[:, :, :, None] * (D * J * X)
-    inner = d * (J * X) + (j * X + x)[:, None, :, :]
+    d = tl.arange(0, HELD)[None, :, None, None]
+    W, dW = (), ()
     if P.pair:
-        in_weight = (i < I)[:, :, :, None] & (d < D) & ((j < J) & (x < X))[:, None, :, :]
-        W = tl.load(weight + of_i + inner, mask=in_weight, other=0).to(ACC)
-        dW = tl.zeros([IB, DB, JB, XB], ACC)
+        W = read_weight(weight, i, j, x, d, I, P)
+        for _ in tl.static_range(0, D, HELD):
+            dW = dW + (tl.zeros([IB, HELD, JB, XB], ACC),)
     of_share = tl.zeros([IB, JB, 1], ACC)
     begin = tl.program_id(2).to(tl.int64) * share
     for sample in range(begin, tl.minimum(begin + share, B)):
@@ -333,35 +398,30 @@ def gradients(
         row, allowed, prior = pairs(logits, mask, i < I, b, i, j, strides, P)
         h = tl.zeros([IB, JB, XB], ACC)
         if P.pair:
-            at = u + (b * strides[5] + i * strides[6])[:, :, :, None] + d
-            u_b = tl.load(at, mask=row[:, :, :, None] & (d < D), other=0).to(ACC)  # [IB, DB, 1, 1]
-            h = tl.sum(W * u_b, 1)
+            h, u_b = votes_of_held(W, u + (b * strides[5] + i * strides[6])[:, :, :, None], row, d, P)
             if P.logits:
                 h = tl.where(allowed, h, 0.0)
         elif P.moves:
             h = votes(u, weight, b, i, j, x, row, allowed, strides, P)
         dh, db = vote_gradient(h, prior, allowed, queries, slopes, tops, totals, means, i < I, b, i, j, x, R, B, I, P)
-        if P.need_u:
-            store_input_gradient(du, dh, W if P.pair else None, row, b, i, j, x, d, B, I, P)
         if P.pair:  # noqa: SIM102 - dW exists only there
             if P.need_weight:
-                dW = tl.fma(
-                    tl.broadcast_to(u_b, [IB, DB, JB, XB]), tl.broadcast_to(dh[:, None, :, :], [IB, DB, JB, XB]), dW
-                )
+                dW = add_weight_gradient(dW, u_b, dh, P)
+        if P.need_u:
+            store_input_gradient(du, dh, W, row, b, i, j, x, d, B, I, P)
         if P.need_logits == "bi" or P.need_logits == "b":
             store_logit_gradient(dlogits, db, b, i, j, B, I, P)
         else:
             of_share += db
     if P.pair:  # noqa: SIM102 - dW exists only there
         if P.need_weight:
-            to = dweight + tl.program_id(2) * (I.to(tl.int64) * (D * J * X)) + of_i + inner
-            tl.store(to, dW.to(dweight.dtype.element_ty), mask=in_weight)
+            store_weight_gradient(dweight, dW, i, j, x, d, I, P)
     store_logit_sum(dlogits, of_share, i, j, I, P)
 
 
 @triton.jit(do_not_specialize=["N", "share"])
-def outer(x, y, out, N, share, P: tl.constexpr):
-    """out [shares, J, O, D]: sum over n of x[n, j, o] y[n, j, d]; shares of the N rows."""
+def outer(x, y, takes_part, out, N, share, P: tl.constexpr):
+    """out [shares, J, O, D]: sum over n of x[n, j, o] y[n, j, d], of rows n, j that take part; shares of the N rows."""
     ACC: tl.constexpr = P.acc
     OB: tl.constexpr = P.OB
     DB: tl.constexpr = P.DB
@@ -377,6 +437,8 @@ def outer(x, y, out, N, share, P: tl.constexpr):
     for n in range(begin, tl.minimum(begin + share, N)):
         x_n = tl.load(x + (n * J + j) * O + o, mask=o < O, other=0)
         y_n = tl.load(y + (n * J + j) * D + d, mask=d < D, other=0)
+        if takes_part is not None:
+            x_n = tl.where(tl.load(takes_part + n * J + j) != 0, x_n, 0.0)
         total = tl.fma(tl.broadcast_to(x_n, [OB, DB]), tl.broadcast_to(y_n, [OB, DB]), total)
     to = out + ((tl.program_id(2).to(tl.int64) * J + j) * O + o) * D + d
     tl.store(to, total, mask=(o < O) & (d < D))

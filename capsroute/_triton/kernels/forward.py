@@ -65,8 +65,8 @@ def stream(
 
 @triton.jit(do_not_specialize=["B", "I", "R", "unsaved"])
 def route(
-    u, weight, bias, logits, mask, v, s, tops, totals, left, coupling, turned, B, I, R, unsaved, eps,
-    strides, weight_strides, SAVE: tl.constexpr, P: tl.constexpr,
+    u, weight, bias, logits, mask, v, s, tops, totals, left, coupling, turned, B, I, R, unsaved,
+    eps: tl.float64, strides, weight_strides, SAVE: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """All passes of a tile of samples, where one group holds every input capsule and one tile every j.
 
@@ -293,7 +293,7 @@ def to_keys(V, weight, out, b, j, o, B, strides, P: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B", "groups"])
 def finish(
-    parts, online, weight, bias, V, s, v, tops, totals, query, B, groups, eps, strides,
+    parts, online, weight, bias, V, s, v, tops, totals, query, B, groups, eps: tl.float64, strides,
     SQUASH: tl.constexpr, LAST: tl.constexpr, SAVE: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Between two passes: s from its parts, v = squash(s), V += v, and, for keys, the next query W_j^T V_j.

@@ -43,6 +43,7 @@ class Static:
     query: bool = True
     means: bool = False  # rows hold T as well
     width: int = 256  # of a tile of rows
+    held: int = 0  # features of u of which W_i is held in one tensor: 1 adds them up as `votes` does
     need_u: bool = False
     need_weight: bool = False
     need_logits: str = ""  # the dimensions of b, i that the logits have, "j" if none
@@ -149,6 +150,12 @@ def normalised(a, allowed, m, total):
 
 
 @triton.jit
+def squash_root(n2, eps):
+    """sqrt(n2 + eps), of an eps that a kernel takes in float64: a number of Python would be float32."""
+    return tl.sqrt(n2 + tl.full([1, 1, 1], eps, n2.dtype))
+
+
+@triton.jit
 def squash_scale(n2, eps):
     """v = squash_scale(|s|^2) s."""
-    return n2 / (1 + n2) / tl.sqrt(n2 + eps)
+    return n2 / (1 + n2) / squash_root(n2, eps)

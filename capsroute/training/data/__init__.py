@@ -36,8 +36,10 @@ def load(data_dir: str | Path | None = None, image_size: int | None = None) -> D
         image_size: for folders of images: the height and width to resize to.
 
     Raises:
-        DataError: if it holds none of these, or one that is broken.
+        DataError: if it holds none of these, or one that is broken; if the size is none.
     """
+    if image_size is not None and (type(image_size) is not int or image_size < 1):
+        raise DataError(f"image_size must be a whole number of at least 1, got {image_size!r}")
     if data_dir is None:
         return _of_one_size("the digits", digits(), image_size)
     data_dir = Path(data_dir)
@@ -64,6 +66,7 @@ def _of_one_size(what: object, dataset: Dataset, image_size: int | None) -> Data
     own = dataset.image_shape[1:]
     if image_size and own != (image_size, image_size):
         raise DataError(
-            f"--image-size resizes images of folders only, but {what} are {own[0]} x {own[1]}, got {image_size}"
+            f"image_size (--image-size) resizes images of folders only, but {what} are {own[0]} x {own[1]}, "
+            f"got {image_size}"
         )
     return dataset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,11 +116,15 @@ def hold_out(split: Split, fraction: float) -> tuple[Split, Split]:
     Raises:
         DataError: if there are too few images to take the same share of every class.
     """
+    every = torch.arange(len(split), device=split.labels.device)
     try:
-        every = torch.arange(len(split), device=split.labels.device)
         kept, held = optional("sklearn.model_selection").train_test_split(
             every, test_size=fraction, stratify=split.labels, random_state=0
         )
     except ValueError as error:
-        raise DataError(f"{fraction:g} of {len(split)} images cannot be held out, stratified: {error}") from error
+        counts, held = split.labels.unique(return_counts=True)[1], math.ceil(fraction * len(split))
+        raise DataError(
+            f"{fraction:g} of {len(split)} images cannot be held out: each of {len(counts)} classes must have one on "
+            f"either side, but the smallest has {counts.min()}, {held} would be held out and {len(split) - held} kept"
+        ) from error
     return split[kept], split[held]

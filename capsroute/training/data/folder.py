@@ -30,9 +30,13 @@ def image_folder(data_dir: Path, image_size: int | None = None) -> Dataset:
         DataError: if there are no images, an image cannot be read, or sizes or classes differ.
     """
     train_dir = data_dir / "train"
-    judging = [data_dir / name for name in ("test", *VALIDATION_FOLDERS) if (data_dir / name).is_dir()]
+    validation = [name for name in VALIDATION_FOLDERS if (data_dir / name).is_dir()]
+    if len(validation) > 1:
+        raise DataError(f"{data_dir} must have one folder for validation, got {', '.join(validation)}")
+    judging = [data_dir / name for name in ("test", *validation) if (data_dir / name).is_dir()]
     if train_dir.is_dir() != bool(judging):
-        raise DataError(f"{data_dir} must have both of the folders train and test, or neither, got one")
+        alone = judging[0].name if judging else "train"
+        raise DataError(f"{data_dir} must have both of the folders train and test, got {alone} alone")
     name = f"images:{data_dir.resolve().name}"
     if not judging:
         class_names, files = _list(data_dir)
@@ -40,7 +44,7 @@ def image_folder(data_dir: Path, image_size: int | None = None) -> Dataset:
         return make_dataset(name, *hold_out(whole, 0.2), class_names)
     class_names, train = _list(train_dir)
     folders = [train]
-    for folder in judging[:2]:
+    for folder in judging:
         names, files = _list(folder)
         if class_names != names:
             odd = sorted(set(class_names) ^ set(names))
@@ -62,11 +66,12 @@ def _list(folder: Path) -> tuple[list[str], dict[Path, int]]:
         for path in sorted((folder / name).iterdir())
         if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
     }
-    found = set(files.values())
-    empty = [name for label, name in enumerate(class_names) if label not in found]
-    if not files or empty:
-        kinds = ", ".join(sorted(SUFFIXES))
-        raise DataError(f"{folder / empty[0] if empty else folder} holds no images ({kinds}) in folders, one a class")
+    kinds, found = ", ".join(sorted(SUFFIXES)), set(files.values())
+    for label, name in enumerate(class_names):
+        if label not in found:
+            raise DataError(f"{folder / name}, the folder of a class, holds no images ({kinds})")
+    if len(class_names) < 2:
+        raise DataError(f"{folder} must hold a folder of images for each class, got {' '.join(class_names) or 'none'}")
     return class_names, files
 
 
@@ -95,7 +100,8 @@ def _read(paths: list[Path], image_size: int | None) -> Tensor:
         opened.append(image.resize((image_size, image_size)) if image_size else image)
         if opened[-1].size != opened[0].size:
             (w, h), (w0, h0) = opened[-1].size, opened[0].size
-            raise DataError(f"{path} has {h} x {w} pixels, {paths[0]} {h0} x {w0}: pass --image-size N to resize them")
+            wanted = "give image_size (--image-size) to resize them"
+            raise DataError(f"{path} has {h} x {w} pixels, {paths[0]} {h0} x {w0}: {wanted}")
     mode = "L" if all(image.mode == "L" for image in opened) else "RGB"
     pixels = torch.stack([torch.from_numpy(numpy.array(image.convert(mode))) for image in opened])
     return pixels.unsqueeze(1) if mode == "L" else pixels.permute(0, 3, 1, 2).contiguous()
