@@ -143,10 +143,14 @@ def _run_recorded(op, keyset, arguments):
         return _run_below(op, keyset, arguments)
 
 
-class _Recorded(torch.autograd.function._SingleLevelFunction):  # Function looks for torch.func once more
-    """An op that autograd records: `apply(op, keyset, *arguments)`, with no keyset from eager code."""
+class _Recorded(torch.autograd.function._SingleLevelFunction):
+    """An op that autograd records: `apply(op, keyset, *arguments)`, with no keyset from eager code.
 
-    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+    The dispatcher has peeled off the levels of torch.func by then: Function would look for them once more, and from
+    torch 2.15 on refuse them.
+    """
+
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)  # only Function has one
 
 
 class _Route(_Recorded):

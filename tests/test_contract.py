@@ -287,8 +287,8 @@ def test_gradients_of_long_votes(backend, coupling, form, length, features, logi
     More features than a vector or a slice has are added in parts, and the prior logits with them: in each stream in the
     same order. Where Triton's kernels do not, docs/gpu.md says.
     """
-    otherwise = form == "jod" or (form == "ijod" and features == 36)
-    if backend == "triton" and coupling == "in" and otherwise:
+    in_another_order = form == "jod" or (form == "ijod" and features == 36)
+    if backend == "triton" and coupling == "in" and in_another_order:
         length = 1
     sizes = (2, 5, features // 2, 4, features)
     problem = random_problem(sizes, form=form, coupling=coupling, logits=logits, dtype=torch.float32)

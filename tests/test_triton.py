@@ -223,6 +223,13 @@ def test_scratch_is_a_small_part_of_the_votes(name):
     assert used <= 4 * (case.votes / 8 + state + weight)
 
 
+def without_the_interpreter(*arguments: str) -> subprocess.CompletedProcess:
+    """Python in a process of its own: Triton is imported with its interpreter, or without."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
 # Whom it serves
 
 
@@ -235,10 +242,7 @@ def test_cpu_tensors_are_refused_outside_of_the_interpreter():
         "assert 'triton' not in sys.modules\n"
         "capsroute.capsule_linear(u, torch.ones(5, 6, 4, 3), backend='triton')\n"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
-    )
+    result = without_the_interpreter("-c", program)
     assert result.returncode == 1
     error = result.stderr.splitlines()[-1]
     assert error.startswith('RuntimeError: backend="triton" cannot serve this call: the input capsules are on the CPU')
@@ -278,10 +282,8 @@ def test_gpus_of_other_makers_are_refused():
 
 
 def test_kernels_compile_for_gpus_that_are_not_here():
-    """A part of what `make gpu-proof` compiles. In a process of its own: here the interpreter is."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "capsroute._triton.aot", "--quick", "--target", "sm_90", "gfx942"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    """A part of what `make gpu-proof` compiles."""
+    result = without_the_interpreter("-m", "capsroute._triton.aot", "--quick", "--target", "sm_90", "gfx942")
     assert result.returncode == 0, result.stderr
     assert "backward.gradients" in result.stdout
 
@@ -297,10 +299,7 @@ def test_eps_is_compiled_as_a_float64():
         "x = found['forward.finish']\n"
         "print(x.kernel.warmup(*x.args, grid=x.grid, **x.options).asm['ptx'])\n"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
-    )
+    result = without_the_interpreter("-c", program)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count(".param .f64") == 1
     assert ".param .f32" not in result.stdout

@@ -95,8 +95,8 @@ class CapsuleConv(nn.Module):
             raise ValueError(
                 f"x must be [B, H, W, C, D] with C = {self.in_types} and D = {self.in_features}, got {list(x.shape)}"
             )
-        cast = _autocast.cast(x, self.weight)
-        if cast[0].dtype != cast[1].dtype:
+        dtypes = {x.dtype, self.weight.dtype}
+        if len(dtypes) > 1 and (torch.float64 in dtypes or not _autocast.is_on(x)):  # autocast leaves float64 alone
             raise TypeError(f"x must have the dtype of the weight, {self.weight.dtype}, got {x.dtype}")
         if mask is None:
             return None
