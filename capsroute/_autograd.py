@@ -238,22 +238,13 @@ _FUNCTIONS = {
 }
 
 
-def _in_logical_order(weight):
-    """A weight's gradient from the kernels' memory order [I, D, J, O] to [I, J, O, D]."""
-    return weight.permute(0, 2, 3, 1) if weight.dim() == 4 else weight
-
-
 def _where(needs, grads) -> list[Tensor | None]:
-    u, weight, third, logits = grads
-    grads = u, _in_logical_order(weight), third, logits
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
 def _second_derivatives(operator, ctx, cotangents):
     """They are rare: differentiate the reference twice."""
     grad, *tensors, mask = ctx.saved_tensors
-    u, weight, third, logits = cotangents
-    cotangents = u, _in_logical_order(weight), third, logits
     given = [k for k, x in enumerate(tensors) if x is not None]
     needed = [k for k in given if ctx.needs[k]]
 

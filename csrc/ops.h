@@ -6,6 +6,7 @@
 //   static Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype);
 //   static void forward(const Problem&, const Forward&, const Tensor& u);
 //   static void backward(const Problem&, const Backward&, const Tensor& u);
+//   static constexpr bool kFeaturesLast;  // whether its backward knows Backward::features_last
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -190,14 +191,18 @@ std::tuple<Tensor, Tensor, Tensor> routing_pass(const Tensor& u, const Optional&
 // The gradients that a backward returns: of u, the weight, the bias or query, and the logits.
 template <class Tier>
 struct Gradients {
+  bool in_order, features_last;  // dW of each pair is wanted as torch allocates [I, J, O, D], and the tier writes it so
   Tensor u, weight, third, logits;
 
   Gradients(const Problem& p, const Tensor& like_u, const Optional& like_weight, const Optional& like_third,
             const Optional& like_logits, bool need_u, bool need_weight, bool need_third, bool need_logits)
-      : u(output(need_u, like_u, shape_of(like_u), like_u)),
-        weight(output(need_weight, like_weight,
-                      p.form == Weight::pair ? std::vector<int64_t>{p.I, p.D, p.J, p.O} : shape_of(like_weight),
-                      like_u)),
+      : in_order(p.form != Weight::pair || like_weight->is_contiguous()),
+        features_last(in_order && Tier::kFeaturesLast),
+        u(output(need_u, like_u, shape_of(like_u), like_u)),
+        weight(output(
+            need_weight, like_weight,
+            p.form != Weight::pair || features_last ? shape_of(like_weight) : std::vector<int64_t>{p.I, p.D, p.J, p.O},
+            like_u)),
         third(output(need_third, like_third, shape_of(like_third), like_u)),
         logits(output(need_logits, like_logits, shape_of(like_logits), like_u)) {}
 
@@ -216,13 +221,26 @@ struct Gradients {
     out.s = s.const_data_ptr(), out.norm = norm.const_data_ptr();
     if (like_logits) out.logits_B = like_logits->size(0), out.logits_I = like_logits->size(1);
     out.u = pointer(u), out.weight = pointer(weight), out.logits = pointer(logits);
+    out.features_last = features_last;
     out.*member = pointer(third);
     Tier::backward(p, out, like);
   }
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor> all() const { return {u, weight, third, logits}; }
+  std::tuple<Tensor, Tensor, Tensor, Tensor> all(const Problem& p) const {
+    const bool permuted = p.form == Weight::pair && !features_last && weight.dim() == 4;
+    return {u, permuted ? in_logical_order(p) : weight, third, logits};
+  }
 
  private:
+  // dW from the kernels' order [I, D, J, O] to [I, J, O, D]: a view, or a copy for a weight that is contiguous, as
+  // autograd would copy it for such a parameter.
+  Tensor in_logical_order(const Problem& p) const {
+    const int64_t sizes[] = {p.I, p.J, p.O, p.D}, strides[] = {p.D * p.J * p.O, p.O, 1, p.J * p.O};
+    AtenTensorHandle view = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(weight.get(), 4, sizes, strides, 0, &view));
+    return in_order ? torch::stable::contiguous(Tensor(view)) : Tensor(view);
+  }
+
   static Tensor output(bool need, const Optional& like, const std::vector<int64_t>& shape, const Tensor& u) {
     return need && like ? Tier::empty(u, shape, like->scalar_type()) : Tier::empty(u, {0}, u.scalar_type());
   }
@@ -244,7 +262,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_backward(const Tensor& grad_v, 
                   "capsroute: votes must be what the forward saved");
   out.votes = pointer(votes), out.room = bytes(votes);
   gradients.compute(p, out, &Backward::bias, s, norm, u, logits);
-  return gradients.all();
+  return gradients.all(p);
 }
 
 template <class Tier>
@@ -260,7 +278,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> routing_pass_backward(const Tensor& g
   Backward out{};
   out.grad_s = float_array(grad_s);
   gradients.compute(p, out, &Backward::query, s, norm, u, logits);
-  return gradients.all();
+  return gradients.all(p);
 }
 
 // Registers the four ops for a tier, in the body of STABLE_TORCH_LIBRARY_IMPL.

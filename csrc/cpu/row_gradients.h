@@ -41,17 +41,20 @@ class RowGradients {
     const int64_t parts = minimum(parallel.threads, maximum(1, divide_up(p_.I, share_)));
     wants_weight_ = out_.weight && p_.form == Weight::pair;
     const int64_t numbers = p_.I * p_.D * layout_.sums();
-    in_groups_ = wants_weight_ && p_.B > group();
-    const bool is_long = in_groups_ && numbers * int64_t(sizeof(double)) <= kLongSumBytes;
     // A whole batch in one write: nothing of dW is needed again.
     const bool once = p_.B <= sub_batch_, aligned = uintptr_t(out_.weight) % CAPSROUTE_VECTOR_BYTES == 0;
-    in_place_ = layout_.O == p_.O && (sizeof(X) == sizeof(A) || once) && !is_long;
+    const bool fits = layout_.O == p_.O && (sizeof(X) == sizeof(A) || once);
+    const bool is_long = p_.B > group() && numbers * int64_t(sizeof(double)) <= kLongSumBytes;
+    at_once_ = wants_weight_ && !(fits && !out_.features_last) && p_.B <= minimum(group(), plan.chunk);
+    in_groups_ = wants_weight_ && (at_once_ || p_.B > group());
+    in_place_ = wants_weight_ && fits && !is_long && !at_once_;
     if (is_long)
-      long_dW_ = carver.take<double>(numbers);
-    else if (wants_weight_ && !in_place_)
+      long_dW_ = wants_weight_ ? carver.take<double>(numbers) : nullptr;
+    else if (wants_weight_ && !in_place_ && !at_once_)
       dW_ = carver.take<A>(numbers);
     // The system zeroes pages as it gives them: new memory is in a cache then, and stores past it only lose.
     if (in_place_ && aligned && once && !out_.ask_for_pages) first_write_ = Write::set_past;
+    past_ = at_once_ && aligned && !out_.ask_for_pages && p_.D * p_.J * p_.O % W<A> == 0;
     if (plan.logits_by_row && out_.logits_B < p_.B) dlogits_ = carver.take<double>(layout_.blocks * layout_.lanes());
     scratch_ = take_shares(carver, parts, [this](Carver& own) { carve_scratch(own); });
   }
@@ -86,6 +89,9 @@ class RowGradients {
     A* inputs;                           // [sub_batch][lanes][D]
     A* du;                               // [sub_batch][lanes][D]
     A* dW;                               // [lanes][D, J, F], of a group of samples
+    X* weight;                           // [lanes][D, J, F], where W is brought into order as it is read
+    X* narrowed;                         // dW_i [D, J, O], before it is put into another order, and
+    X* ordered;                          // [J, O, D]
     A* dlogits;                          // [J, W]
   };
 
@@ -100,16 +106,20 @@ class RowGradients {
     s.inputs = carver.take<A>(sub_batch_ * lanes_ * p_.D);
     s.du = carver.take<A>(sub_batch_ * lanes_ * p_.D);
     s.dW = carver.take<A>(in_groups_ ? lanes_ * p_.D * layout_.sums() : 0);
+    s.weight = carver.take<X>(reorders_weight() ? lanes_ * p_.D * layout_.sums() : 0);
+    s.narrowed = carver.take<X>(wants_weight_ && out_.features_last ? p_.D * p_.J * p_.O : 0);
+    s.ordered = carver.take<X>(wants_weight_ && out_.features_last ? p_.D * p_.J * p_.O : 0);
     s.dlogits = carver.take<A>(layout_.lanes());
     return s;
   }
 
   int64_t group() const { return kSummedSubBatches * sub_batch_; }
+  bool reorders_weight() const { return out_.u && logits_.stream().weights.as_read; }
 
   // The first share of a block handles the whole block's logits.
   void share_gradients(int64_t first, int64_t count, const Lanes& share, bool rows, const Scratch& scratch) {
     const int64_t i0 = share.i0, end = share.begin + share.count;
-    if (wants_weight_ && in_place_ && first == 0) ask_for_weight(share);
+    if ((in_place_ || at_once_) && first == 0) ask_for_weight(share);
     if (dlogits_ && first == 0 && share.begin == 0) set_zero(dlogits_ + i0 * p_.J, layout_.lanes());
     const bool differ = logits_.stream().rows.lanes_differ() || p_.over_inputs;  // else those of one serve all samples
     Block<A> blocks[kLongSubBatch];
@@ -131,10 +141,12 @@ class RowGradients {
         }
         if (l == 0 && plan_.logits_by_row) logit_gradients(first, m, samples, i0, scratch);
         if (!rows) continue;
+        for (int64_t k = 0; m == 0 && reorders_weight() && k < some.count; ++k)
+          logits_.stream().weights.of(i0 + l + k, scratch.weight + k * p_.D * layout_.sums());
         if (wants_weight_) logits_.stream().rows.inputs(first + m, samples, i0 + l, some.count, scratch.inputs);
         row_gradients(first, m, samples, some, blocks, scratch);
         if (in_groups_ && (m + samples == count || (m + samples) % group() == 0))
-          join_group(some, first == 0 && m < group(), scratch.dW);
+          at_once_ ? write_weight(some, scratch.dW, scratch) : join_group(some, first == 0 && m < group(), scratch.dW);
         if (out_.u && p_.form == Weight::pair)
           for (int64_t n = 0; n < samples; ++n) {
             for (int64_t k = 0; p_.mask.data && k < some.count; ++k)  // exactly 0, also where W is not finite
@@ -143,8 +155,8 @@ class RowGradients {
                    scratch.du + n * some.count * p_.D, some.count * p_.D);
           }
       }
-    if (first + count == p_.B) finish(share);
-    if (first_write_ == Write::set_past) finish_stores();
+    if (first + count == p_.B) finish(share, scratch);
+    if (first_write_ == Write::set_past || past_) finish_stores();
   }
 
   A* pairs(int64_t m, int64_t n, int64_t i0, const Scratch& scratch) const {
@@ -277,7 +289,8 @@ class RowGradients {
     const A* from[kLongSubBatch];
     A* to[kLongSubBatch];
     for (int64_t n = 0; n < samples; ++n) from[n] = dh + n * sums, to[n] = scratch.du + (n * lanes.count + l) * D;
-    apply_transposed(logits_.stream().weights.pair + i * D * sums, sums, from, sums, to, D, samples);
+    const X* weight = reorders_weight() ? scratch.weight + l * D * sums : logits_.stream().weights.in_order(i);
+    apply_transposed(weight, sums, from, sums, to, D, samples);
   }
 
   // dW_i += what a group of samples gave, for some input capsules.
@@ -324,16 +337,36 @@ class RowGradients {
   }
 
   // After the last chunk: sums over the batch, to their own dtype and shape.
-  void finish(const Lanes& share) const {
-    const int64_t start = share.i0 + share.begin;
+  void finish(const Lanes& share, const Scratch& scratch) const {
     auto write = [&](const auto* dW) {
-      ask_for_weight(share);
-      for (int64_t row = start * p_.D * p_.J; row < (start + share.count) * p_.D * p_.J; ++row)
-        narrow(static_cast<X*>(out_.weight) + row * p_.O, dW + row * layout_.O, p_.O);
+      if (!in_place_) ask_for_weight(share);
+      write_weight(share, dW + (share.i0 + share.begin) * p_.D * layout_.sums(), scratch);
     };
     if (dW_) write(dW_);
     if (long_dW_) write(long_dW_);
+    if constexpr (std::is_same_v<X, A>)
+      if (in_place_ && out_.features_last) write(static_cast<const A*>(out_.weight));
     if (dlogits_ && share.begin == 0) write_logits(dlogits_ + share.i0 * p_.J, share.i0, share.i0);
+  }
+
+  // dW of some input capsules, [D, J, F], to its dtype, shape and order: it may lie where it goes.
+  template <class T>
+  void write_weight(const Lanes& lanes, const T* dW, const Scratch& scratch) const {
+    const int64_t each = p_.D * p_.J * p_.O;
+    X* to = static_cast<X*>(out_.weight) + (lanes.i0 + lanes.begin) * each;
+    for (int64_t l = 0; l < lanes.count; ++l, to += each, dW += p_.D * layout_.sums()) {
+      X* own = out_.features_last ? scratch.narrowed : to;
+      for (int64_t row = 0; row < p_.D * p_.J; ++row) narrow(own + row * p_.O, dW + row * layout_.O, p_.O);
+      if (!out_.features_last) continue;
+      if constexpr (std::is_same_v<X, A>) {
+        if (past_) {
+          transpose_rows(own, p_.J * p_.O, p_.D, p_.J * p_.O, scratch.ordered, p_.D);
+          for (int64_t k = 0; k < each; k += W<A>) store_past(to + k, load(scratch.ordered + k));
+          continue;
+        }
+      }
+      transpose_rows(own, p_.J * p_.O, p_.D, p_.J * p_.O, to, p_.D);
+    }
   }
 
   const BackwardPlan<X>& plan_;
@@ -346,9 +379,11 @@ class RowGradients {
   int64_t share_;              // of a block that one thread takes: all where its pairs are corrected in place
   bool wants_weight_, in_place_;
   bool in_groups_;             // of samples, whose dW are summed apart
-  A* dW_ = nullptr;            // [I, D, J, O], where it is not made in place
+  bool at_once_;               // there is one such group, and its dW is written to where it goes, in order
+  A* dW_ = nullptr;            // [I, D, J, O], where it is made neither in place nor at once
   double* long_dW_ = nullptr;  // [I, D, J, O], of many groups
   Write first_write_ = Write::set;
+  bool past_;
   double* dlogits_ = nullptr;  // [block][J, W], summed over the batch
   Shares scratch_;
 };

@@ -57,8 +57,10 @@ class Rows {
     Term<X>* terms;  // of these, where they are pairs
     A* staged;
     A* prior;
-    static Scratch carve(const Layout<X>& layout, Carver& carver) {
+    X* weight;  // W_i, where it is brought into order as it is read
+    static Scratch carve(const Layout<X>& layout, const Weights<X>& weights, Carver& carver) {
       Scratch s;
+      s.weight = weights.as_read ? carver.take<X>(weights.size()) : nullptr;
       s.inputs = carver.take<A>(kSamples * W<A> * maximum(layout.p.D, 1));
       s.terms = kTerm<X> > 1 ? carver.take<Term<X>>(kSamples * W<A> * divide_up(layout.p.D, kTerm<X>)) : nullptr;
       const bool may_spread = layout.shared && layout.p.logits.data;
@@ -75,17 +77,19 @@ class Rows {
     Term<X>* by_lane;  // [2][W, terms][W samples]
     Term<X>* weight;   // [W or kGroup, terms, J, F], or null where there are such terms of the whole weight
     bool by_group;     // those of a group are made at once
+    X* ordered;        // W_i, where terms are made of it and it is brought into order as it is read
     A* votes;          // [run][J, F][W samples]
     A* prior;          // [J][W samples]
     A* dots[2];        // [J][W samples]
-    static SampleScratch carve(const Layout<X>& layout, bool whole, int64_t run, Carver& carver) {
+    static SampleScratch carve(const Layout<X>& layout, const Weights<X>& weights, int64_t run, Carver& carver) {
       SampleScratch s;
       s.inputs = carver.take<A>(W<A> * W<A> * layout.p.D);
       s.numbers = kTerm<X> > 1 ? carver.take<A>(W<A> * W<A> * layout.p.D) : nullptr;
       const int64_t terms = divide_up(layout.p.D, kTerm<X>), weight = terms * layout.sums();
       s.by_lane = carver.take<Term<X>>(2 * W<A> * W<A> * terms);
       s.by_group = kGroup * weight * int64_t(sizeof(Term<X>)) <= kGroupWeight;
-      s.weight = whole ? nullptr : carver.take<Term<X>>((s.by_group ? kGroup : W<A>)*weight);
+      s.weight = weights.whole ? nullptr : carver.take<Term<X>>((s.by_group ? kGroup : W<A>)*weight);
+      s.ordered = weights.as_read && !std::is_same_v<X, A> ? carver.take<X>(weights.size()) : nullptr;
       s.votes = carver.take<A>(run * layout.sums() * W<A>);
       s.prior = carver.take<A>(layout.lanes());
       for (A*& dots : s.dots) dots = carver.take<A>(layout.lanes());
@@ -122,7 +126,7 @@ class Rows {
       A* to[kSamples];
       for (int64_t n = 0; n < samples; ++n)
         x[n] = u + (n * count + l) * terms(), to[n] = staged + n * layout_.block_size() + l * layout_.row;
-      const X* weight = weights_.pair + (i0 + l) * D * votes;
+      const X* weight = weights_.of(i0 + l, scratch.weight);
       apply(weight, votes, x, D, to, votes, samples);
       if (!total) continue;
       for (int64_t n = 0; n < samples; ++n) to[n] = total + n * votes;
@@ -134,12 +138,12 @@ class Rows {
   void sum_votes(int64_t b, int64_t samples, int64_t i0, A* y, const Scratch& scratch) const {
     const int64_t count = minimum(W<A>, p_.I - i0), votes = layout_.sums();
     const Term<X>* u = input_terms(b, samples, i0, count, scratch);
-    const int64_t some = p_.D % kTerm<X> ? 1 : count;  // a term is of one input capsule
+    const int64_t some = p_.D % kTerm<X> || weights_.as_read ? 1 : count;  // a term is of one input capsule
     for (int64_t l = 0; l < count; l += some) {
       const Term<X>* x[kSamples];
       A* to[kSamples];
       for (int64_t n = 0; n < samples; ++n) x[n] = u + (n * count + l) * terms(), to[n] = y + n * votes;
-      apply(weights_.pair + (i0 + l) * p_.D * votes, votes, x, some * p_.D, to, votes, samples, l == 0);
+      apply(weights_.of(i0 + l, scratch.weight), votes, x, some * p_.D, to, votes, samples, l == 0);
     }
   }
 
@@ -256,15 +260,22 @@ class Rows {
   }
 
   void make_weight(int64_t i, int64_t inputs, const SampleScratch& scratch) const {
-    const int64_t count = layout_.sums();
-    make_terms<X>(weights_.pair + i * p_.D * count, inputs, p_.D, count, scratch.weight);
+    const int64_t count = layout_.sums(), size = terms() * count;
+    if (!weights_.as_read) return make_terms<X>(weights_.in_order(i), inputs, p_.D, count, scratch.weight);
+    for (int64_t l = 0; l < inputs; ++l)
+      if constexpr (std::is_same_v<X, A>)
+        weights_.of(i + l, scratch.weight + l * size);
+      else
+        make_terms<X>(weights_.of(i + l, scratch.ordered), 1, p_.D, count, scratch.weight + l * size);
   }
 
   // [inputs][terms, J, F]
   const Term<X>* sample_weight(int64_t i, int64_t inputs, const SampleScratch& scratch) const {
     const int64_t size = terms() * layout_.sums();
-    if constexpr (std::is_same_v<X, A>) return weights_.pair + i * size;
-    if (weights_.whole) return weights_.terms + i * size;
+    if (weights_.whole) {
+      if constexpr (std::is_same_v<X, A>) return weights_.in_order(i);
+      return weights_.terms + i * size;
+    }
     if (scratch.by_group) return scratch.weight + i % kGroup * size;
     make_weight(i, inputs, scratch);
     return scratch.weight;

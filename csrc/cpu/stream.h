@@ -17,6 +17,8 @@ struct Use {
   A* votes;         // where those of a few samples are kept, if there is room
   int64_t room;     // bytes
   bool has_votes;   // they are there already, from the forward
+  int64_t times;    // that the stream is run
+  int64_t reads;    // of a pair's weight by others, each time
 };
 
 template <class X>
@@ -46,12 +48,12 @@ class Stream {
   Stream(const Layout<X>& layout, const Use<A>& use, Carver& carver, const Parallel& parallel)
       : layout(layout),
         p(layout.p),
-        weights(Weights<X>::pack(layout, carver, parallel)),
-        rows(layout, weights),
         way(layout, use.batch, use.passes, use.by_samples, use.room, parallel.threads),
         schedule(use.batch, way.tile, layout.groups, parallel.threads),
+        weights(layout, reads_weights(use), carver, parallel),
+        rows(layout, weights),
         use_(use) {
-    if (way.by_samples && way.keep && schedule.tiles > schedule.parts) weights.make_whole(layout, carver, parallel);
+    if (way.by_samples && way.keep && schedule.tiles > schedule.parts) weights.make_whole(carver, parallel);
     if (way.keep) kept_ = way.handed ? use.votes : carver.take<A>(schedule.slots * kept_size());
     scratch_ = take_shares(carver, schedule.parts, [this](Carver& own) { carve_scratch(own); });
   }
@@ -64,11 +66,11 @@ class Stream {
 
   Scratch carve_scratch(Carver& carver) const {
     Scratch s;
-    s.rows = Rows<X>::Scratch::carve(layout, carver);
+    s.rows = Rows<X>::Scratch::carve(layout, weights, carver);
     s.coupling = carver.take<A>(way.run * layout.lanes());
     s.logits = carver.take<A>(way.run * layout.lanes());
     if (!way.by_samples) return s;
-    s.samples = Rows<X>::SampleScratch::carve(layout, weights.whole, way.keep ? 0 : way.run, carver);
+    s.samples = Rows<X>::SampleScratch::carve(layout, weights, way.keep ? 0 : way.run, carver);
     s.q = carver.take<A>(layout.sums() * W<A>);
     s.e = carver.take<A>(layout.sums() * W<A>);
     s.sums = SampleSums<A>::carve(use_.sums, carver);
@@ -176,12 +178,20 @@ class Stream {
 
   const Layout<X>& layout;
   const Problem& p;
-  Weights<X> weights;
-  const Rows<X> rows;
   const Way<X> way;
   const Schedule schedule;
+  Weights<X> weights;
+  const Rows<X> rows;
 
  private:
+  // How often a call reads the weights W_i of a pair, all of them together: each for some samples at a time, and in
+  // each pass that makes votes.
+  int64_t reads_weights(const Use<A>& use) const {
+    const int64_t kept = way.handed && use.has_votes ? 0 : way.kept_inputs;
+    const int64_t passes = kept + (p.I - way.kept_inputs) * use.passes;
+    return use.times * (divide_up(use.batch, way.by_samples ? W<A> : kSamples) * passes + p.I * use.reads);
+  }
+
   // The votes of a group, to be kept, where a lane is a sample: of twice W samples at a time.
   void make_kept(const Tile& tile, int64_t group, const Scratch& scratch) const {
     const int64_t end = minimum(p.I, (group + 1) * kGroup);

@@ -261,31 +261,46 @@ CAPSROUTE_INLINE void transpose(Vec<A>* x) {
   }
 }
 
+// Asks for what will be read, for the second-level cache: measured, what is asked for in the first comes more slowly
+// from memory. Were this not inlined, GCC would see a function without effect, and drop the call.
+template <class T>
+CAPSROUTE_INLINE void ask_for(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
 // to[d][k] = from[k][d], of `rows` rows of D numbers each, in squares of four. What is stored for them is not looked
-// at.
+// at. So many rows at a time: a line of each stays in the first-level cache until all of it was read.
+constexpr int64_t kTransposed = 32;
+
 template <class X>
-void transpose_rows(const X* from, int64_t from_stride, int64_t rows, int64_t D, X* to, int64_t to_stride) {
+void transpose_rows(const X* from, int64_t from_stride, int64_t rows, int64_t D, X* to, int64_t to_stride,
+                    int64_t ahead = 0) {
   using Bits = std::conditional_t<sizeof(X) == 8, uint64_t, std::conditional_t<sizeof(X) == 4, uint32_t, uint16_t>>;
   using Four = typename VecOf<Bits, 4 * sizeof(Bits)>::type;
-  int64_t d = 0;
-  for (; d + 4 <= D; d += 4) {
-    int64_t k = 0;
-    for (; k + 4 <= rows; k += 4) {
-      Four x[4];
-      for (int l = 0; l < 4; ++l) __builtin_memcpy(&x[l], from + (k + l) * from_stride + d, sizeof(Four));
-      const Four a = __builtin_shuffle(x[0], x[1], Four{0, 4, 1, 5}),
-                 b = __builtin_shuffle(x[0], x[1], Four{2, 6, 3, 7});
-      const Four c = __builtin_shuffle(x[2], x[3], Four{0, 4, 1, 5}),
-                 e = __builtin_shuffle(x[2], x[3], Four{2, 6, 3, 7});
-      const Four y[] = {__builtin_shuffle(a, c, Four{0, 1, 4, 5}), __builtin_shuffle(a, c, Four{2, 3, 6, 7}),
-                        __builtin_shuffle(b, e, Four{0, 1, 4, 5}), __builtin_shuffle(b, e, Four{2, 3, 6, 7})};
-      for (int l = 0; l < 4; ++l) __builtin_memcpy(to + (d + l) * to_stride + k, &y[l], sizeof(Four));
+  for (int64_t k0 = 0; k0 < rows; k0 += kTransposed) {
+    const int64_t end = k0 + kTransposed < rows ? k0 + kTransposed : rows;
+    int64_t d = 0;
+    for (; d + 4 <= D; d += 4) {
+      const X* next = from + k0 * from_stride + d * (end - k0) + ahead;
+      for (int64_t n = 0; ahead && n < 4 * (end - k0); n += 64 / int64_t(sizeof(X))) ask_for(next + n);
+      int64_t k = k0;
+      for (; k + 4 <= end; k += 4) {
+        Four x[4];
+        for (int l = 0; l < 4; ++l) __builtin_memcpy(&x[l], from + (k + l) * from_stride + d, sizeof(Four));
+        const Four a = __builtin_shuffle(x[0], x[1], Four{0, 4, 1, 5}),
+                   b = __builtin_shuffle(x[0], x[1], Four{2, 6, 3, 7});
+        const Four c = __builtin_shuffle(x[2], x[3], Four{0, 4, 1, 5}),
+                   e = __builtin_shuffle(x[2], x[3], Four{2, 6, 3, 7});
+        const Four y[] = {__builtin_shuffle(a, c, Four{0, 1, 4, 5}), __builtin_shuffle(a, c, Four{2, 3, 6, 7}),
+                          __builtin_shuffle(b, e, Four{0, 1, 4, 5}), __builtin_shuffle(b, e, Four{2, 3, 6, 7})};
+        for (int l = 0; l < 4; ++l) __builtin_memcpy(to + (d + l) * to_stride + k, &y[l], sizeof(Four));
+      }
+      for (; k < end; ++k)
+        for (int64_t l = d; l < d + 4; ++l) to[l * to_stride + k] = from[k * from_stride + l];
     }
-    for (; k < rows; ++k)
-      for (int64_t l = d; l < d + 4; ++l) to[l * to_stride + k] = from[k * from_stride + l];
+    for (; d < D; ++d)
+      for (int64_t k = k0; k < end; ++k) to[d * to_stride + k] = from[k * from_stride + d];
   }
-  for (; d < D; ++d)
-    for (int64_t k = 0; k < rows; ++k) to[d * to_stride + k] = from[k * from_stride + d];
 }
 
 // x itself, rounded: what the compiler cannot see through, it cannot make part of an fma.
@@ -299,13 +314,6 @@ CAPSROUTE_INLINE Vec<A> rounded(Vec<A> x) {
   asm("" : "+m"(x));
 #endif
   return x;
-}
-
-// Asks for what will be read, for the second-level cache: measured, what is asked for in the first comes more slowly
-// from memory. Were this not inlined, GCC would see a function without effect, and drop the call.
-template <class T>
-CAPSROUTE_INLINE void ask_for(const T* p) {
-  __builtin_prefetch(p, 0, 2);
 }
 
 // A pointer of which the compiler knows nothing.

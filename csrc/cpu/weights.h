@@ -8,67 +8,112 @@ namespace capsroute::CAPSROUTE_ISA {
 
 // The terms of a weight are made once for a call, if many samples in turn need them and they take no more than this.
 constexpr int64_t kWholeTerms = int64_t(8) << 20;
+// To bring W_i into order as it is read takes a part of the time of a copy of all of W, which goes through memory, but
+// takes it at every read. For so many reads it is less; for more where the copy takes memory that is new in every call.
+constexpr int64_t kSeldom = 2, kSeldomIfLarge = 6, kLargeCopy = int64_t(32) << 20;
+// Bytes of a W that lies in a row that are asked for ahead.
+constexpr int64_t kAheadInOrder = int64_t(8) << 10;
 
-// A weight in the kernels' memory order: for a pair [I, D, J, O], in place where it already is so;
-// for a shared weight its two products' orders, [D, O] to come from sums to outputs and [O, D] back.
+// A weight in the kernels' memory order: for a pair [I, D, J, O], in place where it already is so; else all of it is
+// brought into that order at first, or each W_i as it is read.
+// For a shared weight its two products' orders, [D, O] to come from sums to outputs and [O, D] back.
 template <class X>
-struct Weights {
+class Weights {
+ public:
   using A = Acc<X>;
-  const X* pair = nullptr;  // + i * D * J * O
   const A* to_outputs = nullptr;
   const A* to_rows = nullptr;
-  bool whole = std::is_same_v<X, A>;  // the terms of all of a pair's weight are there, or will be: itself, or
-  const Term<X>* terms = nullptr;     // [I, D / kTerm, J, O], null also while memory is only measured
+  bool as_read = false;            // each W_i of a pair's weight is brought into order as it is read
+  bool whole = false;              // the terms of all of a pair's weight are there, or will be: itself, or
+  const Term<X>* terms = nullptr;  // [I, D / kTerm, J, O], null also while memory is only measured
 
-  static Weights pack(const Layout<X>& layout, Carver& carver, const Parallel& parallel) {
-    const Problem& p = layout.p;
-    const int64_t *stride = p.weight.stride, D = p.D, J = p.J, O = layout.O, F = layout.F;
-    const X* weight = static_cast<const X*>(p.weight.data);
-    Weights packed;
-    if (layout.shared) {
-      A* to_outputs = carver.take<A>(layout.weights * D * O);
-      A* to_rows = carver.take<A>(layout.weights * p.O * F);
-      packed.to_outputs = to_outputs, packed.to_rows = to_rows;
-      if (!carver.base) return packed;
-      for (int64_t j = 0; j < layout.weights; ++j) {
-        const X* from = weight + j * stride[1];
-        for (int64_t d = 0; d < D; ++d) widen(to_outputs + (j * D + d) * O, from + d * stride[3], stride[2], p.O, O);
-        for (int64_t o = 0; o < p.O; ++o) widen(to_rows + (j * p.O + o) * F, from + o * stride[2], stride[3], D, F);
-      }
-    } else if (p.form == Weight::pair) {
-      packed.pair = weight;
-      const bool in_place = stride[2] == 1 && (stride[1] == O || J == 1) && (stride[3] == J * O || D == 1) &&
-                            (stride[0] == D * J * O || p.I == 1) && O == p.O;
-      if (in_place) return packed;
-      X* copy = carver.take<X>(p.I * D * J * O);
-      packed.pair = copy;
-      if (!carver.base) return packed;
-      parallel_for(parallel, p.I, [&](int64_t i, int64_t) {
-        const X* from = weight + i * stride[0];
-        X* to = copy + i * D * J * O;
-        if (O == p.O && stride[3] == 1 && stride[1] == O * stride[2])  // as torch allocates [I, J, O, D]
-          return transpose_rows(from, stride[2], J * O, D, to, J * O);
-        for (int64_t d = 0; d < D; ++d)
-          for (int64_t j = 0; j < J; ++j, to += O) {
-            for (int64_t o = 0; o < p.O; ++o) to[o] = from[j * stride[1] + o * stride[2] + d * stride[3]];
-            for (int64_t o = p.O; o < O; ++o) to[o] = X{};
-          }
-      });
+  // `reads`: how often a call reads a W_i, all of them together.
+  Weights(const Layout<X>& layout, int64_t reads, Carver& carver, const Parallel& parallel) : layout_(layout) {
+    if (layout.shared) pack_shared(carver);
+    if (layout.p.form != Weight::pair) return;
+    pair_ = static_cast<const X*>(layout.p.weight.data);
+    if (!is_in_order()) {
+      const bool is_large = layout.p.I * size() * int64_t(sizeof(X)) > kLargeCopy;
+      as_read = reads <= (is_large ? kSeldomIfLarge : kSeldom) * layout.p.I;
+      if (!as_read) put_in_order(carver, parallel);
     }
-    return packed;
+    whole = std::is_same_v<X, A> && !as_read;
   }
 
+  // W_i [D, J, O] of a pair's weight: where it lies, or, if it is brought into order as it is read, put there.
+  const X* of(int64_t i, X* there) const {
+    if (!as_read) return pair_ + i * size();
+    bring(i, there);
+    return there;
+  }
+
+  // Of several input capsules in a row, if they lie in order.
+  const X* in_order(int64_t i) const { return pair_ + i * size(); }
+
+  // Numbers of W_i, padded.
+  int64_t size() const { return layout_.p.D * layout_.sums(); }
+
   // Makes the terms of all of a pair's weight, if they are not too large.
-  void make_whole(const Layout<X>& layout, Carver& carver, const Parallel& parallel) {
-    const Problem& p = layout.p;
-    const int64_t count = layout.sums(), size = divide_up(p.D, kTerm<X>) * count;
-    if (whole || p.I * size * int64_t(sizeof(Term<X>)) > kWholeTerms) return;
-    Term<X>* made = carver.take<Term<X>>(p.I * size);
+  void make_whole(Carver& carver, const Parallel& parallel) {
+    const Problem& p = layout_.p;
+    const int64_t count = layout_.sums(), each = divide_up(p.D, kTerm<X>) * count;
+    if (whole || as_read || p.I * each * int64_t(sizeof(Term<X>)) > kWholeTerms) return;
+    Term<X>* made = carver.take<Term<X>>(p.I * each);
     whole = true, terms = made;
     if (!carver.base) return;
     parallel_for(parallel, p.I,
-                 [&](int64_t i, int64_t) { make_terms<X>(pair + i * p.D * count, 1, p.D, count, made + i * size); });
+                 [&](int64_t i, int64_t) { make_terms<X>(in_order(i), 1, p.D, count, made + i * each); });
   }
+
+ private:
+  void pack_shared(Carver& carver) {
+    const Problem& p = layout_.p;
+    const int64_t *stride = p.weight.stride, D = p.D, O = layout_.O, F = layout_.F;
+    A* outputs = carver.take<A>(layout_.weights * D * O);
+    A* rows = carver.take<A>(layout_.weights * p.O * F);
+    to_outputs = outputs, to_rows = rows;
+    if (!carver.base) return;
+    for (int64_t j = 0; j < layout_.weights; ++j) {
+      const X* from = static_cast<const X*>(p.weight.data) + j * stride[1];
+      for (int64_t d = 0; d < D; ++d) widen(outputs + (j * D + d) * O, from + d * stride[3], stride[2], p.O, O);
+      for (int64_t o = 0; o < p.O; ++o) widen(rows + (j * p.O + o) * F, from + o * stride[2], stride[3], D, F);
+    }
+  }
+
+  bool is_in_order() const {
+    const Problem& p = layout_.p;
+    const int64_t *stride = p.weight.stride, O = layout_.O, sums = layout_.sums();
+    return O == p.O && stride[2] == 1 && (stride[1] == O || p.J == 1) && (stride[3] == sums || p.D == 1) &&
+           (stride[0] == size() || p.I == 1);
+  }
+
+  void put_in_order(Carver& carver, const Parallel& parallel) {
+    X* copy = carver.take<X>(layout_.p.I * size());
+    if (carver.base) parallel_for(parallel, layout_.p.I, [&](int64_t i, int64_t) { bring(i, copy + i * size()); });
+    pair_ = copy;
+  }
+
+  // W_i to [D, J, O], with zeros where O is padded.
+  void bring(int64_t i, X* to) const {
+    const Problem& p = layout_.p;
+    const int64_t *stride = p.weight.stride, O = layout_.O, D = p.D, sums = layout_.sums();
+    const X* from = static_cast<const X*>(p.weight.data) + i * stride[0];
+    if (stride[3] == 1 && O == p.O && stride[1] == O * stride[2])  // as torch allocates [I, J, O, D]
+      return transpose_rows(from, stride[2], sums, D, to, sums,
+                            stride[2] == D ? kAheadInOrder / int64_t(sizeof(X)) : 0);
+    for (int64_t j = 0; j < p.J; ++j, from += stride[1], to += O) {
+      if (stride[3] == 1)
+        transpose_rows(from, stride[2], p.O, D, to, sums);
+      else
+        for (int64_t d = 0; d < D; ++d)
+          for (int64_t o = 0; o < p.O; ++o) to[d * sums + o] = from[d * stride[3] + o * stride[2]];
+      for (int64_t d = 0; O > p.O && d < D; ++d)
+        for (int64_t o = p.O; o < O; ++o) to[d * sums + o] = X{};
+    }
+  }
+
+  const Layout<X>& layout_;
+  const X* pair_ = nullptr;  // + i * size(), or as it was given, if it is brought into order as it is read
 };
 
 }  // namespace capsroute::CAPSROUTE_ISA

@@ -11,6 +11,7 @@ namespace capsroute::ops {
 
 template <class On>
 struct CudaTier {
+  static constexpr bool kFeaturesLast = false;
   static Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
     return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
   }
