@@ -144,6 +144,8 @@ std::string plan(const Tensor& u, const Optional& weight, const Optional& bias, 
                                                      {"product_first", found.product_first},
                                                      {"handed", found.handed},
                                                      {"by_samples", found.by_samples},
+                                                     {"copied", found.copied},
+                                                     {"as_read", found.as_read},
                                                      {"threads", threads}};
   std::string text;
   for (const auto& [name, number] : numbers)

@@ -54,6 +54,27 @@ def lanes_of_samples():
         pytest.skip("only with AVX-512 a lane is a sample")
 
 
+def test_a_weight_in_another_order_is_brought_into_it_as_it_is_read_up_to_three_times():
+    """Four samples at a time have their votes made, here in one pass, as they are kept."""
+    sizes = (1152, 8, 10, 16)
+    for batch, backward, as_read in ((12, False, True), (13, False, False), (8, True, True), (9, True, False)):
+        path = planned(batch, *sizes, backward=backward, contiguous=True)
+        assert (path.as_read, path.copied) == (as_read, not as_read)
+        path = planned(batch, *sizes, backward=backward)
+        assert not path.as_read and not path.copied
+
+
+def test_a_weight_of_more_than_32_mib_is_brought_into_order_up_to_six_times():
+    """Votes that are not kept are made in each of three passes."""
+    assert planned(8, 257, 8, 256, 16, contiguous=True).as_read
+    assert planned(9, 257, 8, 256, 16, contiguous=True).copied
+    assert planned(8, 256, 8, 256, 16, contiguous=True).copied
+
+
+def test_a_weight_whose_outputs_do_not_fill_vectors_is_brought_into_order_too():
+    assert planned(2, 64, 8, 3, 17).as_read
+
+
 def test_votes_are_kept_up_to_6_mib():
     """4 samples of J x O = 20 x 16 numbers of 4 bytes: 5120 for each input capsule, 6 MiB at 1228 of them."""
     assert planned(9, 1216, 2, 20, 16).kept_inputs == 1216  # a multiple of every lane count

@@ -72,6 +72,11 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         metavar="B",
         help="batch sizes instead of each case's own; --sweep batch has its own",
     )
+    parser.add_argument(
+        "--contiguous",
+        action="store_true",
+        help="weights [I, J, O, D] as torch allocates them, not in the kernels' memory order, I, D, J, O",
+    )
     dtypes = [str(dtype).removeprefix("torch.") for dtype in _checks.DTYPES]
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="default: %(default)s")
 
@@ -148,6 +153,8 @@ def _threads(count: int | None) -> Iterator[None]:
 
 def _asked(args: argparse.Namespace) -> list[Asked]:
     named = [CASES[name]._replace(seed=args.seed or 0) for name in (CASES if "all" in args.cases else args.cases)]
+    if args.contiguous:
+        named = [case._replace(contiguous=case.form == "pair") for case in named]
     cases = [case._replace(batch=batch) for case in named for batch in args.batches or [case.batch]]
     return list(itertools.product(dict.fromkeys(cases), passes(args.passes == "both")))
 

@@ -26,6 +26,8 @@ class Plan(NamedTuple):
     product_first: bool
     handed: bool
     by_samples: bool
+    copied: bool
+    as_read: bool
     threads: int
 
 
@@ -58,6 +60,9 @@ def explain(case: Case, path: Plan, backward: bool) -> str:
         "votes": "votes are read as given",
     }
     words = [rows.get(case.form, shared)]
+    if path.copied or path.as_read:
+        when = "all of it at first" if path.copied else "as it is read, as that is seldom"
+        words.append(f"W is put into the kernels' order {when}")
     passes = streamed(case, backward)
     if path.by_samples:
         words.append("a lane is a sample, as there are enough of them and their votes stay near")

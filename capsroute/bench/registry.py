@@ -48,6 +48,7 @@ class Case(NamedTuple):
     coupling: str = "out"
     detach_coupling: bool = False
     seed: int = 0  # of its random tensors
+    contiguous: bool = False  # a weight [I, J, O, D] lies so in memory, not as the kernels read it, [I, D, J, O]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -69,7 +70,8 @@ class Case(NamedTuple):
     def title(self) -> str:
         """Its name, and its batch where that is another than the name stands for."""
         own = CASES.get(self.name)
-        return self.name if own and own.batch == self.batch else f"{self.name} B={self.batch}"
+        title = self.name if own and own.batch == self.batch else f"{self.name} B={self.batch}"
+        return f"{title} contiguous" if self.contiguous else title
 
     def label(self, backward: bool) -> str:
         """The case and pass, for a table or a plot."""
@@ -84,6 +86,7 @@ class Case(NamedTuple):
         """The shape in words, for a table."""
         shape = " ".join(f"{letter}={size}" for letter, size in self.sizes.items() if size)
         given = f"weight [{self.weight}]" if self.weight else "votes given"
+        given += " as it lies in memory" if self.contiguous else ""
         detached = ", detached coupling" if self.detach_coupling else ""
         return f"{shape}, {given}{', softmax over i' if self.coupling == 'in' else ''}{detached}"
 
@@ -116,7 +119,7 @@ class Problem(NamedTuple):
     """The tensors of a case."""
 
     u: Tensor  # [B, I, D], or the votes [B, I, J, O] where weight is None
-    weight: Tensor | None  # [I, J, O, D] in the memory order I, D, J, O, [J, O, D] or [O, D]
+    weight: Tensor | None  # [I, J, O, D], mostly in the memory order I, D, J, O, [J, O, D] or [O, D]
     logits: Tensor | None  # [I, J]
     iterations: int
     grad_v: Tensor  # [B, J, O]
@@ -147,7 +150,7 @@ def make_problem(case: Case, dtype: torch.dtype = torch.float32) -> Problem:
     std = first_pass_gain(case.inputs, case.outputs, case.coupling) / math.sqrt(case.out_features)
     if case.weight:
         u = normal("BID", std=1 / math.sqrt(case.in_features))
-        memory = "IDJO" if case.weight == "IJOD" else case.weight
+        memory = "IDJO" if case.weight == "IJOD" and not case.contiguous else case.weight
         weight = normal(memory, std=std)
         weight = weight.permute(*(memory.index(letter) for letter in case.weight)).requires_grad_()
     else:

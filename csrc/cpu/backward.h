@@ -79,8 +79,8 @@ class BatchSums {
       const int64_t j = item / quads(), o = item % quads() * 4, rows = minimum(4, p_.O - o);
       A* block = block_dW_.at(part).template take<A>(4 * F);
       for (int64_t n = 0; n < terms; n += kSumBlock) {
-        outer(block, F, kept_.outputs + (n * next + j) * O + o, next * O, rows, kept_.sums + (n * next + j) * F,
-              next * F, F, minimum(kSumBlock, terms - n), Write::set);
+        outer<Vec<A>>(block, F, kept_.outputs + (n * next + j) * O + o, next * O, rows, kept_.sums + (n * next + j) * F,
+                      next * F, F, minimum(kSumBlock, terms - n), Write::set);
         join(dW_ + (j * p_.O + o) * F, block, rows * F);
       }
     });

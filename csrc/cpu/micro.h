@@ -148,55 +148,61 @@ void apply_transposed(const X* w, int64_t w_stride, const A* const* y, int64_t F
 // What becomes of a sum: added to what is there, or put there, or put there past the caches.
 enum class Write { add, set, set_past };
 
-// w[d, f] += or = sum over n of x_n[d] y_n[f], for K features d and C vectors of features f. The sum is made apart and
+// w[d, f] += or = sum over n of x_n[d] y_n[f], for K rows d and C vectors V of columns f. The sum is made apart and
 // added once: two levels keep the rounding error of a long batch small.
-template <int K, int C, class T, class A>
+template <int K, int C, class V, class T, class A>
 CAPSROUTE_INLINE void outer_panel(T* w, int64_t w_stride, const A* x, int64_t x_stride, const A* y, int64_t y_stride,
                                   int64_t samples, Write write) {
-  Vec<A> sum[K][C] = {};
+  constexpr int64_t lanes = sizeof(V) / sizeof(A);
+  V sum[K][C] = {};
   for (int64_t n = 0; n < samples; ++n, x += x_stride, y += y_stride) {
-    Vec<A> row[C];
+    V row[C];
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) row[c] = load(y + c * W<A>);
-#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) row[c] = load_as<V>(y + c * lanes);
+#pragma GCC unroll 8
     for (int k = 0; k < K; ++k) {
-      const Vec<A> scale = all<A>(x[k]);
+      const V scale = all_as<V>(x[k]);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) sum[k][c] += scale * row[c];
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int k = 0; k < K; ++k)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
-      T* to = w + k * w_stride + c * W<A>;
+      T* to = w + k * w_stride + c * lanes;
       if (write == Write::add)
-        store(to, load(static_cast<const T*>(to)) + sum[k][c]);
+        store_as<V>(to, load_as<V>(static_cast<const T*>(to)) + sum[k][c]);
       else if (write == Write::set_past && std::is_same_v<T, A>)
         store_past(reinterpret_cast<A*>(to), sum[k][c]);
       else
-        store(to, sum[k][c]);
+        store_as<V>(to, sum[k][c]);
     }
 }
 
-template <int K, class T, class A>
+template <int K, class V, class T, class A>
 CAPSROUTE_INLINE void outer_rows(T* w, int64_t w_stride, const A* x, int64_t x_stride, const A* y, int64_t y_stride,
                                  int64_t F, int64_t samples, Write write) {
+  constexpr int64_t lanes = sizeof(V) / sizeof(A);
   int64_t f = 0;
-  for (; f + 3 * W<A> <= F; f += 3 * W<A>)
-    outer_panel<K, 3>(w + f, w_stride, x, x_stride, y + f, y_stride, samples, write);
-  for (; f + 2 * W<A> <= F; f += 2 * W<A>)
-    outer_panel<K, 2>(w + f, w_stride, x, x_stride, y + f, y_stride, samples, write);
-  for (; f < F; f += W<A>) outer_panel<K, 1>(w + f, w_stride, x, x_stride, y + f, y_stride, samples, write);
+  for (; f + 3 * lanes <= F; f += 3 * lanes)
+    outer_panel<K, 3, V>(w + f, w_stride, x, x_stride, y + f, y_stride, samples, write);
+  for (; f + 2 * lanes <= F; f += 2 * lanes)
+    outer_panel<K, 2, V>(w + f, w_stride, x, x_stride, y + f, y_stride, samples, write);
+  for (; f < F; f += lanes) outer_panel<K, 1, V>(w + f, w_stride, x, x_stride, y + f, y_stride, samples, write);
 }
 
-// w[d, f] += or = sum over n of x_n[d] y_n[f]
-template <class T, class A>
+// w[d, f] += or = sum over n of x_n[d] y_n[f], for D rows of F columns, whole vectors V.
+template <class V, class T, class A>
 void outer(T* w, int64_t w_stride, const A* x, int64_t x_stride, int64_t D, const A* y, int64_t y_stride, int64_t F,
            int64_t samples, Write write) {
   int64_t d = 0;
-  for (; d + 4 <= D; d += 4) outer_rows<4>(w + d * w_stride, w_stride, x + d, x_stride, y, y_stride, F, samples, write);
-  for (; d < D; ++d) outer_rows<1>(w + d * w_stride, w_stride, x + d, x_stride, y, y_stride, F, samples, write);
+  if (F == sizeof(V) / sizeof(A))  // one vector: more rows, as additions take a while
+    for (; d + 8 <= D; d += 8)
+      outer_panel<8, 1, V>(w + d * w_stride, w_stride, x + d, x_stride, y, y_stride, samples, write);
+  for (; d + 4 <= D; d += 4)
+    outer_rows<4, V>(w + d * w_stride, w_stride, x + d, x_stride, y, y_stride, F, samples, write);
+  for (; d < D; ++d) outer_rows<1, V>(w + d * w_stride, w_stride, x + d, x_stride, y, y_stride, F, samples, write);
 }
 
 // N rows of votes against one query vector: lane l is sum over f of row_l[f] q[f]; lanes from N on hold nothing of use.

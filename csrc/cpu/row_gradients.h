@@ -12,6 +12,10 @@ inline constexpr int64_t kSubLanes = W<A> < 4 ? W<A> : 4;
 // W_i and dW_i of a whole block stay in the second-level cache from one sub-batch to the next, if they fit into this.
 // Else only as many capsules are taken as share such a load, and twice the samples to read W and dW less often.
 constexpr int64_t kOwnedWeights = int64_t(256) << 10, kLongSubBatch = 2 * kSubBatch;
+// dW_i [J, O, D] is made as it is wanted, of vectors of D features, or of halves of vectors if these are no shorter
+// than 16 bytes; those take twice the multiplications, so that for more samples another order is put right in the end.
+constexpr bool kHasHalves = CAPSROUTE_VECTOR_BYTES >= 32;
+constexpr int64_t kFewForHalves = 4 * kSubBatch;
 // What so many sub-batches give is summed before it joins the sum over the batch: a number that many are added to one
 // by one loses the digits of each. That longer sum is one of float64, if it takes no more than kLongSumBytes.
 constexpr int64_t kSummedSubBatches = 16, kLongSumBytes = int64_t(8) << 20;
@@ -43,18 +47,21 @@ class RowGradients {
     const int64_t numbers = p_.I * p_.D * layout_.sums();
     // A whole batch in one write: nothing of dW is needed again.
     const bool once = p_.B <= sub_batch_, aligned = uintptr_t(out_.weight) % CAPSROUTE_VECTOR_BYTES == 0;
-    const bool fits = layout_.O == p_.O && (sizeof(X) == sizeof(A) || once);
+    const bool same = std::is_same_v<X, A>, dense = layout_.O == p_.O;
+    const bool halves = same && kHasHalves && p_.D % (W<A> / 2) == 0 && p_.B <= kFewForHalves;
+    straight_ = out_.features_last && (p_.D % W<A> == 0 || halves);
+    const bool fits = (straight_ || (dense && !out_.features_last)) && (same || once);
     const bool is_long = p_.B > group() && numbers * int64_t(sizeof(double)) <= kLongSumBytes;
-    at_once_ = wants_weight_ && !(fits && !out_.features_last) && p_.B <= minimum(group(), plan.chunk);
+    each_ = straight_ ? p_.D * p_.J * p_.O : p_.D * layout_.sums();
+    at_once_ = wants_weight_ && !fits && p_.B <= minimum(group(), plan.chunk);
     in_groups_ = wants_weight_ && (at_once_ || p_.B > group());
-    in_place_ = wants_weight_ && fits && !is_long && !at_once_;
+    in_place_ = wants_weight_ && (fits || (same && dense)) && !is_long && !at_once_;
     if (is_long)
       long_dW_ = wants_weight_ ? carver.take<double>(numbers) : nullptr;
     else if (wants_weight_ && !in_place_ && !at_once_)
       dW_ = carver.take<A>(numbers);
     // The system zeroes pages as it gives them: new memory is in a cache then, and stores past it only lose.
     if (in_place_ && aligned && once && !out_.ask_for_pages) first_write_ = Write::set_past;
-    past_ = at_once_ && aligned && !out_.ask_for_pages && p_.D * p_.J * p_.O % W<A> == 0;
     if (plan.logits_by_row && out_.logits_B < p_.B) dlogits_ = carver.take<double>(layout_.blocks * layout_.lanes());
     scratch_ = take_shares(carver, parts, [this](Carver& own) { carve_scratch(own); });
   }
@@ -90,8 +97,7 @@ class RowGradients {
     A* du;                               // [sub_batch][lanes][D]
     A* dW;                               // [lanes][D, J, F], of a group of samples
     X* weight;                           // [lanes][D, J, F], where W is brought into order as it is read
-    X* narrowed;                         // dW_i [D, J, O], before it is put into another order, and
-    X* ordered;                          // [J, O, D]
+    X* narrowed;                         // dW_i [D, J, O], before it is put into another order
     A* dlogits;                          // [J, W]
   };
 
@@ -106,15 +112,13 @@ class RowGradients {
     s.inputs = carver.take<A>(sub_batch_ * lanes_ * p_.D);
     s.du = carver.take<A>(sub_batch_ * lanes_ * p_.D);
     s.dW = carver.take<A>(in_groups_ ? lanes_ * p_.D * layout_.sums() : 0);
-    s.weight = carver.take<X>(reorders_weight() ? lanes_ * p_.D * layout_.sums() : 0);
-    s.narrowed = carver.take<X>(wants_weight_ && out_.features_last ? p_.D * p_.J * p_.O : 0);
-    s.ordered = carver.take<X>(wants_weight_ && out_.features_last ? p_.D * p_.J * p_.O : 0);
+    s.weight = carver.take<X>(out_.u && logits_.stream().weights.as_read ? lanes_ * p_.D * layout_.sums() : 0);
+    s.narrowed = carver.take<X>(wants_weight_ && out_.features_last && !straight_ ? p_.D * p_.J * p_.O : 0);
     s.dlogits = carver.take<A>(layout_.lanes());
     return s;
   }
 
   int64_t group() const { return kSummedSubBatches * sub_batch_; }
-  bool reorders_weight() const { return out_.u && logits_.stream().weights.as_read; }
 
   // The first share of a block handles the whole block's logits.
   void share_gradients(int64_t first, int64_t count, const Lanes& share, bool rows, const Scratch& scratch) {
@@ -141,8 +145,6 @@ class RowGradients {
         }
         if (l == 0 && plan_.logits_by_row) logit_gradients(first, m, samples, i0, scratch);
         if (!rows) continue;
-        for (int64_t k = 0; m == 0 && reorders_weight() && k < some.count; ++k)
-          logits_.stream().weights.of(i0 + l + k, scratch.weight + k * p_.D * layout_.sums());
         if (wants_weight_) logits_.stream().rows.inputs(first + m, samples, i0 + l, some.count, scratch.inputs);
         row_gradients(first, m, samples, some, blocks, scratch);
         if (in_groups_ && (m + samples == count || (m + samples) % group() == 0))
@@ -156,7 +158,7 @@ class RowGradients {
           }
       }
     if (first + count == p_.B) finish(share, scratch);
-    if (first_write_ == Write::set_past || past_) finish_stores();
+    if (first_write_ == Write::set_past) finish_stores();
   }
 
   A* pairs(int64_t m, int64_t n, int64_t i0, const Scratch& scratch) const {
@@ -277,27 +279,45 @@ class RowGradients {
   void pair_gradients(int64_t first, int64_t m, int64_t samples, const Lanes& lanes, int64_t l, const A* dh,
                       const Scratch& scratch) const {
     const int64_t sums = layout_.sums(), D = p_.D, i = lanes.i0 + lanes.begin + l, b = first + m;
+    const A* inputs = scratch.inputs + l * D;
     auto add_to = [&](auto* dW, bool is_first) {
-      outer(dW, sums, scratch.inputs + l * D, lanes.count * D, D, dh, sums, sums, samples,
-            is_first ? first_write_ : Write::add);
+      add_outer(dW, inputs, lanes.count * D, dh, samples, is_first ? first_write_ : Write::add);
     };
     if (in_groups_)
-      add_to(scratch.dW + l * D * sums, m % group() == 0);
+      add_to(scratch.dW + l * each_, m % group() == 0);
     else if (wants_weight_)
-      in_place_ ? add_to(static_cast<X*>(out_.weight) + i * D * sums, b == 0) : add_to(dW_ + i * D * sums, b == 0);
+      in_place_ ? add_to(static_cast<X*>(out_.weight) + i * each_, b == 0) : add_to(dW_ + i * each_, b == 0);
     if (!out_.u) return;
     const A* from[kLongSubBatch];
     A* to[kLongSubBatch];
     for (int64_t n = 0; n < samples; ++n) from[n] = dh + n * sums, to[n] = scratch.du + (n * lanes.count + l) * D;
-    const X* weight = reorders_weight() ? scratch.weight + l * D * sums : logits_.stream().weights.in_order(i);
-    apply_transposed(weight, sums, from, sums, to, D, samples);
+    const Weights<X>& weights = logits_.stream().weights;
+    X* there = scratch.weight + (weights.as_read ? l * D * sums : 0);
+    apply_transposed(m == 0 || !weights.as_read ? weights.of(i, there) : there, sums, from, sums, to, D, samples);
+  }
+
+  // dW_i, as it is made, += or = sum over samples of u dh^T, of u [D], u_stride apart, and dh [J, F].
+  template <class T>
+  void add_outer(T* dW, const A* u, int64_t u_stride, const A* dh, int64_t samples, Write write) const {
+    const int64_t sums = layout_.sums(), D = p_.D, O = layout_.O;
+    if (!straight_) return outer<Vec<A>>(dW, sums, u, u_stride, D, dh, sums, sums, samples, write);
+    const bool dense = O == p_.O;
+    for (int64_t j = 0; j < (dense ? 1 : p_.J); ++j) {
+      const A* from = dh + j * O;
+      T* to = dW + j * p_.O * D;
+      const int64_t rows = dense ? sums : p_.O;
+      if (D % W<A> == 0)
+        outer<Vec<A>>(to, D, from, sums, rows, u, u_stride, D, samples, write);
+      else if constexpr (std::is_same_v<T, A> && kHasHalves)
+        outer<HalfVec<A>>(to, D, from, sums, rows, u, u_stride, D, samples, write);
+    }
   }
 
   // dW_i += what a group of samples gave, for some input capsules.
   void join_group(const Lanes& lanes, bool is_first, const A* from) const {
-    const int64_t each = p_.D * layout_.sums(), at = (lanes.i0 + lanes.begin) * each;
+    const int64_t at = (lanes.i0 + lanes.begin) * each_;
     auto add_to = [&](auto* to) {
-      for (int64_t k = 0; k < lanes.count * each; ++k) to[k] = is_first ? from[k] : to[k] + from[k];
+      for (int64_t k = 0; k < lanes.count * each_; ++k) to[k] = is_first ? from[k] : to[k] + from[k];
     };
     if (long_dW_) return add_to(long_dW_ + at);
     if constexpr (std::is_same_v<X, A>)
@@ -340,32 +360,28 @@ class RowGradients {
   void finish(const Lanes& share, const Scratch& scratch) const {
     auto write = [&](const auto* dW) {
       if (!in_place_) ask_for_weight(share);
-      write_weight(share, dW + (share.i0 + share.begin) * p_.D * layout_.sums(), scratch);
+      write_weight(share, dW + (share.i0 + share.begin) * each_, scratch);
     };
     if (dW_) write(dW_);
     if (long_dW_) write(long_dW_);
     if constexpr (std::is_same_v<X, A>)
-      if (in_place_ && out_.features_last) write(static_cast<const A*>(out_.weight));
+      if (in_place_ && out_.features_last && !straight_) write(static_cast<const A*>(out_.weight));
     if (dlogits_ && share.begin == 0) write_logits(dlogits_ + share.i0 * p_.J, share.i0, share.i0);
   }
 
-  // dW of some input capsules, [D, J, F], to its dtype, shape and order: it may lie where it goes.
+  // dW of some input capsules, as it is made, to its dtype, shape and order; it may lie where it goes.
   template <class T>
   void write_weight(const Lanes& lanes, const T* dW, const Scratch& scratch) const {
-    const int64_t each = p_.D * p_.J * p_.O;
-    X* to = static_cast<X*>(out_.weight) + (lanes.i0 + lanes.begin) * each;
-    for (int64_t l = 0; l < lanes.count; ++l, to += each, dW += p_.D * layout_.sums()) {
+    const int64_t columns = p_.J * p_.O, numbers = p_.D * columns;
+    X* to = static_cast<X*>(out_.weight) + (lanes.i0 + lanes.begin) * numbers;
+    for (int64_t l = 0; l < lanes.count; ++l, to += numbers, dW += each_) {
+      if (straight_) {
+        narrow(to, dW, numbers);
+        continue;
+      }
       X* own = out_.features_last ? scratch.narrowed : to;
       for (int64_t row = 0; row < p_.D * p_.J; ++row) narrow(own + row * p_.O, dW + row * layout_.O, p_.O);
-      if (!out_.features_last) continue;
-      if constexpr (std::is_same_v<X, A>) {
-        if (past_) {
-          transpose_rows(own, p_.J * p_.O, p_.D, p_.J * p_.O, scratch.ordered, p_.D);
-          for (int64_t k = 0; k < each; k += W<A>) store_past(to + k, load(scratch.ordered + k));
-          continue;
-        }
-      }
-      transpose_rows(own, p_.J * p_.O, p_.D, p_.J * p_.O, to, p_.D);
+      if (out_.features_last) transpose_rows(own, columns, p_.D, columns, to, p_.D);
     }
   }
 
@@ -378,12 +394,13 @@ class RowGradients {
   int64_t lanes_, sub_batch_;  // of a block, and samples, that are taken together
   int64_t share_;              // of a block that one thread takes: all where its pairs are corrected in place
   bool wants_weight_, in_place_;
+  bool straight_;              // dW_i is made as [J, O, D], by products of rows of dh and vectors of u
+  int64_t each_;               // numbers of dW_i, as it is made
   bool in_groups_;             // of samples, whose dW are summed apart
   bool at_once_;               // there is one such group, and its dW is written to where it goes, in order
   A* dW_ = nullptr;            // [I, D, J, O], where it is made neither in place nor at once
   double* long_dW_ = nullptr;  // [I, D, J, O], of many groups
   Write first_write_ = Write::set;
-  bool past_;
   double* dlogits_ = nullptr;  // [block][J, W], summed over the batch
   Shares scratch_;
 };

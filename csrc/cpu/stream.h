@@ -32,6 +32,7 @@ class Stream {
     plan.groups = schedule.groups;
     plan.by_group = schedule.by_group, plan.chunk = schedule.batch;
     plan.by_samples = way.by_samples, plan.product_first = way.product_first, plan.handed = way.handed;
+    plan.copied = weights.copied, plan.as_read = weights.as_read;
     return plan;
   }
 

@@ -25,6 +25,8 @@ struct VecOf {
 template <class A>
 using Vec = typename VecOf<A, CAPSROUTE_VECTOR_BYTES>::type;
 template <class A>
+using HalfVec = typename VecOf<A, CAPSROUTE_VECTOR_BYTES / 2>::type;
+template <class A>
 inline constexpr int64_t W = CAPSROUTE_VECTOR_BYTES / sizeof(A);
 
 template <class A>
@@ -47,11 +49,16 @@ CAPSROUTE_INLINE To bits_as(const From& from) {
   return to;
 }
 
+template <class V, class A>
+CAPSROUTE_INLINE V all_as(A x) {
+  return [x]<size_t... l>(std::index_sequence<l...>) {
+    return V{(static_cast<void>(l), x)...};
+  }(std::make_index_sequence<sizeof(V) / sizeof(A)>());
+}
+
 template <class A>
 CAPSROUTE_INLINE Vec<A> all(A x) {
-  return [x]<size_t... l>(std::index_sequence<l...>) {
-    return Vec<A>{(static_cast<void>(l), x)...};
-  }(std::make_index_sequence<W<A>>());
+  return all_as<Vec<A>>(x);
 }
 
 // The logit of a pair that takes no part, and the largest of no logits.
@@ -150,18 +157,19 @@ CAPSROUTE_INLINE void store(A* p, Vec<A> x) {
 }
 
 // Past the caches, for large memory that is written once and not read soon: a plain store would read
-// it first. p is aligned to a vector. Other threads may read it after finish_stores().
-template <class A>
-CAPSROUTE_INLINE void store_past(A* p, Vec<A> x) {
-#if defined(__x86_64__) && CAPSROUTE_VECTOR_BYTES == 16
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits_as<__m128i>(x));
-#elif defined(__AVX__) && CAPSROUTE_VECTOR_BYTES == 32
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits_as<__m256i>(x));
-#elif defined(__AVX512F__) && CAPSROUTE_VECTOR_BYTES == 64
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits_as<__m512i>(x));
-#else
-  store(p, x);
+// it first. p is aligned to a vector V. Other threads may read it after finish_stores().
+template <class A, class V>
+CAPSROUTE_INLINE void store_past(A* p, V x) {
+#if defined(__AVX512F__) && CAPSROUTE_VECTOR_BYTES == 64
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits_as<__m512i>(x));
 #endif
+#if defined(__AVX__)
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits_as<__m256i>(x));
+#endif
+#if defined(__x86_64__)
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits_as<__m128i>(x));
+#endif
+  __builtin_memcpy(p, &x, sizeof(x));
 }
 
 CAPSROUTE_INLINE void finish_stores() {
@@ -185,6 +193,23 @@ CAPSROUTE_INLINE void store(Half* p, Vec<float> x) {
 #else
   for (int64_t l = 0; l < W<float>; ++l) p[l] = from_acc<Half>(x[l]);
 #endif
+}
+
+// The same for vectors V that are whole or half ones; halves are not converted.
+template <class V, class X>
+CAPSROUTE_INLINE V load_as(const X* p) {
+  if constexpr (sizeof(V) == CAPSROUTE_VECTOR_BYTES) return load(p);
+  V x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+template <class V, class X>
+CAPSROUTE_INLINE void store_as(X* p, V x) {
+  if constexpr (sizeof(V) == CAPSROUTE_VECTOR_BYTES)
+    store(p, x);
+  else
+    __builtin_memcpy(p, &x, sizeof(x));
 }
 
 // out[k] = in[k * stride] for k < n, then zeros up to `padded`.

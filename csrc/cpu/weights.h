@@ -10,9 +10,9 @@ namespace capsroute::CAPSROUTE_ISA {
 constexpr int64_t kWholeTerms = int64_t(8) << 20;
 // To bring W_i into order as it is read takes a part of the time of a copy of all of W, which goes through memory, but
 // takes it at every read. For so many reads it is less; for more where the copy takes memory that is new in every call.
-constexpr int64_t kSeldom = 2, kSeldomIfLarge = 6, kLargeCopy = int64_t(32) << 20;
+constexpr int64_t kSeldom = 3, kSeldomIfLarge = 6, kLargeCopy = int64_t(32) << 20;
 // Bytes of a W that lies in a row that are asked for ahead.
-constexpr int64_t kAheadInOrder = int64_t(8) << 10;
+constexpr int64_t kAheadInOrder = int64_t(16) << 10;
 
 // A weight in the kernels' memory order: for a pair [I, D, J, O], in place where it already is so; else all of it is
 // brought into that order at first, or each W_i as it is read.
@@ -23,7 +23,8 @@ class Weights {
   using A = Acc<X>;
   const A* to_outputs = nullptr;
   const A* to_rows = nullptr;
-  bool as_read = false;            // each W_i of a pair's weight is brought into order as it is read
+  bool copied = false;             // all of a pair's weight was brought into order at first, or
+  bool as_read = false;            // each W_i is as it is read
   bool whole = false;              // the terms of all of a pair's weight are there, or will be: itself, or
   const Term<X>* terms = nullptr;  // [I, D / kTerm, J, O], null also while memory is only measured
 
@@ -35,7 +36,8 @@ class Weights {
     if (!is_in_order()) {
       const bool is_large = layout.p.I * size() * int64_t(sizeof(X)) > kLargeCopy;
       as_read = reads <= (is_large ? kSeldomIfLarge : kSeldom) * layout.p.I;
-      if (!as_read) put_in_order(carver, parallel);
+      copied = !as_read;
+      if (copied) put_in_order(carver, parallel);
     }
     whole = std::is_same_v<X, A> && !as_read;
   }

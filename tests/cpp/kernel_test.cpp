@@ -122,6 +122,28 @@ double worst(const Vector& a, const Vector& b) {
   return difference;
 }
 
+// dW of each pair from the kernels' order, [I, D, J, O], to [I, J, O, D].
+Vector in_logical_order(const Case& c, const Vector& dweight) {
+  Vector to(dweight.size());
+  for (int64_t i = 0; i < c.I; ++i)
+    for (int64_t d = 0; d < c.D; ++d)
+      for (int64_t jo = 0; jo < c.J * c.O; ++jo)
+        to[(i * c.J * c.O + jo) * c.D + d] = dweight[(i * c.D + d) * c.J * c.O + jo];
+  return to;
+}
+
+// Written as [I, J, O, D] dW has the same bits, whatever was there before.
+void check_features_last(const Case& c, const Problem& p, Inputs& inputs, const Outputs& expected,
+                         const Parallel& parallel) {
+  Outputs found = expected;
+  Backward back = found.backward(c, inputs);
+  back.features_last = true;
+  std::memset(back.weight, 0xff, found.dweight.count * found.dweight.size());
+  Scratch scratch(tested::kernels.plan_backward(p, back, parallel.threads).scratch);
+  tested::kernels.backward(p, back, scratch.start, parallel);
+  check(in_logical_order(c, expected.dweight.all()) == found.dweight.all(), c.name() + ": dW in another order");
+}
+
 Outputs run(const Case& c, const Values& x, DType dtype, int64_t thread_count) {
   Inputs inputs(c, x, dtype);
   Problem p = inputs.problem(c);
@@ -149,6 +171,7 @@ Outputs run(const Case& c, const Values& x, DType dtype, int64_t thread_count) {
   tested::kernels.backward(p, back, backward.start, parallel);
   check(asked == (thread_count > 1 && c.form == Weight::pair ? outputs.dweight.count * outputs.dweight.size() : 0),
         c.name() + ": pages of dW were asked for " + std::to_string(asked) + " bytes");
+  if (c.form == Weight::pair) check_features_last(c, p, inputs, outputs, parallel);
   return outputs;
 }
 
@@ -162,13 +185,8 @@ void check_gradients(const Case& c, const Values& x, const Outputs& result) {
   Vector coupling;
   definition(c, x, &coupling, nullptr);
   const Vector* constant = c.detach ? &coupling : nullptr;
-  const Vector own = result.dweight.all();
-  Vector dweight = own;
-  if (c.form == Weight::pair)  // from the kernels' order [I, D, J, O]
-    for (int64_t i = 0; i < c.I; ++i)
-      for (int64_t d = 0; d < c.D; ++d)
-        for (int64_t jo = 0; jo < c.J * c.O; ++jo)
-          dweight[(i * c.J * c.O + jo) * c.D + d] = own[(i * c.D + d) * c.J * c.O + jo];
+  Vector dweight = result.dweight.all();
+  if (c.form == Weight::pair) dweight = in_logical_order(c, dweight);
   struct Direction {
     const char* name;
     Vector Values::* member;
