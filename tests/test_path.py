@@ -55,20 +55,22 @@ def lanes_of_samples():
 
 
 def test_a_weight_in_another_order_is_brought_into_it_as_it_is_read_up_to_three_times():
-    """Four samples at a time have their votes made, here in one pass, as they are kept."""
+    """Here once for a tile of four samples, whose votes are kept, and once more for the gradients."""
     sizes = (1152, 8, 10, 16)
     for batch, backward, as_read in ((12, False, True), (13, False, False), (8, True, True), (9, True, False)):
         path = planned(batch, *sizes, backward=backward, contiguous=True)
         assert (path.as_read, path.copied) == (as_read, not as_read)
         path = planned(batch, *sizes, backward=backward)
-        assert not path.as_read and not path.copied
+        assert not path.as_read
+        assert not path.copied
 
 
 def test_a_weight_of_more_than_32_mib_is_brought_into_order_up_to_six_times():
-    """Votes that are not kept are made in each of three passes."""
-    assert planned(8, 257, 8, 256, 16, contiguous=True).as_read
-    assert planned(9, 257, 8, 256, 16, contiguous=True).copied
-    assert planned(8, 256, 8, 256, 16, contiguous=True).copied
+    """Here in each of three passes, for 128 samples at a time."""
+    assert tiles(planned(256, 257, 8, 256, 16)) == (128, 2)
+    assert planned(256, 257, 8, 256, 16, contiguous=True).as_read
+    assert planned(257, 257, 8, 256, 16, contiguous=True).copied
+    assert planned(256, 256, 8, 256, 16, contiguous=True).copied
 
 
 def test_a_weight_whose_outputs_do_not_fill_vectors_is_brought_into_order_too():

@@ -17,12 +17,11 @@ class LogitStream {
         kept_(kept),
         bias_(layout_.p.over_inputs ? widen_bias(layout_, carver) : nullptr),
         sums_((layout_.shared ? 2 : 1) * layout_.sums() + (plan.logit_sums ? pad<A>(plan.p.J) : 0)),
-        stream_(
-            layout_,
-            {plan.chunk, plan.p.R - plan.last_pass + 1, sums_, sums_, !(plan.logits_by_row || plan.p.over_inputs),
-             const_cast<A*>(static_cast<const A*>(plan.out.votes)), plan.out.room, plan.out.room > 0,
-             divide_up(plan.p.B, maximum(1, plan.chunk)), plan.keep_pairs ? 1 : 1 + divide_up(plan.chunk, kSamples)},
-            carver, parallel) {
+        stream_(layout_,
+                {plan.chunk, plan.p.R - plan.last_pass + 1, sums_, sums_, !(plan.logits_by_row || plan.p.over_inputs),
+                 const_cast<A*>(static_cast<const A*>(plan.out.votes)), plan.out.room, plan.out.room > 0,
+                 divide_up(plan.p.B, maximum(1, plan.chunk)), plan.keep_pairs ? 1 : 2},
+                carver, parallel) {
     const Schedule& schedule = stream_.schedule;
     dV_ = carver.take<A>(schedule.slots * schedule.tile * layout_.outputs());
     s_ = carver.take<A>(schedule.slots * layout_.outputs());

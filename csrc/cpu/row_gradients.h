@@ -171,7 +171,8 @@ class RowGradients {
     Block<A> lanes{};
     for (int64_t n0 = 0; n0 < samples; n0 += kSamples) {
       const int64_t some = minimum(kSamples, samples - n0);
-      if (p_.form == Weight::pair) stream.rows.make_votes(first + m + n0, some, i0, own.rows.staged, own.rows);
+      if (p_.form == Weight::pair)
+        stream.rows.make_votes(first + m + n0, some, i0, m + n0 > 0, own.rows.staged, own.rows);
       for (int64_t n = 0; n < some; ++n) {
         const int64_t b = first + m + n0 + n;
         if (n0 + n == 0 || stream.rows.lanes_differ()) lanes = stream.rows.lanes(b, i0, own.rows.prior);
@@ -292,8 +293,7 @@ class RowGradients {
     A* to[kLongSubBatch];
     for (int64_t n = 0; n < samples; ++n) from[n] = dh + n * sums, to[n] = scratch.du + (n * lanes.count + l) * D;
     const Weights<X>& weights = logits_.stream().weights;
-    X* there = scratch.weight + (weights.as_read ? l * D * sums : 0);
-    apply_transposed(m == 0 || !weights.as_read ? weights.of(i, there) : there, sums, from, sums, to, D, samples);
+    apply_transposed(weights.of(i, scratch.weight + l * D * sums, m > 0), sums, from, sums, to, D, samples);
   }
 
   // dW_i, as it is made, += or = sum over samples of u dh^T, of u [D], u_stride apart, and dh [J, F].

@@ -57,10 +57,12 @@ class Rows {
     Term<X>* terms;  // of these, where they are pairs
     A* staged;
     A* prior;
-    X* weight;  // W_i, where it is brought into order as it is read
-    static Scratch carve(const Layout<X>& layout, const Weights<X>& weights, Carver& carver) {
+    X* weight;     // W_i, where it is brought into order as it is read, of a block if it is `again`
+    int64_t next;  // numbers from one W_i to the next, or 0
+    static Scratch carve(const Layout<X>& layout, const Weights<X>& weights, bool again, Carver& carver) {
       Scratch s;
-      s.weight = weights.as_read ? carver.take<X>(weights.size()) : nullptr;
+      s.next = again ? weights.size() : 0;
+      s.weight = weights.as_read ? carver.take<X>((again ? W<A> : 1) * weights.size()) : nullptr;
       s.inputs = carver.take<A>(kSamples * W<A> * maximum(layout.p.D, 1));
       s.terms = kTerm<X> > 1 ? carver.take<Term<X>>(kSamples * W<A> * divide_up(layout.p.D, kTerm<X>)) : nullptr;
       const bool may_spread = layout.shared && layout.p.logits.data;
@@ -117,8 +119,10 @@ class Rows {
   }
 
   // Weight::pair: the votes h_ij = W_ij u_i of the block at i0 for `samples` <= kSamples samples, to
-  // staged[n][l][J, F]; and what sum_votes gives, if wanted, while a weight is near.
-  void make_votes(int64_t b, int64_t samples, int64_t i0, A* staged, const Scratch& scratch, A* total = nullptr) const {
+  // staged[n][l][J, F]; and what sum_votes gives, if wanted, while a weight is near. `again`: for other samples it was
+  // made last.
+  void make_votes(int64_t b, int64_t samples, int64_t i0, bool again, A* staged, const Scratch& scratch,
+                  A* total = nullptr) const {
     const int64_t count = minimum(W<A>, p_.I - i0), D = p_.D, votes = layout_.sums();
     const Term<X>* u = input_terms(b, samples, i0, count, scratch);
     for (int64_t l = 0; l < count; ++l) {
@@ -126,7 +130,11 @@ class Rows {
       A* to[kSamples];
       for (int64_t n = 0; n < samples; ++n)
         x[n] = u + (n * count + l) * terms(), to[n] = staged + n * layout_.block_size() + l * layout_.row;
-      const X* weight = weights_.of(i0 + l, scratch.weight);
+      if (weights_.has_strips() && !scratch.next && !total) {
+        apply_strips(i0 + l, x, to, samples, scratch);
+        continue;
+      }
+      const X* weight = weights_.of(i0 + l, scratch.weight + l * scratch.next, again);
       apply(weight, votes, x, D, to, votes, samples);
       if (!total) continue;
       for (int64_t n = 0; n < samples; ++n) to[n] = total + n * votes;
@@ -135,7 +143,7 @@ class Rows {
   }
 
   // Weight::pair: y_n = sum over the block's i of h_ij, [J, F], for which no single vote is needed.
-  void sum_votes(int64_t b, int64_t samples, int64_t i0, A* y, const Scratch& scratch) const {
+  void sum_votes(int64_t b, int64_t samples, int64_t i0, bool again, A* y, const Scratch& scratch) const {
     const int64_t count = minimum(W<A>, p_.I - i0), votes = layout_.sums();
     const Term<X>* u = input_terms(b, samples, i0, count, scratch);
     const int64_t some = p_.D % kTerm<X> || weights_.as_read ? 1 : count;  // a term is of one input capsule
@@ -143,7 +151,8 @@ class Rows {
       const Term<X>* x[kSamples];
       A* to[kSamples];
       for (int64_t n = 0; n < samples; ++n) x[n] = u + (n * count + l) * terms(), to[n] = y + n * votes;
-      apply(weights_.of(i0 + l, scratch.weight), votes, x, some * p_.D, to, votes, samples, l == 0);
+      const X* weight = weights_.of(i0 + l, scratch.weight + l * scratch.next, again);
+      apply(weight, votes, x, some * p_.D, to, votes, samples, l == 0);
     }
   }
 
@@ -242,6 +251,15 @@ class Rows {
   }
 
  private:
+  // to_n = W_i x_n for some samples, where no others read W_i after them.
+  void apply_strips(int64_t i, const Term<X>* const* x, A* const* to, int64_t samples, const Scratch& scratch) const {
+    weights_.for_strips(i, scratch.weight, [&](const X* w, int64_t f, int64_t count) {
+      A* part[kSamples];
+      for (int64_t n = 0; n < samples; ++n) part[n] = to[n] + f;
+      apply(w, count, x, p_.D, part, count, samples);
+    });
+  }
+
   // What `inputs` gives, as terms: [n][count][terms].
   const Term<X>* input_terms(int64_t b, int64_t samples, int64_t i0, int64_t count, const Scratch& scratch) const {
     inputs(b, samples, i0, count, scratch.inputs);
@@ -264,9 +282,9 @@ class Rows {
     if (!weights_.as_read) return make_terms<X>(weights_.in_order(i), inputs, p_.D, count, scratch.weight);
     for (int64_t l = 0; l < inputs; ++l)
       if constexpr (std::is_same_v<X, A>)
-        weights_.of(i + l, scratch.weight + l * size);
+        weights_.of(i + l, scratch.weight + l * size, false);
       else
-        make_terms<X>(weights_.of(i + l, scratch.ordered), 1, p_.D, count, scratch.weight + l * size);
+        make_terms<X>(weights_.of(i + l, scratch.ordered, false), 1, p_.D, count, scratch.weight + l * size);
   }
 
   // [inputs][terms, J, F]

@@ -67,7 +67,7 @@ class Stream {
 
   Scratch carve_scratch(Carver& carver) const {
     Scratch s;
-    s.rows = Rows<X>::Scratch::carve(layout, weights, carver);
+    s.rows = Rows<X>::Scratch::carve(layout, weights, schedule.tile > kSamples || use_.reads > 1, carver);
     s.coupling = carver.take<A>(way.run * layout.lanes());
     s.logits = carver.take<A>(way.run * layout.lanes());
     if (!way.by_samples) return s;
@@ -90,7 +90,7 @@ class Stream {
     for_samples(tile, group, [&](int64_t m, int64_t samples, int64_t i0) {
       const int64_t b = tile.sample + m;
       A* staged = keeps ? kept_block(tile, i0) : scratch.rows.staged;
-      if (makes) rows.make_votes(b, samples, i0, staged, scratch.rows);
+      if (makes) rows.make_votes(b, samples, i0, m > 0, staged, scratch.rows);
       for (int64_t n = 0; n < samples; ++n) {
         if (m + n == 0 || rows.lanes_differ()) lanes = rows.lanes(b + n, i0, scratch.rows.prior);
         visit(m + n, i0, rows.block(lanes, b + n, i0, staged + n * size));
@@ -104,9 +104,9 @@ class Stream {
     for_samples(tile, group, [&](int64_t m, int64_t samples, int64_t i0) {
       A *to = sums + m * layout.sums(), *total = scratch.rows.staged;
       if (i0 < way.kept_inputs)
-        rows.make_votes(tile.sample + m, samples, i0, kept_block(tile, i0), scratch.rows, total);
+        rows.make_votes(tile.sample + m, samples, i0, m > 0, kept_block(tile, i0), scratch.rows, total);
       else
-        rows.sum_votes(tile.sample + m, samples, i0, total, scratch.rows);
+        rows.sum_votes(tile.sample + m, samples, i0, m > 0, total, scratch.rows);
       for (int64_t k = 0; k < samples * layout.sums(); k += W<A>) store(to + k, load(to + k) + load(total + k) * share);
     });
   }
@@ -185,12 +185,12 @@ class Stream {
   const Rows<X> rows;
 
  private:
-  // How often a call reads the weights W_i of a pair, all of them together: each for some samples at a time, and in
-  // each pass that makes votes.
+  // How often a call reads the weights W_i of a pair, all of them together: each for a tile, or a vector's samples, and
+  // in each pass that makes votes.
   int64_t reads_weights(const Use<A>& use) const {
     const int64_t kept = way.handed && use.has_votes ? 0 : way.kept_inputs;
     const int64_t passes = kept + (p.I - way.kept_inputs) * use.passes;
-    return use.times * (divide_up(use.batch, way.by_samples ? W<A> : kSamples) * passes + p.I * use.reads);
+    return use.times * ((way.by_samples ? divide_up(use.batch, W<A>) : schedule.tiles) * passes + p.I * use.reads);
   }
 
   // The votes of a group, to be kept, where a lane is a sample: of twice W samples at a time.

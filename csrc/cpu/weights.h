@@ -11,6 +11,8 @@ constexpr int64_t kWholeTerms = int64_t(8) << 20;
 // To bring W_i into order as it is read takes a part of the time of a copy of all of W, which goes through memory, but
 // takes it at every read. For so many reads it is less; for more where the copy takes memory that is new in every call.
 constexpr int64_t kSeldom = 3, kSeldomIfLarge = 6, kLargeCopy = int64_t(32) << 20;
+// Features of W_i that are brought into order and read together stay in the first-level cache: so many bytes of them.
+constexpr int64_t kStrip = int64_t(16) << 10;
 // Bytes of a W that lies in a row that are asked for ahead.
 constexpr int64_t kAheadInOrder = int64_t(16) << 10;
 
@@ -42,11 +44,26 @@ class Weights {
     whole = std::is_same_v<X, A> && !as_read;
   }
 
-  // W_i [D, J, O] of a pair's weight: where it lies, or, if it is brought into order as it is read, put there.
-  const X* of(int64_t i, X* there) const {
+  // W_i [D, J, O] of a pair's weight: where it lies, or, if it is brought into order as it is read, `there`, where it
+  // may be already.
+  const X* of(int64_t i, X* there, bool is_there) const {
     if (!as_read) return pair_ + i * size();
-    bring(i, there);
+    if (!is_there) bring(i, there);
     return there;
+  }
+
+  // Whether W_i, brought into order as it is read, had better be so strip by strip: `for_strips` calls visit(w, f,
+  // count) with w [D, count], its features f to f + count, which are put `there`.
+  bool has_strips() const { return as_read && features_follow() && size() * int64_t(sizeof(X)) > kStrip; }
+  template <class Visit>
+  void for_strips(int64_t i, X* there, const Visit& visit) const {
+    const int64_t D = layout_.p.D, sums = layout_.sums(), fitting = kStrip / (D * int64_t(sizeof(X)));
+    const int64_t strip = maximum(W<A>, fitting / W<A> * W<A>);
+    for (int64_t f = 0; f < sums; f += strip) {
+      const int64_t count = minimum(strip, sums - f);
+      bring_features(i, f, count, there);
+      visit(there, f, count);
+    }
   }
 
   // Of several input capsules in a row, if they lie in order.
@@ -95,14 +112,27 @@ class Weights {
     pair_ = copy;
   }
 
+  // Whether the features of all j lie one after another, as torch allocates [I, J, O, D].
+  bool features_follow() const {
+    const Problem& p = layout_.p;
+    const int64_t* stride = p.weight.stride;
+    return stride[3] == 1 && layout_.O == p.O && (stride[1] == p.O * stride[2] || p.J == 1);
+  }
+
+  // Features f to f + count of W_i to [D, count], if they follow each other.
+  void bring_features(int64_t i, int64_t f, int64_t count, X* to) const {
+    const Problem& p = layout_.p;
+    const int64_t stride = p.weight.stride[2], ahead = stride == p.D ? kAheadInOrder / int64_t(sizeof(X)) : 0;
+    const X* from = static_cast<const X*>(p.weight.data) + i * p.weight.stride[0] + f * stride;
+    transpose_rows(from, stride, count, p.D, to, count, ahead);
+  }
+
   // W_i to [D, J, O], with zeros where O is padded.
   void bring(int64_t i, X* to) const {
     const Problem& p = layout_.p;
     const int64_t *stride = p.weight.stride, O = layout_.O, D = p.D, sums = layout_.sums();
+    if (features_follow()) return bring_features(i, 0, sums, to);
     const X* from = static_cast<const X*>(p.weight.data) + i * stride[0];
-    if (stride[3] == 1 && O == p.O && stride[1] == O * stride[2])  // as torch allocates [I, J, O, D]
-      return transpose_rows(from, stride[2], sums, D, to, sums,
-                            stride[2] == D ? kAheadInOrder / int64_t(sizeof(X)) : 0);
     for (int64_t j = 0; j < p.J; ++j, from += stride[1], to += O) {
       if (stride[3] == 1)
         transpose_rows(from, stride[2], p.O, D, to, sums);
