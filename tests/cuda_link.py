@@ -26,7 +26,7 @@ def main() -> None:
         problem = u, weight, None, None, None, 3, False, False, 1e-9
         v, s, norm, _, votes, _ = torch.ops.capsroute.route(*problem, 3, 0, False)
         grads = torch.ops.capsroute.route_backward(v, s, norm, votes, *problem, True, True, False, False)
-        assert [x.shape for x in grads[:2]] == [(8, 20, 4), (20, 4, 3, 16)]
+        assert [x.shape for x in grads[:2]] == [(8, 20, 4), (20, 3, 16, 4)]
         assert all(x.device.type == "cuda" for x in grads)
         exported = torch.export.export(Layer(), (u, weight))
     names = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]

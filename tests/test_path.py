@@ -287,6 +287,15 @@ def test_explain_tells_people_and_programs(capsys):
     assert backward["path"]["chunk"] == 1
 
 
+def test_explain_tells_of_a_weight_in_another_order(capsys):
+    main(["bench", "--explain", "--case", "mnist", "mind", "--batch", "1", "128", "--contiguous"])
+    one, _, many, *shared = capsys.readouterr().out.splitlines()[1:]
+    assert one.startswith("mnist B=1 contiguous, forward: ")
+    assert "W is put into the kernels' order as it is read" in one
+    assert "W is put into the kernels' order all of it at first" in many
+    assert not any("contiguous" in line for line in shared[1:])
+
+
 def test_a_point_below_its_roof():
     machine = Machine(flops=1e11, bandwidth=1e10)
     assert Point("memory", 1.0, 10, 10, "").roof(machine) == 1e10
