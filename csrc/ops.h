@@ -191,13 +191,13 @@ std::tuple<Tensor, Tensor, Tensor> routing_pass(const Tensor& u, const Optional&
 // The gradients that a backward returns: of u, the weight, the bias or query, and the logits.
 template <class Tier>
 struct Gradients {
-  bool in_order, features_last;  // dW of each pair is wanted as torch allocates [I, J, O, D], and the tier writes it so
+  bool contiguous, features_last;  // the weight of each pair is, so dW shall be; and the tier writes it so
   Tensor u, weight, third, logits;
 
   Gradients(const Problem& p, const Tensor& like_u, const Optional& like_weight, const Optional& like_third,
             const Optional& like_logits, bool need_u, bool need_weight, bool need_third, bool need_logits)
-      : in_order(p.form != Weight::pair || like_weight->is_contiguous()),
-        features_last(in_order && Tier::kFeaturesLast),
+      : contiguous(p.form != Weight::pair || like_weight->is_contiguous()),
+        features_last(contiguous && Tier::kFeaturesLast),
         u(output(need_u, like_u, shape_of(like_u), like_u)),
         weight(output(
             need_weight, like_weight,
@@ -238,7 +238,7 @@ struct Gradients {
     const int64_t sizes[] = {p.I, p.J, p.O, p.D}, strides[] = {p.D * p.J * p.O, p.O, 1, p.J * p.O};
     AtenTensorHandle view = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(weight.get(), 4, sizes, strides, 0, &view));
-    return in_order ? torch::stable::contiguous(Tensor(view)) : Tensor(view);
+    return contiguous ? torch::stable::contiguous(Tensor(view)) : Tensor(view);
   }
 
   static Tensor output(bool need, const Optional& like, const std::vector<int64_t>& shape, const Tensor& u) {

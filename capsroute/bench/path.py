@@ -61,7 +61,7 @@ def explain(case: Case, path: Plan, backward: bool) -> str:
     }
     words = [rows.get(case.form, shared)]
     if path.copied or path.as_read:
-        when = "all of it at first" if path.copied else "as it is read, as that is seldom"
+        when = "before" if path.copied else "as it is read, as that is seldom"
         words.append(f"W is put into the kernels' order {when}")
     passes = streamed(case, backward)
     if path.by_samples:

@@ -86,7 +86,7 @@ class Case(NamedTuple):
         """The shape in words, for a table."""
         shape = " ".join(f"{letter}={size}" for letter, size in self.sizes.items() if size)
         given = f"weight [{self.weight}]" if self.weight else "votes given"
-        given += " as it lies in memory" if self.contiguous else ""
+        given += ", contiguous" if self.contiguous else ""
         detached = ", detached coupling" if self.detach_coupling else ""
         return f"{shape}, {given}{', softmax over i' if self.coupling == 'in' else ''}{detached}"
 

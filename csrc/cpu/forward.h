@@ -55,7 +55,7 @@ class ForwardStream {
         state_(layout.sums() + (layout.p.over_inputs ? 2 * pad<A>(layout.p.J) : 0)),
         stream_(layout,
                 {layout.p.B, steps_, state_, layout.sums(), steps_ == layout.p.R, static_cast<A*>(out.votes), out.room,
-                 false, 1, 0},
+                 false},
                 carver, parallel) {
     const Schedule& schedule = stream_.schedule;
     total_ = carver.take<A>(schedule.slots * schedule.tile * state_);

@@ -77,11 +77,11 @@ struct Backward {
   int64_t room;                // as Forward's
   int64_t logits_B, logits_I;  // 1 or B, 1 or I: the dimensions that the logits themselves have
   void* u;                     // as Problem::u, or null where not wanted; so the others
-  void* weight;                // [J, O, D] or [O, D]; of each pair [I, D, J, O] or, with features_last, [I, J, O, D]
-  bool features_last;
-  void* bias;    // [J, O], the dtype of Problem::bias
-  void* logits;  // [logits_B, logits_I, J], the dtype of Problem::logits
-  void* query;   // [B, J, O] in the accumulation type
+  void* weight;                // [I, D, J, O], [J, O, D] or [O, D]
+  bool features_last;          // the first of these is wanted as [I, J, O, D]; the CPU's kernels alone know it
+  void* bias;                  // [J, O], the dtype of Problem::bias
+  void* logits;                // [logits_B, logits_I, J], the dtype of Problem::logits
+  void* query;                 // [B, J, O] in the accumulation type
   // If dW for each pair lies in new memory, whose pages the system gives when they are written: asks for those of a
   // part that will be. Else null.
   void (*ask_for_pages)(void* start, int64_t bytes);

@@ -11,14 +11,14 @@ namespace capsroute::CAPSROUTE_ISA {
 template <class A>
 struct Use {
   int64_t batch, passes;
-  int64_t sums;     // numbers of a sample that each block updates
-  int64_t joined;   // how many of them, the first, are plain sums over i
-  bool by_samples;  // a lane may be a sample
-  A* votes;         // where those of a few samples are kept, if there is room
-  int64_t room;     // bytes
-  bool has_votes;   // they are there already, from the forward
-  int64_t times;    // that the stream is run
-  int64_t reads;    // of a pair's weight by others, each time
+  int64_t sums;       // numbers of a sample that each block updates
+  int64_t joined;     // how many of them, the first, are plain sums over i
+  bool by_samples;    // a lane may be a sample
+  A* votes;           // where those of a few samples are kept, if there is room
+  int64_t room;       // bytes
+  bool has_votes;     // they are there already, from the forward
+  int64_t times = 1;  // that the stream is run
+  int64_t reads = 0;  // of a pair's weight by others, each time
 };
 
 template <class X>

@@ -294,7 +294,8 @@ CAPSROUTE_INLINE void ask_for(const T* p) {
 }
 
 // to[d][k] = from[k][d], of `rows` rows of D numbers each, in squares of four. What is stored for them is not looked
-// at. So many rows at a time: a line of each stays in the first-level cache until all of it was read.
+// at. So many rows at a time: a line of each stays in the first-level cache until all of it was read. If `ahead` is not
+// 0, the rows follow each other, and what lies so many numbers further is asked for.
 constexpr int64_t kTransposed = 32;
 
 template <class X>
