@@ -2,6 +2,7 @@
 #pragma once
 
 #include "logit_stream.h"
+#include "pair_gradient.h"
 
 namespace capsroute::CAPSROUTE_ISA {
 
@@ -12,13 +13,6 @@ inline constexpr int64_t kSubLanes = W<A> < 4 ? W<A> : 4;
 // W_i and dW_i of a whole block stay in the second-level cache from one sub-batch to the next, if they fit into this.
 // Else only as many capsules are taken as share such a load, and twice the samples to read W and dW less often.
 constexpr int64_t kOwnedWeights = int64_t(256) << 10, kLongSubBatch = 2 * kSubBatch;
-// dW_i [J, O, D] is made as it is wanted, of vectors of D features, or of halves of vectors if these are no shorter
-// than 16 bytes; those take twice the multiplications, so that for more samples another order is put right in the end.
-constexpr bool kHasHalves = CAPSROUTE_VECTOR_BYTES >= 32;
-constexpr int64_t kFewForHalves = 4 * kSubBatch;
-// What so many sub-batches give is summed before it joins the sum over the batch: a number that many are added to one
-// by one loses the digits of each. That longer sum is one of float64, if it takes no more than kLongSumBytes.
-constexpr int64_t kSummedSubBatches = 16, kLongSumBytes = int64_t(8) << 20;
 
 template <class A>
 CAPSROUTE_INLINE void write_as(void* to, DType dtype, int64_t at, A value) {
@@ -37,31 +31,17 @@ class RowGradients {
 
   RowGradients(const BackwardPlan<X>& plan, const Kept<X>& kept, const LogitStream<X>& logits, Carver& carver,
                const Parallel& parallel)
-      : plan_(plan), layout_(plan.layout), p_(plan.p), out_(plan.out), kept_(kept), logits_(logits) {
-    const int64_t weights = 2 * p_.D * layout_.sums() * int64_t(sizeof(A));  // W_i and dW_i
-    lanes_ = p_.form == Weight::pair && plan.keep_pairs && weights * W<A> > kOwnedWeights ? kSubLanes<A> : W<A>;
-    sub_batch_ = few_inputs() ? kLongSubBatch : kSubBatch;
+      : plan_(plan),
+        layout_(plan.layout),
+        p_(plan.p),
+        out_(plan.out),
+        kept_(kept),
+        logits_(logits),
+        lanes_(lanes_of(plan)),
+        sub_batch_(few_inputs() ? kLongSubBatch : kSubBatch),
+        dW_(layout_, out_, sub_batch_, plan.chunk, carver) {
     share_ = p_.over_inputs ? W<A> : lanes_;
     const int64_t parts = minimum(parallel.threads, maximum(1, divide_up(p_.I, share_)));
-    wants_weight_ = out_.weight && p_.form == Weight::pair;
-    const int64_t numbers = p_.I * p_.D * layout_.sums();
-    // A whole batch in one write: nothing of dW is needed again.
-    const bool once = p_.B <= sub_batch_, aligned = uintptr_t(out_.weight) % CAPSROUTE_VECTOR_BYTES == 0;
-    const bool same = std::is_same_v<X, A>, dense = layout_.O == p_.O;
-    const bool halves = same && kHasHalves && p_.D % (W<A> / 2) == 0 && p_.B <= kFewForHalves;
-    straight_ = out_.features_last && (p_.D % W<A> == 0 || halves);
-    const bool fits = (straight_ || (dense && !out_.features_last)) && (same || once);
-    const bool is_long = p_.B > group() && numbers * int64_t(sizeof(double)) <= kLongSumBytes;
-    each_ = straight_ ? p_.D * p_.J * p_.O : p_.D * layout_.sums();
-    at_once_ = wants_weight_ && !fits && p_.B <= minimum(group(), plan.chunk);
-    in_groups_ = wants_weight_ && (at_once_ || p_.B > group());
-    in_place_ = wants_weight_ && (fits || (same && dense)) && !is_long && !at_once_;
-    if (is_long)
-      long_dW_ = wants_weight_ ? carver.take<double>(numbers) : nullptr;
-    else if (wants_weight_ && !in_place_ && !at_once_)
-      dW_ = carver.take<A>(numbers);
-    // The system zeroes pages as it gives them: new memory is in a cache then, and stores past it only lose.
-    if (in_place_ && aligned && once && !out_.ask_for_pages) first_write_ = Write::set_past;
     if (plan.logits_by_row && out_.logits_B < p_.B) dlogits_ = carver.take<double>(layout_.blocks * layout_.lanes());
     scratch_ = take_shares(carver, parts, [this](Carver& own) { carve_scratch(own); });
   }
@@ -80,6 +60,12 @@ class RowGradients {
   }
 
  private:
+  static int64_t lanes_of(const BackwardPlan<X>& plan) {
+    const int64_t weights = 2 * plan.p.D * plan.layout.sums() * int64_t(sizeof(A));  // W_i and dW_i
+    const bool few = plan.p.form == Weight::pair && plan.keep_pairs && weights * W<A> > kOwnedWeights;
+    return few ? kSubLanes<A> : W<A>;
+  }
+
   // Input capsules i0 + begin .. i0 + begin + count of the block at i0.
   struct Lanes {
     int64_t i0, begin, count;
@@ -95,10 +81,9 @@ class RowGradients {
     A* dh;                               // [kSubLanes][sub_batch][J, F]
     A* inputs;                           // [sub_batch][lanes][D]
     A* du;                               // [sub_batch][lanes][D]
-    A* dW;                               // [lanes][D, J, F], of a group of samples
-    X* weight;                           // [lanes][D, J, F], where W is brought into order as it is read
-    X* narrowed;                         // dW_i [D, J, O], before it is put into another order
-    A* dlogits;                          // [J, W]
+    typename PairGradient<X>::Scratch dW;
+    X* weight;   // [lanes][D, J, F], where W is brought into order as it is read
+    A* dlogits;  // [J, W]
   };
 
   Scratch carve_scratch(Carver& carver) const {
@@ -111,19 +96,16 @@ class RowGradients {
     s.dh = carver.take<A>(kSubLanes<A> * sub_batch_ * layout_.sums());
     s.inputs = carver.take<A>(sub_batch_ * lanes_ * p_.D);
     s.du = carver.take<A>(sub_batch_ * lanes_ * p_.D);
-    s.dW = carver.take<A>(in_groups_ ? lanes_ * p_.D * layout_.sums() : 0);
+    s.dW = dW_.carve_scratch(lanes_, carver);
     s.weight = carver.take<X>(out_.u && logits_.stream().weights.as_read ? lanes_ * p_.D * layout_.sums() : 0);
-    s.narrowed = carver.take<X>(wants_weight_ && out_.features_last && !straight_ ? p_.D * p_.J * p_.O : 0);
     s.dlogits = carver.take<A>(layout_.lanes());
     return s;
   }
 
-  int64_t group() const { return kSummedSubBatches * sub_batch_; }
-
   // The first share of a block handles the whole block's logits.
   void share_gradients(int64_t first, int64_t count, const Lanes& share, bool rows, const Scratch& scratch) {
     const int64_t i0 = share.i0, end = share.begin + share.count;
-    if ((in_place_ || at_once_) && first == 0) ask_for_weight(share);
+    if (first == 0) dW_.begin(i0 + share.begin, share.count);
     if (dlogits_ && first == 0 && share.begin == 0) set_zero(dlogits_ + i0 * p_.J, layout_.lanes());
     const bool differ = logits_.stream().rows.lanes_differ() || p_.over_inputs;  // else those of one serve all samples
     Block<A> blocks[kLongSubBatch];
@@ -145,10 +127,9 @@ class RowGradients {
         }
         if (l == 0 && plan_.logits_by_row) logit_gradients(first, m, samples, i0, scratch);
         if (!rows) continue;
-        if (wants_weight_) logits_.stream().rows.inputs(first + m, samples, i0 + l, some.count, scratch.inputs);
+        if (dW_.wanted()) logits_.stream().rows.inputs(first + m, samples, i0 + l, some.count, scratch.inputs);
         row_gradients(first, m, samples, some, blocks, scratch);
-        if (in_groups_ && (m + samples == count || (m + samples) % group() == 0))
-          at_once_ ? write_weight(some, scratch.dW, scratch) : join_group(some, first == 0 && m < group(), scratch.dW);
+        dW_.end_sub_batch(i0 + l, some.count, first, m + samples, m + samples == count, scratch.dW);
         if (out_.u && p_.form == Weight::pair)
           for (int64_t n = 0; n < samples; ++n) {
             for (int64_t k = 0; p_.mask.data && k < some.count; ++k)  // exactly 0, also where W is not finite
@@ -157,8 +138,10 @@ class RowGradients {
                    scratch.du + n * some.count * p_.D, some.count * p_.D);
           }
       }
-    if (first + count == p_.B) finish(share, scratch);
-    if (first_write_ == Write::set_past) finish_stores();
+    if (first + count == p_.B) {
+      dW_.finish(i0 + share.begin, share.count, scratch.dW);
+      if (dlogits_ && share.begin == 0) write_logits(dlogits_ + i0 * p_.J, i0, i0);
+    }
   }
 
   A* pairs(int64_t m, int64_t n, int64_t i0, const Scratch& scratch) const {
@@ -279,50 +262,14 @@ class RowGradients {
   // dW_i += sum over samples of u_i dh_i^T, du_i = W_i^T dh_i
   void pair_gradients(int64_t first, int64_t m, int64_t samples, const Lanes& lanes, int64_t l, const A* dh,
                       const Scratch& scratch) const {
-    const int64_t sums = layout_.sums(), D = p_.D, i = lanes.i0 + lanes.begin + l, b = first + m;
-    const A* inputs = scratch.inputs + l * D;
-    auto add_to = [&](auto* dW, bool is_first) {
-      add_outer(dW, inputs, lanes.count * D, dh, samples, is_first ? first_write_ : Write::add);
-    };
-    if (in_groups_)
-      add_to(scratch.dW + l * each_, m % group() == 0);
-    else if (wants_weight_)
-      in_place_ ? add_to(static_cast<X*>(out_.weight) + i * each_, b == 0) : add_to(dW_ + i * each_, b == 0);
+    const int64_t sums = layout_.sums(), D = p_.D, i = lanes.i0 + lanes.begin + l;
+    dW_.add(i, l, first, m, scratch.inputs + l * D, lanes.count * D, dh, samples, scratch.dW);
     if (!out_.u) return;
     const A* from[kLongSubBatch];
     A* to[kLongSubBatch];
     for (int64_t n = 0; n < samples; ++n) from[n] = dh + n * sums, to[n] = scratch.du + (n * lanes.count + l) * D;
     const Weights<X>& weights = logits_.stream().weights;
     apply_transposed(weights.of(i, scratch.weight + l * D * sums, m > 0), sums, from, sums, to, D, samples);
-  }
-
-  // dW_i, as it is made, += or = sum over samples of u dh^T, of u [D], u_stride apart, and dh [J, F].
-  template <class T>
-  void add_outer(T* dW, const A* u, int64_t u_stride, const A* dh, int64_t samples, Write write) const {
-    const int64_t sums = layout_.sums(), D = p_.D, O = layout_.O;
-    if (!straight_) return outer<Vec<A>>(dW, sums, u, u_stride, D, dh, sums, sums, samples, write);
-    const bool dense = O == p_.O;
-    for (int64_t j = 0; j < (dense ? 1 : p_.J); ++j) {
-      const A* from = dh + j * O;
-      T* to = dW + j * p_.O * D;
-      const int64_t rows = dense ? sums : p_.O;
-      if (D % W<A> == 0)
-        outer<Vec<A>>(to, D, from, sums, rows, u, u_stride, D, samples, write);
-      else if constexpr (std::is_same_v<T, A> && kHasHalves)
-        outer<HalfVec<A>>(to, D, from, sums, rows, u, u_stride, D, samples, write);
-    }
-  }
-
-  // dW_i += what a group of samples gave, for some input capsules.
-  void join_group(const Lanes& lanes, bool is_first, const A* from) const {
-    const int64_t at = (lanes.i0 + lanes.begin) * each_;
-    auto add_to = [&](auto* to) {
-      for (int64_t k = 0; k < lanes.count * each_; ++k) to[k] = is_first ? from[k] : to[k] + from[k];
-    };
-    if (long_dW_) return add_to(long_dW_ + at);
-    if constexpr (std::is_same_v<X, A>)
-      if (in_place_) return add_to(static_cast<A*>(out_.weight) + at);
-    add_to(dW_ + at);
   }
 
   // The gradient of given rows: of the votes, or of an input capsule that all j share.
@@ -350,41 +297,6 @@ class RowGradients {
       for (int64_t j = 0; j < p_.J; ++j) write_as(out_.logits, p_.logits.dtype, (row + l) * p_.J + j, db[j * W<A> + l]);
   }
 
-  void ask_for_weight(const Lanes& share) const {
-    const int64_t each = p_.D * p_.J * p_.O;
-    X* own = static_cast<X*>(out_.weight) + (share.i0 + share.begin) * each;
-    if (out_.ask_for_pages) out_.ask_for_pages(own, share.count * each * sizeof(X));
-  }
-
-  // After the last chunk: sums over the batch, to their own dtype and shape.
-  void finish(const Lanes& share, const Scratch& scratch) const {
-    auto write = [&](const auto* dW) {
-      if (!in_place_) ask_for_weight(share);
-      write_weight(share, dW + (share.i0 + share.begin) * each_, scratch);
-    };
-    if (dW_) write(dW_);
-    if (long_dW_) write(long_dW_);
-    if constexpr (std::is_same_v<X, A>)
-      if (in_place_ && out_.features_last && !straight_) write(static_cast<const A*>(out_.weight));
-    if (dlogits_ && share.begin == 0) write_logits(dlogits_ + share.i0 * p_.J, share.i0, share.i0);
-  }
-
-  // dW of some input capsules, as it is made, to its dtype, shape and order; it may lie where it goes.
-  template <class T>
-  void write_weight(const Lanes& lanes, const T* dW, const Scratch& scratch) const {
-    const int64_t columns = p_.J * p_.O, numbers = p_.D * columns;
-    X* to = static_cast<X*>(out_.weight) + (lanes.i0 + lanes.begin) * numbers;
-    for (int64_t l = 0; l < lanes.count; ++l, to += numbers, dW += each_) {
-      if (straight_) {
-        narrow(to, dW, numbers);
-        continue;
-      }
-      X* own = out_.features_last ? scratch.narrowed : to;
-      for (int64_t row = 0; row < p_.D * p_.J; ++row) narrow(own + row * p_.O, dW + row * layout_.O, p_.O);
-      if (out_.features_last) transpose_rows(own, columns, p_.D, columns, to, p_.D);
-    }
-  }
-
   const BackwardPlan<X>& plan_;
   const Layout<X>& layout_;
   const Problem& p_;
@@ -393,14 +305,7 @@ class RowGradients {
   const LogitStream<X>& logits_;
   int64_t lanes_, sub_batch_;  // of a block, and samples, that are taken together
   int64_t share_;              // of a block that one thread takes: all where its pairs are corrected in place
-  bool wants_weight_, in_place_;
-  bool straight_;              // dW_i is made as [J, O, D], by products of rows of dh and vectors of u
-  int64_t each_;               // numbers of dW_i, as it is made
-  bool in_groups_;             // of samples, whose dW are summed apart
-  bool at_once_;               // there is one such group, and its dW is written to where it goes, in order
-  A* dW_ = nullptr;            // [I, D, J, O], where it is made neither in place nor at once
-  double* long_dW_ = nullptr;  // [I, D, J, O], of many groups
-  Write first_write_ = Write::set;
+  PairGradient<X> dW_;
   double* dlogits_ = nullptr;  // [block][J, W], summed over the batch
   Shares scratch_;
 };

@@ -1,0 +1,162 @@
+// The gradient of a weight of each pair, dW_i = sum over samples of dh_i u_i^T: how it is summed, and brought to where
+// it goes.
+#pragma once
+
+#include "backward_plan.h"
+
+namespace capsroute::CAPSROUTE_ISA {
+
+// dW_i [J, O, D] is made as it is wanted, of vectors of D features, or of halves of vectors if these are no shorter
+// than 16 bytes; those take twice the multiplications, so that for more samples another order is put right in the end.
+constexpr bool kHasHalves = CAPSROUTE_VECTOR_BYTES >= 32;
+constexpr int64_t kFewForHalves = 4 * kSubBatch;
+// What so many sub-batches give is summed before it joins the sum over the batch: a number that many are added to one
+// by one loses the digits of each. That longer sum is one of float64, if it takes no more than kLongSumBytes.
+constexpr int64_t kSummedSubBatches = 16, kLongSumBytes = int64_t(8) << 20;
+
+template <class X>
+class PairGradient {
+ public:
+  using A = Acc<X>;
+
+  // Of one thread.
+  struct Scratch {
+    A* group;     // [lanes][D, J, F], of a group of samples
+    X* narrowed;  // dW_i [D, J, O], before it is put into another order
+  };
+
+  PairGradient(const Layout<X>& layout, const Backward& out, int64_t sub_batch, int64_t chunk, Carver& carver)
+      : layout_(layout),
+        p_(layout.p),
+        out_(out),
+        wanted_(out.weight && layout.p.form == Weight::pair),
+        group_(kSummedSubBatches * sub_batch) {
+    // A whole batch in one write: nothing of dW is needed again.
+    const bool once = p_.B <= sub_batch, aligned = uintptr_t(out.weight) % CAPSROUTE_VECTOR_BYTES == 0;
+    const bool same = std::is_same_v<X, A>, dense = layout.O == p_.O;
+    const bool halves = same && kHasHalves && p_.D % (W<A> / 2) == 0 && p_.B <= kFewForHalves;
+    straight_ = out.features_last && (p_.D % W<A> == 0 || halves);
+    each_ = straight_ ? p_.D * p_.J * p_.O : p_.D * layout.sums();
+    if (!wanted_) return;
+    const bool fits = (straight_ || (dense && !out.features_last)) && (same || once);
+    const int64_t numbers = p_.I * p_.D * layout.sums();  // the same for every order, as bits depend on it
+    const bool is_long = p_.B > group_ && numbers * int64_t(sizeof(double)) <= kLongSumBytes;
+    at_once_ = !fits && p_.B <= minimum(group_, chunk);
+    in_groups_ = at_once_ || p_.B > group_;
+    in_place_ = (fits || (same && dense)) && !is_long && !at_once_;
+    if (is_long)
+      long_sum_ = carver.take<double>(numbers);
+    else if (!in_place_ && !at_once_)
+      sum_ = carver.take<A>(numbers);
+    // The system zeroes pages as it gives them: new memory is in a cache then, and stores past it only lose.
+    if (in_place_ && aligned && once && !out.ask_for_pages) first_write_ = Write::set_past;
+  }
+
+  Scratch carve_scratch(int64_t lanes, Carver& carver) const {
+    A* group = carver.take<A>(in_groups_ ? lanes * each_ : 0);
+    return {group, carver.take<X>(wanted_ && out_.features_last && !straight_ ? p_.D * p_.J * p_.O : 0)};
+  }
+
+  bool wanted() const { return wanted_; }
+
+  // Before the first sample of `count` input capsules from i on.
+  void begin(int64_t i, int64_t count) const {
+    if (in_place_ || at_once_) ask_for_memory(i, count);
+  }
+
+  // Adds sum over samples of u dh^T to dW_i, with u [D], u_stride apart, and dh [J, F]; i is the l-th of those that are
+  // taken together, and the samples are those from m on of the chunk that begins with `first`.
+  void add(int64_t i, int64_t l, int64_t first, int64_t m, const A* u, int64_t u_stride, const A* dh, int64_t samples,
+           const Scratch& scratch) const {
+    if (!wanted_) return;
+    auto add_to = [&](auto* dW, bool is_first) {
+      add_outer(dW, u, u_stride, dh, samples, is_first ? first_write_ : Write::add);
+    };
+    if (in_groups_)
+      add_to(scratch.group + l * each_, m % group_ == 0);
+    else if (in_place_)
+      add_to(static_cast<X*>(out_.weight) + i * each_, first + m == 0);
+    else
+      add_to(sum_ + i * each_, first + m == 0);
+  }
+
+  // After the samples up to `end` of that chunk, or the `last`, for `count` input capsules from i on.
+  void end_sub_batch(int64_t i, int64_t count, int64_t first, int64_t end, bool last, const Scratch& scratch) const {
+    if (!in_groups_ || !(last || end % group_ == 0)) return;
+    at_once_ ? write(i, count, scratch.group, scratch) : join_group(i, count, first == 0 && end <= group_, scratch);
+  }
+
+  // After the last chunk: sums over the batch, to where they go.
+  void finish(int64_t i, int64_t count, const Scratch& scratch) const {
+    if (sum_ || long_sum_) ask_for_memory(i, count);
+    if (sum_) write(i, count, sum_ + i * each_, scratch);
+    if (long_sum_) write(i, count, long_sum_ + i * each_, scratch);
+    if constexpr (std::is_same_v<X, A>)
+      if (in_place_ && out_.features_last && !straight_)
+        write(i, count, static_cast<const A*>(out_.weight) + i * each_, scratch);
+    if (first_write_ == Write::set_past) finish_stores();
+  }
+
+ private:
+  template <class T>
+  void add_outer(T* dW, const A* u, int64_t u_stride, const A* dh, int64_t samples, Write write) const {
+    const int64_t sums = layout_.sums(), D = p_.D, O = layout_.O;
+    if (!straight_) return outer<Vec<A>>(dW, sums, u, u_stride, D, dh, sums, sums, samples, write);
+    const bool dense = O == p_.O;
+    const int64_t rows = dense ? sums : p_.O;
+    for (int64_t j = 0; j < (dense ? 1 : p_.J); ++j)
+      if (D % W<A> == 0)
+        outer<Vec<A>>(dW + j * rows * D, D, dh + j * O, sums, rows, u, u_stride, D, samples, write);
+      else if constexpr (std::is_same_v<T, A> && kHasHalves)
+        outer<HalfVec<A>>(dW + j * rows * D, D, dh + j * O, sums, rows, u, u_stride, D, samples, write);
+  }
+
+  // dW_i += what a group of samples gave.
+  void join_group(int64_t i, int64_t count, bool is_first, const Scratch& scratch) const {
+    auto add_to = [&](auto* to) {
+      const A* from = scratch.group;
+      for (int64_t k = 0; k < count * each_; ++k) to[k] = is_first ? from[k] : to[k] + from[k];
+    };
+    if (long_sum_) return add_to(long_sum_ + i * each_);
+    if constexpr (std::is_same_v<X, A>)
+      if (in_place_) return add_to(static_cast<A*>(out_.weight) + i * each_);
+    add_to(sum_ + i * each_);
+  }
+
+  void ask_for_memory(int64_t i, int64_t count) const {
+    const int64_t each = p_.D * p_.J * p_.O * int64_t(sizeof(X));
+    if (out_.ask_for_pages) out_.ask_for_pages(static_cast<char*>(out_.weight) + i * each, count * each);
+  }
+
+  // dW_i, as it is made, to its dtype, shape and order; it may lie where it goes.
+  template <class T>
+  void write(int64_t i, int64_t count, const T* dW, const Scratch& scratch) const {
+    const int64_t columns = p_.J * p_.O, numbers = p_.D * columns;
+    X* to = static_cast<X*>(out_.weight) + i * numbers;
+    for (int64_t l = 0; l < count; ++l, to += numbers, dW += each_) {
+      if (straight_) {
+        narrow(to, dW, numbers);
+        continue;
+      }
+      X* own = out_.features_last ? scratch.narrowed : to;
+      for (int64_t row = 0; row < p_.D * p_.J; ++row) narrow(own + row * p_.O, dW + row * layout_.O, p_.O);
+      if (out_.features_last) transpose_rows(own, columns, p_.D, columns, to, p_.D);
+    }
+  }
+
+  const Layout<X>& layout_;
+  const Problem& p_;
+  const Backward& out_;
+  const bool wanted_;
+  const int64_t group_;         // samples whose sums are made apart, if there are more
+  bool straight_;               // dW_i is made as [J, O, D], by products of rows of dh and vectors of u; else [D, J, F]
+  int64_t each_;                // numbers of dW_i, as it is made
+  bool in_place_ = false;       // it is made where it goes, or
+  bool at_once_ = false;        // in one group, and then written to where it goes, or
+  A* sum_ = nullptr;            // [I, D, J, O], or
+  double* long_sum_ = nullptr;  // the same, of many groups
+  bool in_groups_ = false;      // of samples, whose dW are summed apart
+  Write first_write_ = Write::set;
+};
+
+}  // namespace capsroute::CAPSROUTE_ISA
