@@ -31,8 +31,8 @@ _SCHEMAS = {
     "route": f"({_ROUTE}, int save, int room, bool return_coupling) "
     "-> (Tensor v, Tensor s, Tensor norm, Tensor last_logits, Tensor votes, Tensor coupling)",
     # s and norm of all passes; votes of the same tensors, or empty. Gradients in the tensors' own shapes, empty where
-    # not needed; for a weight [I, J, O, D] in the memory order I, D, J, O unless the weight itself is contiguous. With
-    # a constant coupling it is that of one pass from last_logits.
+    # not needed; that of a weight [I, J, O, D] has the strides of torch.empty_like(weight). With a constant coupling it
+    # is that of one pass from last_logits.
     "route_backward": f"(Tensor grad_v, Tensor s, Tensor norm, Tensor votes, {_ROUTE}, bool need_u, bool need_weight, "
     "bool need_bias, bool need_logits) -> (Tensor u, Tensor weight, Tensor bias, Tensor logits)",
     # s [B, J, O] in the accumulation dtype; norm [2, 1, B, J], coupling as above
@@ -78,9 +78,8 @@ def _fake_route_backward(grad_v, s, norm, votes, *arguments):
 def _fake_backward(grad, s, norm, u, weight, third, logits, mask, *options):
     tensors, needs = (u, weight, third, logits), options[-4:]
     grads = [x.new_empty(x.shape) if need else u.new_empty(0) for x, need in zip(tensors, needs, strict=True)]
-    if needs[1] and weight.dim() == 4 and not weight.is_contiguous():
-        inputs, outputs, out_features, in_features = weight.shape
-        grads[1] = weight.new_empty(inputs, in_features, outputs, out_features).permute(0, 2, 3, 1)
+    if needs[1] and weight.dim() == 4:
+        grads[1] = torch.empty_like(weight)
     return tuple(grads)
 
 

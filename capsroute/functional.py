@@ -46,7 +46,7 @@ def capsule_linear(
         weight: ``[I, J, O, D]``, or shared by all input capsules ``[J, O, D]``, or by all pairs
             ``[O, D]`` (then J comes from ``logits``, else from ``bias``). Any strides; the memory
             order I, D, J, O is read in place where O fills whole vectors, others are brought into it in
-            every call. The gradient of a contiguous weight is contiguous. The dtype of ``u``.
+            every call. Its gradient lies as it does. The dtype of ``u``.
         iterations: R, the number of softmax / weighted-sum passes, at least 1.
         bias: ``[J, O]``, added to s in every pass; the dtype of ``u`` or float32.
         logits: prior logits, broadcast to ``[*, I, J]``; differentiable unless ``detach_coupling``; ``-inf``

@@ -86,7 +86,7 @@ thread_local Scratch scratch;
 
 class Cpu {
  public:
-  static constexpr bool kFeaturesLast = true;
+  static bool writes(Order) { return true; }
   static Tensor empty(const Tensor&, const std::vector<int64_t>& shape, ScalarType dtype) {
     // torch::stable::empty asks the dispatcher, which takes several times as long as this.
     int64_t strides[4], stride = 1;
@@ -128,7 +128,7 @@ std::string plan(const Tensor& u, const Optional& weight, const Optional& bias, 
   Forward forward{};
   forward.v = &p, forward.room = room * (p.u.dtype == DType::float64 ? 8 : 4);
   Backward gradients{};
-  gradients.features_last = weight && weight->is_contiguous();
+  if (p.form == Weight::pair) gradients.order = order_of(p).value_or(Order::IDJO);
   gradients.u = &p, gradients.weight = weight ? &p : nullptr, gradients.room = forward.room;
   const Plan found =
       backward ? kernels().plan_backward(p, gradients, threads) : kernels().plan_forward(p, forward, threads);

@@ -6,7 +6,7 @@
 //   static Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype);
 //   static void forward(const Problem&, const Forward&, const Tensor& u);
 //   static void backward(const Problem&, const Backward&, const Tensor& u);
-//   static constexpr bool kFeaturesLast;  // whether its backward knows Backward::features_last
+//   static bool writes(Order);  // whether its backward knows that order of dW
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -16,7 +16,9 @@
 
 #include <optional>
 #include <string>
+#include <string_view>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/routing.h"
@@ -132,6 +134,28 @@ inline Problem pass_of(const Tensor& u, const Optional& weight, const Optional& 
   return p;
 }
 
+// That in which a weight of each pair lies, if dW may be written so.
+inline std::optional<Order> order_of(const Problem& p) {
+  constexpr std::pair<Order, const char*> orders[] = {{Order::IDJO, "IDJO"},
+                                                      {Order::IJDO, "IJDO"},
+                                                      {Order::JIDO, "JIDO"},
+                                                      {Order::IJOD, "IJOD"},
+                                                      {Order::JIOD, "JIOD"}};
+  const std::string_view letters = "IJOD";
+  const int64_t sizes[] = {p.I, p.J, p.O, p.D};
+  for (const auto& [order, name] : orders) {
+    bool same = true;
+    int64_t stride = 1;
+    for (int n = 3; n >= 0; --n) {
+      const size_t d = letters.find(name[n]);
+      same = same && (sizes[d] == 1 || p.weight.stride[d] == stride);
+      stride *= sizes[d] > 0 ? sizes[d] : 1;
+    }
+    if (same) return order;
+  }
+  return std::nullopt;
+}
+
 inline void* pointer(const Tensor& x) { return x.numel() ? x.mutable_data_ptr() : nullptr; }
 
 inline int64_t bytes(const Tensor& x) { return x.numel() * int64_t(x.element_size()); }
@@ -191,20 +215,18 @@ std::tuple<Tensor, Tensor, Tensor> routing_pass(const Tensor& u, const Optional&
 // The gradients that a backward returns: of u, the weight, the bias or query, and the logits.
 template <class Tier>
 struct Gradients {
-  bool contiguous, features_last;  // the weight of each pair is, so dW shall be; and the tier writes it so
+  std::optional<Order> order;  // the weight's own, if the tier writes that; else dW of each pair is made as I, D, J, O
   Tensor u, weight, third, logits;
 
   Gradients(const Problem& p, const Tensor& like_u, const Optional& like_weight, const Optional& like_third,
             const Optional& like_logits, bool need_u, bool need_weight, bool need_third, bool need_logits)
-      : contiguous(p.form != Weight::pair || like_weight->is_contiguous()),
-        features_last(contiguous && Tier::kFeaturesLast),
+      : order(p.form == Weight::pair ? order_of(p) : std::nullopt),
         u(output(need_u, like_u, shape_of(like_u), like_u)),
-        weight(output(
-            need_weight, like_weight,
-            p.form != Weight::pair || features_last ? shape_of(like_weight) : std::vector<int64_t>{p.I, p.D, p.J, p.O},
-            like_u)),
+        weight(output(need_weight, like_weight, shape_of(like_weight), like_u)),
         third(output(need_third, like_third, shape_of(like_third), like_u)),
-        logits(output(need_logits, like_logits, shape_of(like_logits), like_u)) {}
+        logits(output(need_logits, like_logits, shape_of(like_logits), like_u)) {
+    if (order && !Tier::writes(*order)) order.reset();
+  }
 
   // Runs the backward, which writes them, the third to the member that is given, and was told all else.
   void compute(const Problem& p, Backward out, void* Backward::* member, const Tensor& s, const Tensor& norm,
@@ -221,24 +243,26 @@ struct Gradients {
     out.s = s.const_data_ptr(), out.norm = norm.const_data_ptr();
     if (like_logits) out.logits_B = like_logits->size(0), out.logits_I = like_logits->size(1);
     out.u = pointer(u), out.weight = pointer(weight), out.logits = pointer(logits);
-    out.features_last = features_last;
+    out.order = order.value_or(Order::IDJO);
     out.*member = pointer(third);
     Tier::backward(p, out, like);
   }
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor> all(const Problem& p) const {
-    const bool permuted = p.form == Weight::pair && !features_last && weight.dim() == 4;
-    return {u, permuted ? in_logical_order(p) : weight, third, logits};
+  std::tuple<Tensor, Tensor, Tensor, Tensor> all(const Problem& p, const Optional& like_weight) const {
+    const bool of_pairs = p.form == Weight::pair && weight.dim() == 4;
+    return {u, of_pairs ? in_order_of(*like_weight, p) : weight, third, logits};
   }
 
  private:
-  // dW from the kernels' order [I, D, J, O] to [I, J, O, D]: a view, or a copy for a weight that is contiguous, as
-  // autograd would copy it for such a parameter.
-  Tensor in_logical_order(const Problem& p) const {
+  // dW with the strides of the weight, as autograd would copy it for a parameter if they were others.
+  Tensor in_order_of(const Tensor& like, const Problem& p) const {
     const int64_t sizes[] = {p.I, p.J, p.O, p.D}, strides[] = {p.D * p.J * p.O, p.O, 1, p.J * p.O};
     AtenTensorHandle view = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(weight.get(), 4, sizes, strides, 0, &view));
-    return contiguous ? torch::stable::contiguous(Tensor(view)) : Tensor(view);
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch__reinterpret_tensor(weight.get(), 4, sizes, order ? like.strides().data() : strides, 0, &view));
+    if (order) return Tensor(view);
+    Tensor copy = torch::stable::empty_like(like);
+    return torch::stable::copy_(copy, Tensor(view));
   }
 
   static Tensor output(bool need, const Optional& like, const std::vector<int64_t>& shape, const Tensor& u) {
@@ -262,7 +286,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_backward(const Tensor& grad_v, 
                   "capsroute: votes must be what the forward saved");
   out.votes = pointer(votes), out.room = bytes(votes);
   gradients.compute(p, out, &Backward::bias, s, norm, u, logits);
-  return gradients.all(p);
+  return gradients.all(p, weight);
 }
 
 template <class Tier>
@@ -278,7 +302,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> routing_pass_backward(const Tensor& g
   Backward out{};
   out.grad_s = float_array(grad_s);
   gradients.compute(p, out, &Backward::query, s, norm, u, logits);
-  return gradients.all(p);
+  return gradients.all(p, weight);
 }
 
 // Registers the four ops for a tier, in the body of STABLE_TORCH_LIBRARY_IMPL.

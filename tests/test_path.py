@@ -58,7 +58,7 @@ def test_a_weight_in_another_order_is_brought_into_it_as_it_is_read_up_to_three_
     """Here once for a tile of four samples, whose votes are kept, and once more for the gradients."""
     sizes = (1152, 8, 10, 16)
     for batch, backward, as_read in ((12, False, True), (13, False, False), (8, True, True), (9, True, False)):
-        path = planned(batch, *sizes, backward=backward, contiguous=True)
+        path = planned(batch, *sizes, backward=backward, order="IJOD")
         assert (path.as_read, path.copied) == (as_read, not as_read)
         path = planned(batch, *sizes, backward=backward)
         assert not path.as_read
@@ -68,9 +68,9 @@ def test_a_weight_in_another_order_is_brought_into_it_as_it_is_read_up_to_three_
 def test_a_weight_of_more_than_32_mib_is_brought_into_order_up_to_six_times():
     """Here in each of three passes, for 128 samples at a time."""
     assert tiles(planned(256, 257, 8, 256, 16)) == (128, 2)
-    assert planned(256, 257, 8, 256, 16, contiguous=True).as_read
-    assert planned(257, 257, 8, 256, 16, contiguous=True).copied
-    assert planned(256, 256, 8, 256, 16, contiguous=True).copied
+    assert planned(256, 257, 8, 256, 16, order="IJOD").as_read
+    assert planned(257, 257, 8, 256, 16, order="IJOD").copied
+    assert planned(256, 256, 8, 256, 16, order="IJOD").copied
 
 
 def test_a_weight_whose_outputs_do_not_fill_vectors_is_brought_into_order_too():
@@ -288,12 +288,12 @@ def test_explain_tells_people_and_programs(capsys):
 
 
 def test_explain_tells_of_a_weight_in_another_order(capsys):
-    main(["bench", "--explain", "--case", "mnist", "mind", "--batch", "1", "128", "--contiguous"])
+    main(["bench", "--explain", "--case", "mnist", "mind", "--batch", "1", "128", "--order", "JIDO"])
     one, _, many, *shared = capsys.readouterr().out.splitlines()[1:]
-    assert one.startswith("mnist B=1 contiguous, forward: ")
+    assert one.startswith("mnist B=1 JIDO, forward: ")
     assert "W is put into the kernels' order as it is read" in one
     assert "W is put into the kernels' order before" in many
-    assert not any("contiguous" in line for line in shared[1:])
+    assert not any("JIDO" in line for line in shared[1:])
 
 
 def test_a_point_below_its_roof():

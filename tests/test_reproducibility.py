@@ -137,9 +137,9 @@ def test_each_sample_has_the_same_sums_alone(sizes, dtype, power):
 def test_same_bits_in_every_memory_order_of_the_weight(cpu, sizes, dtype):
     problem = random_problem(sizes, dtype=dtype)
     expected = results(problem, cpu)
-    for order in ((0, 3, 1, 2), (1, 0, 2, 3), (3, 2, 1, 0)):
-        back = [order.index(d) for d in range(4)]
-        weight = problem.tensors["weight"].permute(order).contiguous().permute(back)
+    for order in ("idjo", "ijdo", "jido", "jiod", "doji"):
+        weight = torch.einsum(f"ijod->{order}", problem.tensors["weight"]).contiguous()
+        weight = torch.einsum(f"{order}->ijod", weight)
         assert_same_bits(results(Problem({**problem.tensors, "weight": weight}), cpu), expected)
 
 

@@ -20,9 +20,7 @@ def _route_backward(
 ):
     problem = Problem.of(u, weight, bias, logits, mask, over_inputs, leaky)
     wanted = _wanted(needs, u, weight, bias, logits)
-    return _in_logical_order(
-        weight, _run(u, backward.route_backward(problem, grad_v, s, norm, iterations, eps, wanted))
-    )
+    return _in_order_of(weight, _run(u, backward.route_backward(problem, grad_v, s, norm, iterations, eps, wanted)))
 
 
 def _routing_pass(u, weight, query, logits, mask, over_inputs, leaky, save, return_coupling):
@@ -33,19 +31,20 @@ def _routing_pass(u, weight, query, logits, mask, over_inputs, leaky, save, retu
 def _routing_pass_backward(grad_s, s, norm, u, weight, query, logits, mask, over_inputs, leaky, *needs):
     problem = Problem.of(u, weight, query, logits, mask, over_inputs, leaky)
     wanted = _wanted(needs, u, weight, query, logits)
-    return _in_logical_order(weight, _run(u, backward.routing_pass_backward(problem, grad_s, s, norm, query, wanted)))
+    return _in_order_of(weight, _run(u, backward.routing_pass_backward(problem, grad_s, s, norm, query, wanted)))
 
 
 def _wanted(needs, *tensors) -> backward.Needs:
     return backward.Needs(*(need and x is not None for need, x in zip(needs, tensors, strict=True)))
 
 
-def _in_logical_order(weight, grads):
-    """The weight's gradient from [I, D, J, O] to [I, J, O, D]: a view, or for a contiguous weight a copy."""
+def _in_order_of(weight, grads):
+    """The weight's gradient from [I, D, J, O] to [I, J, O, D]: a view, or a copy if the weight has other strides."""
     du, dweight, *others = grads
     if dweight.dim() == 4:
         dweight = dweight.permute(0, 2, 3, 1)
-        dweight = dweight.contiguous() if weight.is_contiguous() else dweight
+        if dweight.stride() != weight.stride():
+            dweight = torch.empty_like(weight).copy_(dweight)
     return du, dweight, *others
 
 

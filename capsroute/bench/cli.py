@@ -25,7 +25,7 @@ from ..reference import accumulation_dtype
 from . import path, regression, roofline, sweep, table
 from .compare import DisagreementError, compare
 from .measure import on_gpu
-from .registry import CASES, IMPLEMENTATIONS, Case, fused_backend, make_problem, names_for, pass_name, passes
+from .registry import CASES, IMPLEMENTATIONS, ORDER, Case, fused_backend, make_problem, names_for, pass_name, passes
 
 Asked = tuple[Case, bool]  # and whether with the backward
 MOST_THREADS = 1024  # many more crash OpenMP
@@ -73,9 +73,12 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         help="batch sizes instead of each case's own; --sweep batch has its own",
     )
     parser.add_argument(
-        "--contiguous",
-        action="store_true",
-        help="weights [I, J, O, D] as torch allocates them, not in the kernels' memory order, I, D, J, O",
+        "--order",
+        choices=["".join(letters) for letters in itertools.permutations("IJOD")],
+        metavar="ORDER",
+        default=ORDER,
+        help="of weights [I, J, O, D] in memory, the last letter fastest: IJOD is as torch allocates them; "
+        "default: %(default)s, as CapsuleLinear keeps them and the kernels read them",
     )
     dtypes = [str(dtype).removeprefix("torch.") for dtype in _checks.DTYPES]
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="default: %(default)s")
@@ -153,8 +156,7 @@ def _threads(count: int | None) -> Iterator[None]:
 
 def _asked(args: argparse.Namespace) -> list[Asked]:
     named = [CASES[name]._replace(seed=args.seed or 0) for name in (CASES if "all" in args.cases else args.cases)]
-    if args.contiguous:
-        named = [case._replace(contiguous=case.form == "pair") for case in named]
+    named = [case._replace(order=args.order) if case.form == "pair" else case for case in named]
     cases = [case._replace(batch=batch) for case in named for batch in args.batches or [case.batch]]
     return list(itertools.product(dict.fromkeys(cases), passes(args.passes == "both")))
 

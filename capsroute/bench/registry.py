@@ -18,11 +18,12 @@ from torch import Tensor
 
 from .. import _backends
 from ..functional import capsule_linear, dynamic_routing
-from ..nn.linear import first_pass_gain
+from ..nn.linear import ORDERS, first_pass_gain
 from .plain import matmul
 from .rechub import no_rechub, rechub
 
 T = TypeVar("T")
+ORDER = ORDERS[None]  # of memory, in which the kernels read a weight [I, J, O, D]
 
 
 def pass_name(backward: bool) -> str:
@@ -48,7 +49,7 @@ class Case(NamedTuple):
     coupling: str = "out"
     detach_coupling: bool = False
     seed: int = 0  # of its random tensors
-    contiguous: bool = False  # a weight [I, J, O, D] lies so in memory, not as the kernels read it, [I, D, J, O]
+    order: str = ORDER  # of a weight [I, J, O, D] in memory
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -71,7 +72,7 @@ class Case(NamedTuple):
         """Its name, and its batch where that is another than the name stands for."""
         own = CASES.get(self.name)
         title = self.name if own and own.batch == self.batch else f"{self.name} B={self.batch}"
-        return f"{title} contiguous" if self.contiguous else title
+        return title if self.order == ORDER else f"{title} {self.order}"
 
     def label(self, backward: bool) -> str:
         """The case and pass, for a table or a plot."""
@@ -86,7 +87,7 @@ class Case(NamedTuple):
         """The shape in words, for a table."""
         shape = " ".join(f"{letter}={size}" for letter, size in self.sizes.items() if size)
         given = f"weight [{self.weight}]" if self.weight else "votes given"
-        given += ", contiguous" if self.contiguous else ""
+        given += f", in memory {self.order}" if self.order != ORDER else ""
         detached = ", detached coupling" if self.detach_coupling else ""
         return f"{shape}, {given}{', softmax over i' if self.coupling == 'in' else ''}{detached}"
 
@@ -119,7 +120,7 @@ class Problem(NamedTuple):
     """The tensors of a case."""
 
     u: Tensor  # [B, I, D], or the votes [B, I, J, O] where weight is None
-    weight: Tensor | None  # [I, J, O, D], mostly in the memory order I, D, J, O, [J, O, D] or [O, D]
+    weight: Tensor | None  # [I, J, O, D], in the memory order of the case, [J, O, D] or [O, D]
     logits: Tensor | None  # [I, J]
     iterations: int
     grad_v: Tensor  # [B, J, O]
@@ -150,7 +151,7 @@ def make_problem(case: Case, dtype: torch.dtype = torch.float32) -> Problem:
     std = first_pass_gain(case.inputs, case.outputs, case.coupling) / math.sqrt(case.out_features)
     if case.weight:
         u = normal("BID", std=1 / math.sqrt(case.in_features))
-        memory = "IDJO" if case.weight == "IJOD" and not case.contiguous else case.weight
+        memory = case.order if case.form == "pair" else case.weight
         weight = normal(memory, std=std)
         weight = weight.permute(*(memory.index(letter) for letter in case.weight)).requires_grad_()
     else:

@@ -22,7 +22,7 @@ class PairGradient {
   // Of one thread.
   struct Scratch {
     A* group;     // [lanes][D, J, F], of a group of samples
-    X* narrowed;  // dW_i [D, J, O], before it is put into another order
+    X* narrowed;  // a piece of dW_i, before its features are put last
   };
 
   PairGradient(const Layout<X>& layout, const Backward& out, int64_t sub_batch, int64_t chunk, Carver& carver)
@@ -30,20 +30,24 @@ class PairGradient {
         p_(layout.p),
         out_(out),
         wanted_(out.weight && layout.p.form == Weight::pair),
+        features_last_(out.order == Order::IJOD || out.order == Order::JIOD),
+        pieces_(out.order == Order::IDJO || out.order == Order::IJOD ? 1 : p_.J),
+        piece_(p_.D * p_.J * p_.O / pieces_),
         group_(kSummedSubBatches * sub_batch) {
     // A whole batch in one write: nothing of dW is needed again.
     const bool once = p_.B <= sub_batch, aligned = uintptr_t(out.weight) % CAPSROUTE_VECTOR_BYTES == 0;
     const bool same = std::is_same_v<X, A>, dense = layout.O == p_.O;
     const bool halves = same && kHasHalves && p_.D % (W<A> / 2) == 0 && p_.B <= kFewForHalves;
-    straight_ = out.features_last && (p_.D % W<A> == 0 || halves);
+    straight_ = features_last_ && (p_.D % W<A> == 0 || halves);
     each_ = straight_ ? p_.D * p_.J * p_.O : p_.D * layout.sums();
     if (!wanted_) return;
-    const bool fits = (straight_ || (dense && !out.features_last)) && (same || once);
+    const bool whole = straight_ || dense;  // without padding
+    const bool fits = whole && (straight_ || !features_last_) && (once || (same && pieces_ == 1));
     const int64_t numbers = p_.I * p_.D * layout.sums();  // the same for every order, as bits depend on it
     const bool is_long = p_.B > group_ && numbers * int64_t(sizeof(double)) <= kLongSumBytes;
     at_once_ = !fits && p_.B <= minimum(group_, chunk);
     in_groups_ = at_once_ || p_.B > group_;
-    in_place_ = (fits || (same && dense)) && !is_long && !at_once_;
+    in_place_ = (fits || (same && whole && (pieces_ == 1 || in_groups_))) && !is_long && !at_once_;
     if (is_long)
       long_sum_ = carver.take<double>(numbers);
     else if (!in_place_ && !at_once_)
@@ -54,7 +58,7 @@ class PairGradient {
 
   Scratch carve_scratch(int64_t lanes, Carver& carver) const {
     A* group = carver.take<A>(in_groups_ ? lanes * each_ : 0);
-    return {group, carver.take<X>(wanted_ && out_.features_last && !straight_ ? p_.D * p_.J * p_.O : 0)};
+    return {group, carver.take<X>(wanted_ && features_last_ && !straight_ ? piece_ : 0)};
   }
 
   bool wanted() const { return wanted_; }
@@ -70,12 +74,13 @@ class PairGradient {
            const Scratch& scratch) const {
     if (!wanted_) return;
     auto add_to = [&](auto* dW, bool is_first) {
-      add_outer(dW, u, u_stride, dh, samples, is_first ? first_write_ : Write::add);
+      const int64_t next = in_place_ && !in_groups_ && pieces_ > 1 ? place(i, 1) - place(i, 0) : 0;
+      add_outer(dW, next, u, u_stride, dh, samples, is_first ? first_write_ : Write::add);
     };
     if (in_groups_)
       add_to(scratch.group + l * each_, m % group_ == 0);
     else if (in_place_)
-      add_to(static_cast<X*>(out_.weight) + i * each_, first + m == 0);
+      add_to(place(i, 0), first + m == 0);
     else
       add_to(sum_ + i * each_, first + m == 0);
   }
@@ -91,71 +96,93 @@ class PairGradient {
     if (sum_ || long_sum_) ask_for_memory(i, count);
     if (sum_) write(i, count, sum_ + i * each_, scratch);
     if (long_sum_) write(i, count, long_sum_ + i * each_, scratch);
-    if constexpr (std::is_same_v<X, A>)
-      if (in_place_ && out_.features_last && !straight_)
-        write(i, count, static_cast<const A*>(out_.weight) + i * each_, scratch);
+    for (int64_t l = 0; in_place_ && features_last_ && !straight_ && l < count; ++l)
+      for (int64_t j = 0; j < pieces_; ++j) {
+        std::memcpy(scratch.narrowed, place(i + l, j), piece_ * sizeof(X));
+        put_last(scratch.narrowed, place(i + l, j));
+      }
     if (first_write_ == Write::set_past) finish_stores();
   }
 
  private:
+  // Where the j-th piece of dW_i goes, which lies in a row.
+  X* place(int64_t i, int64_t j) const {
+    const bool inputs_inside = out_.order == Order::JIDO || out_.order == Order::JIOD;
+    return static_cast<X*>(out_.weight) + (inputs_inside ? j * p_.I + i : i * pieces_ + j) * piece_;
+  }
+
+  // Visits the rows of dW_i, as it is made, that lie in a row in its j-th piece too, before features are put last
+  // there: visit(at, from, count), with the place in the piece and that in dW_i.
+  template <class Visit>
+  void for_rows(int64_t j, const Visit& visit) const {
+    if (straight_ || (pieces_ == 1 && layout_.O == p_.O)) return visit(0, j * piece_, piece_);
+    const int64_t rows = pieces_ == 1 ? p_.J : 1;
+    for (int64_t d = 0, at = 0; d < p_.D; ++d)
+      for (int64_t k = j; k < j + rows; ++k, at += p_.O) visit(at, (d * p_.J + k) * layout_.O, p_.O);
+  }
+
+  void put_last(const X* piece, X* to) const { transpose_rows(piece, piece_ / p_.D, p_.D, piece_ / p_.D, to, p_.D); }
+
+  // `next`: from what one j gives to that of the next, where these are apart; else 0.
   template <class T>
-  void add_outer(T* dW, const A* u, int64_t u_stride, const A* dh, int64_t samples, Write write) const {
+  void add_outer(T* dW, int64_t next, const A* u, int64_t u_stride, const A* dh, int64_t samples, Write write) const {
     const int64_t sums = layout_.sums(), D = p_.D, O = layout_.O;
-    if (!straight_) return outer<Vec<A>>(dW, sums, u, u_stride, D, dh, sums, sums, samples, write);
-    const bool dense = O == p_.O;
-    const int64_t rows = dense ? sums : p_.O;
-    for (int64_t j = 0; j < (dense ? 1 : p_.J); ++j)
-      if (D % W<A> == 0)
-        outer<Vec<A>>(dW + j * rows * D, D, dh + j * O, sums, rows, u, u_stride, D, samples, write);
+    const bool at_once = next == 0 && (!straight_ || O == p_.O);
+    const int64_t features = at_once ? sums : straight_ ? p_.O : O, each = next ? next : features * D;
+    for (int64_t j = 0; j < (at_once ? 1 : p_.J); ++j, dW += each, dh += O)
+      if (!straight_)
+        outer<Vec<A>>(dW, features, u, u_stride, D, dh, sums, features, samples, write);
+      else if (D % W<A> == 0)
+        outer<Vec<A>>(dW, D, dh, sums, features, u, u_stride, D, samples, write);
       else if constexpr (std::is_same_v<T, A> && kHasHalves)
-        outer<HalfVec<A>>(dW + j * rows * D, D, dh + j * O, sums, rows, u, u_stride, D, samples, write);
+        outer<HalfVec<A>>(dW, D, dh, sums, features, u, u_stride, D, samples, write);
   }
 
   // dW_i += what a group of samples gave.
   void join_group(int64_t i, int64_t count, bool is_first, const Scratch& scratch) const {
-    auto add_to = [&](auto* to) {
-      const A* from = scratch.group;
-      for (int64_t k = 0; k < count * each_; ++k) to[k] = is_first ? from[k] : to[k] + from[k];
+    auto add_to = [&](auto* to, const A* from, int64_t numbers) {
+      for (int64_t k = 0; k < numbers; ++k) to[k] = is_first ? from[k] : to[k] + from[k];
     };
-    if (long_sum_) return add_to(long_sum_ + i * each_);
+    if (long_sum_) return add_to(long_sum_ + i * each_, scratch.group, count * each_);
+    if (sum_) return add_to(sum_ + i * each_, scratch.group, count * each_);
     if constexpr (std::is_same_v<X, A>)
-      if (in_place_) return add_to(static_cast<A*>(out_.weight) + i * each_);
-    add_to(sum_ + i * each_);
+      for (int64_t l = 0; l < count; ++l)
+        for (int64_t j = 0; j < pieces_; ++j)
+          for_rows(j, [&](int64_t at, int64_t from, int64_t numbers) {
+            add_to(place(i + l, j) + at, scratch.group + l * each_ + from, numbers);
+          });
   }
 
   void ask_for_memory(int64_t i, int64_t count) const {
     const int64_t each = p_.D * p_.J * p_.O * int64_t(sizeof(X));
-    if (out_.ask_for_pages) out_.ask_for_pages(static_cast<char*>(out_.weight) + i * each, count * each);
+    if (out_.ask_for_pages && place(1, 0) - place(0, 0) == pieces_ * piece_)  // not if pieces of all i lie between
+      out_.ask_for_pages(place(i, 0), count * each);
   }
 
-  // dW_i, as it is made, to its dtype, shape and order; it may lie where it goes.
+  // dW_i, as it is made, to its dtype, shape and order.
   template <class T>
   void write(int64_t i, int64_t count, const T* dW, const Scratch& scratch) const {
-    const int64_t columns = p_.J * p_.O, numbers = p_.D * columns;
-    X* to = static_cast<X*>(out_.weight) + i * numbers;
-    for (int64_t l = 0; l < count; ++l, to += numbers, dW += each_) {
-      if (straight_) {
-        narrow(to, dW, numbers);
-        continue;
+    for (int64_t l = 0; l < count; ++l, dW += each_)
+      for (int64_t j = 0; j < pieces_; ++j) {
+        X *to = place(i + l, j), *own = features_last_ && !straight_ ? scratch.narrowed : to;
+        for_rows(j, [&](int64_t at, int64_t from, int64_t numbers) { narrow(own + at, dW + from, numbers); });
+        if (own != to) put_last(own, to);
       }
-      X* own = out_.features_last ? scratch.narrowed : to;
-      for (int64_t row = 0; row < p_.D * p_.J; ++row) narrow(own + row * p_.O, dW + row * layout_.O, p_.O);
-      if (out_.features_last) transpose_rows(own, columns, p_.D, columns, to, p_.D);
-    }
   }
 
   const Layout<X>& layout_;
   const Problem& p_;
   const Backward& out_;
-  const bool wanted_;
-  const int64_t group_;         // samples whose sums are made apart, if there are more
-  bool straight_;               // dW_i is made as [J, O, D], by products of rows of dh and vectors of u; else [D, J, F]
-  int64_t each_;                // numbers of dW_i, as it is made
-  bool in_place_ = false;       // it is made where it goes, or
-  bool at_once_ = false;        // in one group, and then written to where it goes, or
-  A* sum_ = nullptr;            // [I, D, J, O], or
-  double* long_sum_ = nullptr;  // the same, of many groups
-  bool in_groups_ = false;      // of samples, whose dW are summed apart
+  const bool wanted_, features_last_;
+  const int64_t pieces_, piece_;  // dW_i goes to so many places, 1 or J, of so many numbers, [D, J, O] or [D, O]
+  const int64_t group_;           // samples whose sums are made apart, if there are more
+  bool straight_;                 // dW_i is made as [J, O, D], of rows of dh and vectors of u; else as [D, J, F]
+  int64_t each_;                  // numbers of dW_i, as it is made
+  bool in_place_ = false;         // it is made where it goes, or
+  bool at_once_ = false;          // in one group, and then written to where it goes, or
+  A* sum_ = nullptr;              // of all I, or
+  double* long_sum_ = nullptr;    // the same, of many groups
+  bool in_groups_ = false;        // of samples, whose dW are summed apart
   Write first_write_ = Write::set;
 };
 

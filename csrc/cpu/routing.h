@@ -68,6 +68,10 @@ struct Forward {
   int64_t room;    // bytes
 };
 
+// The memory orders in which dW of each pair is written, by the letters of its dimensions: the kernels' own, and
+// matrices [D, O] or [O, D] one after another.
+enum class Order { IDJO, IJDO, JIDO, IJOD, JIOD };
+
 struct Backward {
   Array grad_v;   // [b, j, o] of the dtype of u, or null, and then
   Array grad_s;   // [b, j, o] of s^R in the accumulation type
@@ -77,8 +81,8 @@ struct Backward {
   int64_t room;                // as Forward's
   int64_t logits_B, logits_I;  // 1 or B, 1 or I: the dimensions that the logits themselves have
   void* u;                     // as Problem::u, or null where not wanted; so the others
-  void* weight;                // [I, D, J, O], [J, O, D] or [O, D]
-  bool features_last;          // the first of these is wanted as [I, J, O, D]; the CPU's kernels alone know it
+  void* weight;                // of each pair as `order` says, [J, O, D] or [O, D]
+  Order order;                 // the CUDA kernels write the first one alone
   void* bias;                  // [J, O], the dtype of Problem::bias
   void* logits;                // [logits_B, logits_I, J], the dtype of Problem::logits
   void* query;                 // [B, J, O] in the accumulation type

@@ -48,20 +48,20 @@ class Weights {
   // may be already.
   const X* of(int64_t i, X* there, bool is_there) const {
     if (!as_read) return pair_ + i * size();
-    if (!is_there) bring(i, there);
+    if (!is_there) bring(i, 0, layout_.sums(), there);
     return there;
   }
 
   // Whether W_i, brought into order as it is read, had better be so strip by strip: `for_strips` calls visit(w, f,
   // count) with w [D, count], its features f to f + count, which are put `there`.
-  bool has_strips() const { return as_read && features_follow() && size() * int64_t(sizeof(X)) > kStrip; }
+  bool has_strips() const { return as_read && size() * int64_t(sizeof(X)) > kStrip; }
   template <class Visit>
   void for_strips(int64_t i, X* there, const Visit& visit) const {
     const int64_t D = layout_.p.D, sums = layout_.sums(), fitting = kStrip / (D * int64_t(sizeof(X)));
-    const int64_t strip = maximum(W<A>, fitting / W<A> * W<A>);
+    const int64_t unit = features_follow() ? W<A> : layout_.O, strip = maximum(unit, fitting / unit * unit);
     for (int64_t f = 0; f < sums; f += strip) {
       const int64_t count = minimum(strip, sums - f);
-      bring_features(i, f, count, there);
+      bring(i, f, count, there);
       visit(there, f, count);
     }
   }
@@ -108,7 +108,8 @@ class Weights {
 
   void put_in_order(Carver& carver, const Parallel& parallel) {
     X* copy = carver.take<X>(layout_.p.I * size());
-    if (carver.base) parallel_for(parallel, layout_.p.I, [&](int64_t i, int64_t) { bring(i, copy + i * size()); });
+    if (carver.base)
+      parallel_for(parallel, layout_.p.I, [&](int64_t i, int64_t) { bring(i, 0, layout_.sums(), copy + i * size()); });
     pair_ = copy;
   }
 
@@ -119,29 +120,50 @@ class Weights {
     return stride[3] == 1 && layout_.O == p.O && (stride[1] == p.O * stride[2] || p.J == 1);
   }
 
-  // Features f to f + count of W_i to [D, count], if they follow each other.
-  void bring_features(int64_t i, int64_t f, int64_t count, X* to) const {
+  // Features f to f + count of W_i to [D, count], those of whole j unless all follow each other, with zeros where O is
+  // padded. What is read later is asked for.
+  void bring(int64_t i, int64_t f, int64_t count, X* to) const {
     const Problem& p = layout_.p;
-    const int64_t stride = p.weight.stride[2], ahead = stride == p.D ? kAheadInOrder / int64_t(sizeof(X)) : 0;
-    const X* from = static_cast<const X*>(p.weight.data) + i * p.weight.stride[0] + f * stride;
-    transpose_rows(from, stride, count, p.D, to, count, ahead);
+    const int64_t *stride = p.weight.stride, D = p.D, O = layout_.O;
+    const X* from = static_cast<const X*>(p.weight.data) + i * stride[0];
+    if (features_follow()) {
+      const int64_t ahead = stride[2] == D ? kAheadInOrder / int64_t(sizeof(X)) : 0;
+      return transpose_rows(from + f * stride[2], stride[2], count, D, to, count, ahead);
+    }
+    const int64_t later = f / O + maximum(1, kAheadInOrder / (D * p.O * int64_t(sizeof(X))));
+    int64_t j = f / O, later_i = later / p.J, later_j = later % p.J;
+    for (const X* end = to + count; to < end; ++j, to += O) {
+      bring_one(from + j * stride[1], from + later_i * stride[0] + later_j * stride[1], to, count);
+      if (++later_j == p.J) later_j = 0, ++later_i;
+    }
   }
 
-  // W_i to [D, J, O], with zeros where O is padded.
-  void bring(int64_t i, X* to) const {
+  // W_ij to [D, O], its rows `next_row` apart; `later` is another matrix, which is asked for.
+  void bring_one(const X* from, const X* later, X* to, int64_t next_row) const {
     const Problem& p = layout_.p;
-    const int64_t *stride = p.weight.stride, O = layout_.O, D = p.D, sums = layout_.sums();
-    if (features_follow()) return bring_features(i, 0, sums, to);
-    const X* from = static_cast<const X*>(p.weight.data) + i * stride[0];
-    for (int64_t j = 0; j < p.J; ++j, from += stride[1], to += O) {
-      if (stride[3] == 1)
-        transpose_rows(from, stride[2], p.O, D, to, sums);
-      else
-        for (int64_t d = 0; d < D; ++d)
-          for (int64_t o = 0; o < p.O; ++o) to[d * sums + o] = from[d * stride[3] + o * stride[2]];
-      for (int64_t d = 0; O > p.O && d < D; ++d)
-        for (int64_t o = p.O; o < O; ++o) to[d * sums + o] = X{};
-    }
+    const int64_t *stride = p.weight.stride, D = p.D;
+    if (stride[3] == 1)
+      transpose_rows(from, stride[2], p.O, D, to, next_row, stride[2] == D ? later - from : 0);
+    else if (stride[2] == 1)
+      copy_rows(from, later, stride[3], to, next_row);
+    else
+      for (int64_t d = 0; d < D; ++d)
+        for (int64_t o = 0; o < p.O; ++o) to[d * next_row + o] = from[d * stride[3] + o * stride[2]];
+    for (int64_t d = 0; d < D && layout_.O > p.O; ++d)
+      for (int64_t o = p.O; o < layout_.O; ++o) to[d * next_row + o] = X{};
+  }
+
+  void copy_rows(const X* from, const X* later, int64_t stride, X* to, int64_t next_row) const {
+    // Sizes of their own: for all that the compiler knows a copy of bytes could change those of the layout.
+    constexpr int64_t kLine = 64 / int64_t(sizeof(X));
+    const int64_t D = layout_.p.D, O = layout_.p.O, whole = O / kLine * kLine;
+    for (int64_t o = 0; o < whole; o += kLine)
+      for (int64_t d = 0; d < D; ++d) {
+        ask_for(later + d * stride + o);
+        __builtin_memcpy(to + d * next_row + o, from + d * stride + o, 64);
+      }
+    for (int64_t d = 0; d < D; ++d)
+      for (int64_t o = whole; o < O; ++o) to[d * next_row + o] = from[d * stride + o];
   }
 
   const Layout<X>& layout_;

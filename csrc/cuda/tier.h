@@ -11,7 +11,7 @@ namespace capsroute::ops {
 
 template <class On>
 struct CudaTier {
-  static constexpr bool kFeaturesLast = false;
+  static bool writes(Order order) { return order == Order::IDJO; }
   static Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
     return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
   }

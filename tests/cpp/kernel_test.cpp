@@ -122,26 +122,36 @@ double worst(const Vector& a, const Vector& b) {
   return difference;
 }
 
-// dW of each pair from the kernels' order, [I, D, J, O], to [I, J, O, D].
-Vector in_logical_order(const Case& c, const Vector& dweight) {
-  Vector to(dweight.size());
-  for (int64_t i = 0; i < c.I; ++i)
-    for (int64_t d = 0; d < c.D; ++d)
-      for (int64_t jo = 0; jo < c.J * c.O; ++jo)
-        to[(i * c.J * c.O + jo) * c.D + d] = dweight[(i * c.D + d) * c.J * c.O + jo];
-  return to;
+// dW of each pair from one order of its dimensions, by their letters, to another.
+Vector reordered(const Case& c, const Vector& dweight, const std::string& from, const std::string& to) {
+  auto size = [&](char letter) { return letter == 'I' ? c.I : letter == 'J' ? c.J : letter == 'O' ? c.O : c.D; };
+  auto stride = [&](const std::string& order, char letter) {
+    int64_t stride = 1;
+    for (size_t n = order.find(letter) + 1; n < 4; ++n) stride *= size(order[n]);
+    return stride;
+  };
+  Vector moved(dweight.size());
+  for (int64_t k = 0; k < int64_t(moved.size()); ++k) {
+    int64_t at = 0;
+    for (char letter : to) at += k / stride(to, letter) % size(letter) * stride(from, letter);
+    moved[k] = dweight[at];
+  }
+  return moved;
 }
 
-// Written as [I, J, O, D] dW has the same bits, whatever was there before.
-void check_features_last(const Case& c, const Problem& p, Inputs& inputs, const Outputs& expected,
-                         const Parallel& parallel) {
+// Written in another order, each in its turn, dW has the same bits, whatever was there before.
+void check_order(const Case& c, const Problem& p, Inputs& inputs, const Outputs& expected, const Parallel& parallel) {
+  constexpr std::pair<Order, const char*> orders[] = {
+      {Order::IJDO, "IJDO"}, {Order::JIDO, "JIDO"}, {Order::IJOD, "IJOD"}, {Order::JIOD, "JIOD"}};
+  static int turn = 0;
+  const auto& [order, name] = orders[turn++ % 4];
   Outputs found = expected;
   Backward back = found.backward(c, inputs);
-  back.features_last = true;
+  back.order = order;
   std::memset(back.weight, 0xff, found.dweight.count * found.dweight.size());
   Scratch scratch(tested::kernels.plan_backward(p, back, parallel.threads).scratch);
   tested::kernels.backward(p, back, scratch.start, parallel);
-  check(in_logical_order(c, expected.dweight.all()) == found.dweight.all(), c.name() + ": dW in another order");
+  check(reordered(c, expected.dweight.all(), "IDJO", name) == found.dweight.all(), c.name() + ": dW as " + name);
 }
 
 Outputs run(const Case& c, const Values& x, DType dtype, int64_t thread_count) {
@@ -171,7 +181,7 @@ Outputs run(const Case& c, const Values& x, DType dtype, int64_t thread_count) {
   tested::kernels.backward(p, back, backward.start, parallel);
   check(asked == (thread_count > 1 && c.form == Weight::pair ? outputs.dweight.count * outputs.dweight.size() : 0),
         c.name() + ": pages of dW were asked for " + std::to_string(asked) + " bytes");
-  if (c.form == Weight::pair) check_features_last(c, p, inputs, outputs, parallel);
+  if (c.form == Weight::pair) check_order(c, p, inputs, outputs, parallel);
   return outputs;
 }
 
@@ -186,7 +196,7 @@ void check_gradients(const Case& c, const Values& x, const Outputs& result) {
   definition(c, x, &coupling, nullptr);
   const Vector* constant = c.detach ? &coupling : nullptr;
   Vector dweight = result.dweight.all();
-  if (c.form == Weight::pair) dweight = in_logical_order(c, dweight);
+  if (c.form == Weight::pair) dweight = reordered(c, dweight, "IDJO", "IJOD");
   struct Direction {
     const char* name;
     Vector Values::* member;
