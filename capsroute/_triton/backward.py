@@ -10,6 +10,7 @@ from torch import Tensor
 from . import tuning
 from .forward import Parts, finish, merge_rows, stream_query
 from .kernels import backward as kernels
+from .kernels import gradients
 from .problem import Grid, Launch, Problem, Step, Sum, TakesPart, ceil
 
 # Features of an input capsule up to which the last stream holds W_i in a tensor for each, and so adds up a vote in the
@@ -241,7 +242,7 @@ class KeyWeight(NamedTuple):
             grid = (J, across[0] * across[1], shares)
             traffic = to.nbytes + x.nbytes * across[0] + y.nbytes * across[1]
             traffic += count * J * across[0] * across[1] if flags is not None else 0
-            steps.append(Launch(kernels.outer, grid, (x, y, flags, to, count, share, static), 4, traffic))
+            steps.append(Launch(gradients.outer, grid, (x, y, flags, to, count, share, static), 4, traffic))
         return [*steps, Sum(parts, out)]
 
 
@@ -294,4 +295,4 @@ def last_stream(p: Problem, chain: Chain, needs: Needs, results) -> list[Step]:
     traffic += sum(x.nbytes for x in (to_u, to_weight, to_logits) if x is not None)
     args = (p.u, p.pair_weight, p.logits, p.mask, chain.queries, chain.slopes, *chain.statistics)
     args = (*args, to_u, to_weight, to_logits, chain.R, p.B, p.I, share, p.strides, static)
-    return [Launch(kernels.gradients, grid, args, tile.warps, traffic), *sums]
+    return [Launch(gradients.gradients, grid, args, tile.warps, traffic), *sums]
