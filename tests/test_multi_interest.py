@@ -419,6 +419,15 @@ def test_an_exported_file_is_read(options):
 
 
 @pytest.mark.parametrize("shared", SHARED)
+def test_one_exported_program_takes_histories_of_any_length(shared):
+    module, clicks = layer(shared=shared), torch.export.Dim("clicks", min=2, max=CLICKS)
+    u = histories().detach()
+    program = torch.export.export(module, (u[:, 1:].contiguous(),), dynamic_shapes=({1: clicks},)).module()
+    for length in (2, CLICKS - 1, CLICKS):
+        assert torch.equal(program(u[:, :length]), module(u[:, :length]))
+
+
+@pytest.mark.parametrize("shared", SHARED)
 def test_weights_come_in_by_their_layout(shared):
     module = layer(shared=shared, prior="random")
     assert module.logical_weight().data_ptr() == module.weight.data_ptr()

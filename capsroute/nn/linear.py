@@ -42,9 +42,20 @@ class WeightOwner(nn.Module):
 
         return super()._apply(in_order, recurse)
 
-    def logical_weight(self) -> Tensor:
-        """The weight as :func:`capsroute.capsule_linear` takes it, a view: ``[I, J, O, D]``, or shared."""
-        return self.weight if self.shared else self.weight.permute(0, 2, 3, 1)
+    def logical_weight(self, inputs: int | None = None) -> Tensor:
+        """The weight as :func:`capsroute.capsule_linear` takes it, a view: ``[I, J, O, D]``, or shared.
+
+        Args:
+            inputs: of a weight of each pair, that of so many input capsules alone, the first ones.
+        """
+        if self.shared:
+            return self.weight
+        weight = self.weight
+        # The gradient of a cut, whole or not, is a copy as large as what was cut, in the order of that. A graph for any
+        # number of inputs must not ask whether there are fewer.
+        if inputs is not None and (torch.compiler.is_compiling() or inputs < len(weight)):
+            weight = weight[:inputs]
+        return weight.permute(0, 2, 3, 1)
 
     def set_weight(self, weight: Tensor, layout: str | None = None) -> None:
         """Copy a weight from another implementation into this layer.

@@ -205,9 +205,7 @@ class MultiInterest(WeightOwner):
     def _route(
         self, u: Tensor, logits: Tensor | None, mask: Tensor | None, return_coupling: bool
     ) -> Tensor | Any:  # a pair with return_coupling
-        weight = self.logical_weight()
-        if self.shared is None:
-            weight = weight[: u.shape[-2]]
+        weight = self.logical_weight(u.shape[-2] if self.shared is None else None)
         options = {"mask": mask, "coupling": self.coupling, "backend": self.backend}
         if self.cosine_scale is None and self.squash_power == 1:
             options |= {"detach_coupling": self.detach_coupling, "eps": self.eps, "return_coupling": return_coupling}
@@ -218,13 +216,14 @@ class MultiInterest(WeightOwner):
             before = u.detach(), weight.detach()
             logits = None if logits is None else logits.detach()
         query = None  # [*, J, O]
+        directions = self._directions(*before, mask) if self.cosine_scale is not None and self.iterations > 1 else None
         for _ in range(self.iterations - 1):
             s = one_pass(*before, query, logits=logits)
             if self.cosine_scale is None:
                 v = self._squash(s)
                 query = v if query is None else query + v
             else:
-                logits = self._cosine_logits(*before, s, logits, mask)
+                logits = self._cosine_logits(directions, s, logits)
         if self.detach_coupling and query is not None:  # the agreement h . query must not be differentiated
             c = one_pass(*before, query, logits=logits, return_coupling=True)[1]
             query, logits = None, c.to(accumulation_dtype(c.dtype)).log()
@@ -234,14 +233,16 @@ class MultiInterest(WeightOwner):
     def _squash(self, s: Tensor) -> Tensor:
         return squash(s, eps=self.eps, power=self.squash_power)
 
-    def _cosine_logits(self, u: Tensor, weight: Tensor, s: Tensor, logits: Tensor, mask: Tensor | None) -> Tensor:
-        """cosine_scale * cos(h_i, s_j), [*, I, J]; a pair that was forbidden stays so."""
+    def _directions(self, u: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
+        """h_i / |h_i|, [*, I, O], in the accumulation dtype: squares of float16 vanish or overflow."""
         if mask is not None:
             u = u.masked_fill(~mask.unsqueeze(-1), 0)
-        compute = accumulation_dtype(u.dtype)  # squares of float16 vanish or overflow
-        votes = _direction(F.linear(u, weight).to(compute))  # [*, I, O]
-        with _autocast.off(u):
-            cosine = votes @ _direction(s.to(compute)).transpose(-1, -2)  # [*, I, J]
+        return _direction(F.linear(u, weight).to(accumulation_dtype(u.dtype)))
+
+    def _cosine_logits(self, directions: Tensor, s: Tensor, logits: Tensor) -> Tensor:
+        """cosine_scale * cos(h_i, s_j), [*, I, J]; a pair that was forbidden stays so."""
+        with _autocast.off(s):
+            cosine = directions @ _direction(s.to(directions.dtype)).transpose(-1, -2)  # [*, I, J]
         return torch.where(logits == -torch.inf, -torch.inf, self.cosine_scale * cosine)
 
     def extra_repr(self) -> str:
