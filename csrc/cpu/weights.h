@@ -155,12 +155,11 @@ class Weights {
 
   void copy_rows(const X* from, const X* later, int64_t stride, X* to, int64_t next_row) const {
     // Sizes of their own: for all that the compiler knows a copy of bytes could change those of the layout.
-    constexpr int64_t kLine = 64 / int64_t(sizeof(X));
-    const int64_t D = layout_.p.D, O = layout_.p.O, whole = O / kLine * kLine;
-    for (int64_t o = 0; o < whole; o += kLine)
+    const int64_t D = layout_.p.D, O = layout_.p.O, whole = O / W<A> * W<A>;
+    for (int64_t o = 0; o < whole; o += W<A>)
       for (int64_t d = 0; d < D; ++d) {
         ask_for(later + d * stride + o);
-        __builtin_memcpy(to + d * next_row + o, from + d * stride + o, 64);
+        __builtin_memcpy(to + d * next_row + o, from + d * stride + o, W<A> * sizeof(X));
       }
     for (int64_t d = 0; d < D; ++d)
       for (int64_t o = whole; o < O; ++o) to[d * next_row + o] = from[d * stride + o];
