@@ -286,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
 
 ABOUT = f"""Written by `python -m capsroute._triton.aot --out docs/triton-kernels.md`, Triton {triton.__version__}, on a
 machine without a GPU: compiled for these targets, run on none. Registers a thread / KiB of shared memory a block, as
-ptxas and LLVM report them. A tile is samples x output capsules x features, of the last stream (`backward.gradients`)
+ptxas and LLVM report them. A tile is samples x output capsules x features, of the last stream (`gradients.gradients`)
 input capsules x output capsules x features. Where tiles depend on the target, a row has the targets that share them. No
 kernel uses matrix instructions: all arithmetic is in float32."""
 
