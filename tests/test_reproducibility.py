@@ -121,7 +121,8 @@ def test_each_sample_has_the_same_sums_alone(sizes, dtype, power):
 @pytest.mark.not_interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 # A weight in another order is brought into the kernels' as it is read, strip by strip if it is large, or before; its
-# gradient is made of vectors of D or of halves of them, or put into order once it is made, all at once or in the end.
+# gradient is made of vectors of D or of halves of them, or put into order once it is made, all at once or in the end,
+# of sums of float64 or, where these would take more than 8 MiB, of those that lie where it goes.
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -131,6 +132,7 @@ def test_each_sample_has_the_same_sums_alone(sizes, dtype, power):
         (40, 70, 8, 3, 16),
         (40, 70, 12, 3, 9),
         (300, 20, 8, 2, 16),
+        (130, 1032, 8, 8, 16),
         *LARGE.values(),
     ],
 )
