@@ -105,12 +105,9 @@ _logged: set[tuple[str, str]] = set()
 
 
 def choose(name: str, u: Tensor, weight: Tensor | None) -> Backend:
-    """The backend that serves the call: the first willing one for "auto", else the named one or an error.
-
-    Derivatives in forward mode are the reference's alone.
-    """
-    forward_mode = name != "reference" and _autograd.in_forward_mode()
-    if name == "auto" and forward_mode:
+    """The backend that serves the call: the first willing one for "auto", else the named one or an error."""
+    reference_alone = "" if name == "reference" else _why_reference_alone()
+    if name == "auto" and reference_alone:
         return BACKENDS["reference"]
     if name == "auto":
         refused = ""
@@ -127,8 +124,17 @@ def choose(name: str, u: Tensor, weight: Tensor | None) -> Backend:
         expected = ", ".join(f'"{known}"' for known in ("auto", *BACKENDS))
         raise ValueError(f"backend must be one of {expected}, got {name!r}")
     can, why = BACKENDS[name].serves(u, weight)
-    if forward_mode:
-        can, why = False, "it has no forward-mode derivatives (jvp)"
+    if reference_alone:
+        can, why = False, reference_alone
     if not can:
         raise RuntimeError(f'backend="{name}" cannot serve this call: {why}')
     return BACKENDS[name]
+
+
+def _why_reference_alone() -> str:
+    """Why no other backend can serve any call for now, or nothing."""
+    if _autograd.in_forward_mode():
+        return "it has no forward-mode derivatives (jvp)"
+    if (torch.compiler.is_exporting() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export():
+        return "ONNX does not have its operators"
+    return ""

@@ -1,13 +1,14 @@
 """The private dispatcher ops, and the library that holds the C++ kernels.
 
 An op set is a namespace of torch.ops with four ops: `route`, the whole operator; `routing_pass`, one pass of
-it; and the backward of each. Here are their schemas, their shapes (fake kernels) and their rules for vmap;
-_autograd.py has their derivatives.
+it; and the backward of each. schemas.txt has their schemas, here are their shapes (fake kernels) and their rules for
+vmap; _autograd.py has their derivatives.
 A backend implements a set: the C++ libraries implement `capsroute`, each for its device.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -15,38 +16,18 @@ import torch
 from . import _autograd
 from .reference import accumulation_dtype, out_capsules
 
-# u [B, I, D] or votes [B, I, J, O]; weight [I, J, O, D], [J, O, D] or [O, D]; bias [J, O]; query [B, J, O] in
-# the accumulation dtype; logits [B|1, I|1, J]; mask [B|1, I|1]; over_inputs: the softmax runs over i, not j
-_ROUTE = (
-    "Tensor u, Tensor? weight, Tensor? bias, Tensor? logits, Tensor? mask, "
-    "int iterations, bool over_inputs, bool leaky, float eps"
-)
-_PASS = "Tensor u, Tensor? weight, Tensor? query, Tensor? logits, Tensor? mask, bool over_inputs, bool leaky"
-_SCHEMAS = {
-    # v [B, J, O]; of the last `save` passes s [save, B, J, O] before squash, in the accumulation dtype, and, over
-    # inputs, norm [2, save, B, J], the largest logit over i and the sum of exp(logit - largest); last_logits
-    # [B, I, J] of the last pass, where some but not all passes are saved; votes [room], where the CPU kernels leave
-    # those of up to 4 samples to the backward, in their own order; the coupling [B, I, J] of the last pass, if asked
-    # for. What is not there is empty.
-    "route": f"({_ROUTE}, int save, int room, bool return_coupling) "
-    "-> (Tensor v, Tensor s, Tensor norm, Tensor last_logits, Tensor votes, Tensor coupling)",
-    # s and norm of all passes; votes of the same tensors, or empty. Gradients in the tensors' own shapes, empty where
-    # not needed; that of a weight [I, J, O, D] has the strides of torch.empty_like(weight). With a constant coupling it
-    # is that of one pass from last_logits.
-    "route_backward": f"(Tensor grad_v, Tensor s, Tensor norm, Tensor votes, {_ROUTE}, bool need_u, bool need_weight, "
-    "bool need_bias, bool need_logits) -> (Tensor u, Tensor weight, Tensor bias, Tensor logits)",
-    # s [B, J, O] in the accumulation dtype; norm [2, 1, B, J], coupling as above
-    "routing_pass": f"({_PASS}, bool save, bool return_coupling) -> (Tensor s, Tensor norm, Tensor coupling)",
-    # the numbers of s matter over inputs alone
-    "routing_pass_backward": f"(Tensor grad_s, Tensor s, Tensor norm, {_PASS}, bool need_u, bool need_weight, "
-    "bool need_query, bool need_logits) -> (Tensor u, Tensor weight, Tensor query, Tensor logits)",
+# Of the ops of a set, by name; schemas.txt says what their tensors are.
+SCHEMAS = {
+    schema.partition("(")[0]: " ".join(schema.split())
+    for schema in re.findall(r"^\w.*(?:\n +.*)*", Path(__file__).with_name("schemas.txt").read_text(), re.MULTILINE)
 }
 
 
 def define(namespace: str) -> None:
-    """Define an op set; whoever calls this also implements it."""
-    for name, schema in _SCHEMAS.items():
-        torch.library.define(f"{namespace}::{name}", schema)
+    """Define an op set, if its library does not; whoever calls this also implements it."""
+    for name, schema in SCHEMAS.items():
+        if not hasattr(getattr(torch.ops, namespace), name):
+            torch.library.define(f"{namespace}::{name}", schema.removeprefix(name))
         torch.library.register_fake(f"{namespace}::{name}", _FAKES[name])
         torch.library.register_vmap(f"{namespace}::{name}", _one_by_one(getattr(getattr(torch.ops, namespace), name)))
     _autograd.register(namespace)
@@ -110,11 +91,6 @@ def _select(x, dim, k):
     return x.select(dim, k) if x.shape[dim] else x.new_zeros(x.shape[:dim] + x.shape[dim + 1 :])
 
 
-define("capsroute")
-torch.library.define("capsroute::cpu_capability", "() -> str")
-# of the CPU kernels, for people to read
-torch.library.define("capsroute::plan", f"({_ROUTE}, int room, bool backward) -> str")
-
 LIBRARY = Path(__file__).with_name("libcapsroute.so")
 CUDA_LIBRARY = Path(__file__).with_name("libcapsroute_cuda.so")
 
@@ -143,7 +119,9 @@ def _load_cuda() -> tuple[bool, str]:
     return can, f"{why} for CUDA" if can else why
 
 
-_loaded, _cuda_loaded = _load_cpu(), _load_cuda()
+_loaded = _load_cpu()
+define("capsroute")
+_cuda_loaded = _load_cuda()
 
 
 def cpu_library() -> tuple[bool, str]:

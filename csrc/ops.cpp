@@ -158,6 +158,14 @@ std::string cpu_capability() { return kernels().name; }
 }  // namespace
 }  // namespace capsroute::ops
 
+STABLE_TORCH_LIBRARY_FRAGMENT(capsroute, m) {
+#include "schemas.inc"  // of capsroute/schemas.txt
+  m.def(
+      "plan(Tensor u, Tensor? weight, Tensor? bias, Tensor? logits, Tensor? mask, int iterations, bool over_inputs, "
+      "bool leaky, float eps, int room, bool backward) -> str");
+  m.def("cpu_capability() -> str");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(capsroute, CPU, m) {
   capsroute::ops::implement<capsroute::ops::Cpu>(m);
   m.impl("plan", TORCH_BOX(&capsroute::ops::plan));

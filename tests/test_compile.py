@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 import capsroute
+from capsroute import _ops
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +73,15 @@ def test_ops_pass_opcheck(fused, form, options, layout):
     every = tuple(x is not None for x in tensors)
     for needs in (every, (every[0], False, every[2], False)):
         torch.library.opcheck(backward.default, (layout(cotangent(v)), *saved, *arguments, *scalars, *needs))
+
+
+def test_the_librarys_schemas_are_those_of_the_file():
+    """Where there is a library it defines them, without Python: from the file, when it was built."""
+    assert len(_ops.SCHEMAS) == 4
+    for name, schema in _ops.SCHEMAS.items():
+        assert str(torch._C.parse_schema(f"capsroute::{schema}")) == str(
+            getattr(torch.ops.capsroute, name).default._schema
+        )
 
 
 def add_lead(x: Tensor) -> Tensor:

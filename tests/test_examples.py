@@ -14,15 +14,16 @@ SAYS = {
     "replace_layer": "accelerate: 1 (DenseCapsule): swapped: the same outputs and gradients on a probe",
     "segmentation": "disc: intersection over union 0.",
     "export_pt2": "gave [5, 10, 16] in a fresh process",
+    "serve": "interests of 3 users, without Python",
     "per_sample_gradients": "length of each sample's gradient: ",
     "compare_gradients": "gradient of logits",
 }
 
 
 @pytest.mark.parametrize("name", SAYS)
-def test_example_runs(name, capsys):
+def test_example_runs(name, capfd):
     names = runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
-    assert SAYS[name] in capsys.readouterr().out
+    assert SAYS[name] in capfd.readouterr().out
     if name == "segmentation":
         assert (names["found"] == names["labels"]).float().mean() > 0.95
         assert ((names["found"] == 2) & (names["labels"] == 2)).sum() > 0.7 * (names["labels"] == 2).sum()

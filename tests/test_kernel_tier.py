@@ -2,10 +2,10 @@
 
 import importlib
 import os
-import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -46,50 +46,78 @@ def test_unknown_instruction_set_is_refused():
         kernel_tier.route("mmx", one[0], one, one[0], 1)
 
 
-@pytest.mark.parametrize(
-    ("sanitize", "width", "flags"),
-    [
-        ("address,undefined", 16, ""),
-        ("thread", 32, AVX2),
-        # AVX-512's vectors, in two halves where the processor lacks it: the same lanes, tiles and tails; and its pairs
-        # of bfloat16, one after the other
-        ("address,undefined", 64, f"{AVX2};-DCAPSROUTE_PAIRS"),
-    ],
-    ids=["address-16", "thread-32", "address-64"],
-)
-def test_cpp_test_under_sanitizer(tmp_path, sanitize, width, flags):
-    if flags and platform.machine() != "x86_64":
-        pytest.skip("AVX2 is x86-64's")
-    if flags and "avx2" not in kernel_tier.instruction_sets():
-        pytest.skip("this processor has no AVX2")
-    settings = {"CAPSROUTE_SANITIZE": sanitize, "CAPSROUTE_TEST_BYTES": width, "CAPSROUTE_TEST_FLAGS": flags}
-    build_and_run(tmp_path, settings)
+# What the C++ test is built with: how, and the emulator that runs it.
+BUILDS = {
+    "address-16": ({"CAPSROUTE_SANITIZE": "address,undefined", "CAPSROUTE_TEST_BYTES": 16}, None),
+    "thread-32": ({"CAPSROUTE_SANITIZE": "thread", "CAPSROUTE_TEST_BYTES": 32, "CAPSROUTE_TEST_FLAGS": AVX2}, None),
+    # AVX-512's vectors, in two halves where the processor lacks it: the same lanes, tiles and tails; and its pairs
+    # of bfloat16, one after the other
+    "address-64": (
+        {
+            "CAPSROUTE_SANITIZE": "address,undefined",
+            "CAPSROUTE_TEST_BYTES": 64,
+            "CAPSROUTE_TEST_FLAGS": f"{AVX2};-DCAPSROUTE_PAIRS",
+        },
+        None,
+    ),
+    # NEON, by Debian's cross compiler and qemu: no such processor is at hand
+    "aarch64": (
+        {
+            "CMAKE_SYSTEM_NAME": "Linux",
+            "CMAKE_SYSTEM_PROCESSOR": "aarch64",
+            "CMAKE_CXX_COMPILER": "aarch64-linux-gnu-g++",
+            "CMAKE_EXE_LINKER_FLAGS": "-static",
+        },
+        "qemu-aarch64",
+    ),
+}
 
 
-def test_cpp_test_on_an_emulated_aarch64(tmp_path):
-    """NEON, compiled by Debian's cross compiler and run by qemu: no such processor is at hand."""
-    compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64"
-    for tool, package in ((compiler, "g++-aarch64-linux-gnu"), (emulator, "qemu-user")):
-        if not shutil.which(tool):
-            pytest.skip(f"there is no {tool} here: apt-get install {package}")
-    settings = {
-        "CMAKE_SYSTEM_NAME": "Linux",
-        "CMAKE_SYSTEM_PROCESSOR": "aarch64",
-        "CMAKE_CXX_COMPILER": compiler,
-        "CMAKE_EXE_LINKER_FLAGS": "-static",
-    }
-    build_and_run(tmp_path, settings, emulator)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The runs of the C++ test, all begun at once: each compiles one long file, on one core."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {
+            name: pool.submit(build_and_run, tmp_path_factory.mktemp(name), *how)
+            for name, how in BUILDS.items()
+            if not why_not(name)
+        }
 
 
-def build_and_run(tmp_path, settings: dict, *emulator: str) -> None:
+@pytest.mark.parametrize("name", BUILDS)
+def test_cpp_test(name, runs):
+    if name not in runs:
+        pytest.skip(why_not(name))
+    run = runs[name].result()
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.strip().endswith("0 failures")
+
+
+def why_not(name: str) -> str:
+    """Why the C++ test cannot be built or run so here, or nothing."""
+    settings, emulator = BUILDS[name]
+    if emulator:
+        tools = {settings["CMAKE_CXX_COMPILER"]: "g++-aarch64-linux-gnu", emulator: "qemu-user"}
+        missing = [
+            f"there is no {tool} here: apt-get install {tools[tool]}" for tool in tools if not shutil.which(tool)
+        ]
+        return "; ".join(missing)
+    if "CAPSROUTE_TEST_FLAGS" in settings and "avx2" not in kernel_tier.instruction_sets():
+        return "this processor has no AVX2"
+    return ""
+
+
+def build_and_run(directory: Path, settings: dict, emulator: str | None) -> subprocess.CompletedProcess:
+    """The run of the first command that fails, or of the test."""
     assert shutil.which("cmake", path=PATH)
     defines = [f"-D{key}={value}" for key, value in {"CAPSROUTE_KERNEL_TEST": "ON", **settings}.items()]
     env = {**os.environ, "PATH": PATH}
     for command in (
-        ["cmake", "-S", ROOT, "-B", tmp_path, *defines],
-        ["cmake", "--build", tmp_path, "--target", "kernel_test", "--parallel"],
-        [*emulator, tmp_path / "kernel_test"],
+        ["cmake", "-S", ROOT, "-B", directory, *defines],
+        ["cmake", "--build", directory, "--target", "kernel_test", "--parallel"],
+        [*([emulator] if emulator else []), directory / "kernel_test"],
     ):
         run = subprocess.run(command, env=env, capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.strip().endswith("0 failures")
+        if run.returncode:
+            break
+    return run
