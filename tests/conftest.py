@@ -112,6 +112,14 @@ def poisoned_allocations():
     assert torch.empty(3).isnan().all()
 
 
+@pytest.fixture
+def any_algorithms():
+    """What users run: torch.compile takes others where they need not be deterministic."""
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(True)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)

@@ -203,7 +203,7 @@ def test_windows_that_overlap_are_not_summed_in_low_precision(chunk_bytes, dtype
     cotangent = torch.rand(layer(x).shape).to(dtype)
     exact = torch.autograd.grad(layer(x), x, cotangent.double())[0]
     layer.to(dtype)
-    windows = _windows.Windows(layer.kernel_size).unfold(x).flatten(3, 5).to(dtype)
+    windows = _windows.Windows(layer.kernel_size).unfold(x, x.dtype).flatten(3, 5).to(dtype)
     weight = layer.weight.flatten(0, 2).permute(0, 2, 3, 1)
     v = capsroute.capsule_linear(windows, weight, 1, backend="reference")
     found, reference = (torch.autograd.grad(v, x, cotangent)[0].to(dtype) - exact for v in (layer(x.to(dtype)), v))
@@ -295,6 +295,17 @@ def test_compiled_and_exported_for_any_batch_that_fits_one_chunk(kind):
         assert_close(compiled(x), layer(x))
         assert_close(exported(x), layer(x))
     assert len(graphs) <= 2
+
+
+@pytest.mark.not_interpreted
+@pytest.mark.parametrize("kind", [CapsuleConv2d, CapsuleConvTranspose2d])
+def test_compiled_for_several_threads_gradients_are_those_of_eager_code(fused, kind, threads, any_algorithms):
+    """Large enough for the compiler to share out: that of torch 2.13 makes a wrong gradient of Tensor.unfold."""
+    threads(2)
+    layer, x = kind(32, 1, 8, 4, 3, 2, 1, backend=fused), torch.rand(8, 32, 32, 32, 1, requires_grad=True)
+    wanted = [x, *layer.parameters()]
+    compiled, eager = (torch.autograd.grad(f(x).square().sum(), wanted) for f in (torch.compile(layer), layer))
+    assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
 
 
 def test_phases_of_many_chunks_compile_in_one_graph_of_unknown_sizes():

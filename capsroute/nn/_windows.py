@@ -46,11 +46,18 @@ class Windows(NamedTuple):
         """The input rows that the output rows y see."""
         return slice(y.start * self.stride[0], (y.stop - 1) * self.stride[0] + self.span(0))
 
-    def unfold(self, x: Tensor) -> Tensor:
-        """The windows [B, H', W', kh, kw, ...] of a padded x [B, H, W, ...], a view."""
-        for d in (0, 1):
-            x = x.unfold(1 + d, self.span(d), self.stride[d])[..., :: self.dilation[d]]
-        return x.movedim((-2, -1), (3, 4))
+    def unfold(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The windows [B, H', W', kh, kw, ...] of a padded x [B, H, W, ...].
+
+        Stacked slices: the gradient of Tensor.unfold is slower, and, compiled by torch 2.13, written to wrong places by
+        several threads. They are cast last, so that their gradients are summed in the dtype of x.
+        """
+        for d in (1, 0):
+            before, length = (slice(None),) * (1 + d), x.shape[1 + d] - self.span(d) + 1
+            starts = range(0, self.span(d), self.dilation[d])
+            parts = [x[(*before, slice(start, start + length, self.stride[d]))] for start in starts]
+            x = torch.stack(parts if d else [part.to(dtype) for part in parts], 3)
+        return x
 
 
 def route_windows(
@@ -93,9 +100,9 @@ def _cut(length: int, step: int) -> list[slice]:
 
 
 def _route(x, mask, weight, bias, windows, options) -> Tensor:
-    u = windows.unfold(x).to(weight.dtype).flatten(3, 5)  # [B, H', W', I, D]
+    u = windows.unfold(x, weight.dtype).flatten(3, 5)  # [B, H', W', I, D]
     if mask is not None:
-        mask = windows.unfold(mask).flatten(3)  # [B or 1, H', W', I]
+        mask = windows.unfold(mask, mask.dtype).flatten(3)  # [B or 1, H', W', I]
     return capsule_linear(u, weight.flatten(0, 2).permute(0, 2, 3, 1), bias=bias, mask=mask, **options)
 
 
