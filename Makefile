@@ -23,7 +23,7 @@ test: lint
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) tests/cpp/*.h tests/cpp/*.cpp benchmarks/*.cpp
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) tests/cpp/*.h tests/cpp/*.cpp benchmarks/*.cpp examples/*.cpp
 
 bench: .venv/installed
 	$(BIN)/capsroute bench --case mnist mnist-1 mind comirec segcaps --threads 1 --memory --seconds 4

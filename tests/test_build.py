@@ -80,7 +80,7 @@ def test_sdist_holds_what_the_kernels_are_built_from(packed):
     with tarfile.open(packed("sdist")) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    assert {"CMakeLists.txt", "setup.py", "capsroute/report/page.html", *sources} <= names
+    assert {"CMakeLists.txt", "setup.py", "capsroute/schemas.txt", "capsroute/report/page.html", *sources} <= names
     assert not [name for name in names if name.startswith("tests")]  # they would lack what they import
 
 
