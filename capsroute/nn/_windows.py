@@ -49,8 +49,8 @@ class Windows(NamedTuple):
     def unfold(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The windows [B, H', W', kh, kw, ...] of a padded x [B, H, W, ...].
 
-        Stacked slices: the gradient of Tensor.unfold is slower, and, compiled by torch 2.13, written to wrong places by
-        several threads. They are cast last, so that their gradients are summed in the dtype of x.
+        Stacked slices, as several threads write the gradient of Tensor.unfold that torch 2.13 compiles to wrong places.
+        They are cast last, so that their gradients are summed in the dtype of x.
         """
         for d in (1, 0):
             before, length = (slice(None),) * (1 + d), x.shape[1 + d] - self.span(d) + 1

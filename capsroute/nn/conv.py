@@ -137,8 +137,9 @@ class CapsuleConv2d(CapsuleConv):
         iterations: R, the number of routing passes.
         bias: learn a bias ``[J, O]``, added to s in every pass.
         coupling, leaky, detach_coupling, eps, backend: as in :func:`capsroute.capsule_linear`.
-        chunk_bytes: the size of the unfolded input that is made at once. Where it takes more than one chunk, the
-            backward routes each chunk a second time. It does not change the result; gradients change by rounding only.
+        chunk_bytes: the size of the unfolded input that is made at once; making it takes up to as much again for a
+            moment, in low precision up to three times. Where it takes more than one chunk, the backward routes each
+            chunk a second time. It does not change the result; gradients change by rounding only.
         device, dtype: of the parameters.
 
     Attributes:
