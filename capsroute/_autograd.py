@@ -171,7 +171,7 @@ class _Route(_Recorded):
             raise RuntimeError("route has no gradient with save=0, which keeps nothing for it")
         if save < iterations:  # the coupling of the last pass is a constant: so that of one pass with its logits
             tensors[3], iterations, needs[3] = last_logits, 1, False
-        arguments = grad_v, s, norm, votes, *tensors, mask, iterations, *scalars, *needs
+        arguments = grad_v, s, norm, votes, *tensors, mask, iterations, *scalars, False, *needs
         grads = _call("route_backward", ctx.namespace, *arguments)
         return None, None, *_where(needs, grads), *[None] * 8
 
@@ -180,7 +180,7 @@ class _RouteBackward(_Recorded):
     @staticmethod
     def forward(ctx, op, keyset, *arguments):
         grad_v, _, _, _, *tensors = arguments[:9]
-        iterations, over_inputs, leaky, eps, *needs = arguments[9:]
+        iterations, over_inputs, leaky, eps, ctx.per_sample, *needs = arguments[9:]
         ctx.save_for_backward(grad_v, *tensors)
         ctx.options = reference.Options(iterations, "in" if over_inputs else "out", leaky, False, eps)
         ctx.needs = needs
@@ -189,7 +189,7 @@ class _RouteBackward(_Recorded):
     @staticmethod
     def backward(ctx, *cotangents):
         grad_v, *tensors = _second_derivatives(reference.routing, ctx, cotangents)
-        return None, None, grad_v, None, None, None, *tensors, *[None] * 8
+        return None, None, grad_v, None, None, None, *tensors, *[None] * 9
 
 
 class _RoutingPass(_Recorded):
@@ -210,7 +210,7 @@ class _RoutingPass(_Recorded):
         *tensors, s, norm = ctx.saved_tensors
         s = grad_s.contiguous() if s is None else s  # of its shape; the numbers have no effect
         needs = ctx.needs_input_grad[2:6]
-        grads = _call("routing_pass_backward", ctx.namespace, grad_s, s, norm, *tensors, *ctx.scalars, *needs)
+        grads = _call("routing_pass_backward", ctx.namespace, grad_s, s, norm, *tensors, *ctx.scalars, False, *needs)
         return None, None, *_where(needs, grads), *[None] * 5
 
 
@@ -218,7 +218,7 @@ class _RoutingPassBackward(_Recorded):
     @staticmethod
     def forward(ctx, op, keyset, *arguments):
         grad_s, _, _, *tensors = arguments[:8]
-        over_inputs, leaky, *needs = arguments[8:]
+        over_inputs, leaky, ctx.per_sample, *needs = arguments[8:]
         ctx.save_for_backward(grad_s, *tensors)
         ctx.options = reference.Options(1, "in" if over_inputs else "out", leaky)
         ctx.needs = needs
@@ -227,7 +227,7 @@ class _RoutingPassBackward(_Recorded):
     @staticmethod
     def backward(ctx, *cotangents):
         grad_s, *tensors = _second_derivatives(reference.routing_pass, ctx, cotangents)
-        return None, None, grad_s, None, None, *tensors, *[None] * 6
+        return None, None, grad_s, None, None, *tensors, *[None] * 7
 
 
 _FUNCTIONS = {
@@ -248,18 +248,31 @@ def _second_derivatives(operator, ctx, cotangents):
     given = [k for k, x in enumerate(tensors) if x is not None]
     needed = [k for k in given if ctx.needs[k]]
 
-    def forward(*values):
+    def forward(mask, *values):
         full = [None] * len(tensors)
         for k, value in zip(given, values, strict=True):
             full[k] = value
         return operator(*full, mask, ctx.options)[0]
 
-    def backward(grad, *values):
-        grads = dict(zip(given, vjp(forward, values, grad), strict=True))
+    def backward(mask, grad, *values):
+        grads = dict(zip(given, vjp(partial(forward, mask), values, grad), strict=True))
         return tuple(grads[k] for k in needed)
 
+    def per_sample(mask, grad, *values):
+        size = grad.shape[0]
+        own = [0, 2, 3] if operator is reference.routing_pass else [0, 3]  # of a query, not of a bias
+        own = [k in own and tensors[k].shape[0] == size for k in given]
+        dims = [None if mask is None or mask.shape[0] != size else 0, 0, *(0 if x else None for x in own)]
+        ones = [x if dim is None else x.unsqueeze(1) for x, dim in zip((mask, grad, *values), dims, strict=True)]
+        grads = torch.vmap(backward, tuple(dims))(*ones)
+        return tuple(x.squeeze(1) if own[given.index(k)] else x for k, x in zip(needed, grads, strict=True))
+
     with _autocast.off(grad):
-        second = vjp(backward, (grad, *(tensors[k] for k in given)), tuple(cotangents[k] for k in needed))
+        second = vjp(
+            partial(per_sample if ctx.per_sample else backward, mask),
+            (grad, *(tensors[k] for k in given)),
+            tuple(cotangents[k] for k in needed),
+        )
     result = [None] * len(tensors)
     for k, x in zip(given, second[1:], strict=True):
         result[k] = x

@@ -1,8 +1,8 @@
 """The private dispatcher ops, and the library that holds the C++ kernels.
 
 An op set is a namespace of torch.ops with four ops: `route`, the whole operator; `routing_pass`, one pass of
-it; and the backward of each. schemas.txt has their schemas, here are their shapes (fake kernels) and their rules for
-vmap; _autograd.py has their derivatives.
+it; and the backward of each. schemas.txt has their schemas, here are their shapes (fake kernels); _autograd.py has
+their derivatives, _vmap.py their rules for vmap.
 A backend implements a set: the C++ libraries implement `capsroute`, each for its device.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import _autograd
+from . import _autograd, _vmap
 from .reference import accumulation_dtype, out_capsules
 
 # Of the ops of a set, by name; schemas.txt says what their tensors are.
@@ -29,7 +29,7 @@ def define(namespace: str) -> None:
         if not hasattr(getattr(torch.ops, namespace), name):
             torch.library.define(f"{namespace}::{name}", schema.removeprefix(name))
         torch.library.register_fake(f"{namespace}::{name}", _FAKES[name])
-        torch.library.register_vmap(f"{namespace}::{name}", _one_by_one(getattr(getattr(torch.ops, namespace), name)))
+        torch.library.register_vmap(f"{namespace}::{name}", _vmap.rule(getattr(getattr(torch.ops, namespace), name)))
     _autograd.register(namespace)
 
 
@@ -57,11 +57,18 @@ def _fake_route_backward(grad_v, s, norm, votes, *arguments):
 
 
 def _fake_backward(grad, s, norm, u, weight, third, logits, mask, *options):
-    tensors, needs = (u, weight, third, logits), options[-4:]
-    grads = [x.new_empty(x.shape) if need else u.new_empty(0) for x, need in zip(tensors, needs, strict=True)]
-    if needs[1] and weight.dim() == 4:
-        grads[1] = torch.empty_like(weight)
-    return tuple(grads)
+    per_sample, *needs = options[-5:]
+    of_batch = False, True, third is not None and third.dim() == 2, False  # a weight or bias, no query
+
+    def empty(x, need, of_batch):
+        if not need:
+            return u.new_empty(0)
+        grad = torch.empty_like(x) if x is weight and x.dim() == 4 else x.new_empty(x.shape)
+        if not (per_sample and of_batch):
+            return grad
+        return grad.new_empty_strided((u.shape[0], *x.shape), (x.numel(), *grad.stride()))
+
+    return tuple(map(empty, (u, weight, third, logits), needs, of_batch))
 
 
 _FAKES = {
@@ -70,25 +77,6 @@ _FAKES = {
     "routing_pass": _fake_routing_pass,
     "routing_pass_backward": _fake_backward,
 }
-
-
-def _one_by_one(op):
-    """vmap as a loop: what is mapped over may be the weight, or a gradient that sums over the batch."""
-
-    def rule(info, in_dims, *args):
-        def at(k):
-            return [x if dim is None else _select(x, dim, k) for x, dim in zip(args, in_dims, strict=True)]
-
-        outputs = [op(*at(k)) for k in range(max(1, info.batch_size))]
-        stacked = tuple(torch.stack(parts)[: info.batch_size] for parts in zip(*outputs, strict=True))
-        return stacked, (0,) * len(stacked)
-
-    return rule
-
-
-def _select(x, dim, k):
-    """x[k] along a dimension; of an empty one zeros, from which the shapes of the results follow."""
-    return x.select(dim, k) if x.shape[dim] else x.new_zeros(x.shape[:dim] + x.shape[dim + 1 :])
 
 
 LIBRARY = Path(__file__).with_name("libcapsroute.so")

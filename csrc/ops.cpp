@@ -89,7 +89,7 @@ class Cpu {
   static bool writes(Order) { return true; }
   static Tensor empty(const Tensor&, const std::vector<int64_t>& shape, ScalarType dtype) {
     // torch::stable::empty asks the dispatcher, which takes several times as long as this.
-    int64_t strides[4], stride = 1;
+    int64_t strides[5], stride = 1;
     for (int64_t d = int64_t(shape.size()) - 1; d >= 0; --d) strides[d] = stride, stride *= shape[d] > 1 ? shape[d] : 1;
     AtenTensorHandle handle = nullptr;
     const auto failed = aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides, int32_t(dtype),
@@ -103,10 +103,11 @@ class Cpu {
   static void forward(const Problem& p, const Forward& out, const Tensor&) {
     launch(p, out, kernels().plan_forward, kernels().forward);
   }
-  static void backward(const Problem& p, Backward out, const Tensor& u) {
-    const int64_t weight = p.I * p.D * p.J * p.O * u.element_size();
-    if (out.weight && p.form == Weight::pair && is_new(out.weight, weight)) out.ask_for_pages = ask_for_pages;
+  static void backward(const Problem& p, const Backward& out, const Tensor&) {
     launch(p, out, kernels().plan_backward, kernels().backward);
+  }
+  static auto pages_of(const Tensor& x) {
+    return x.numel() && is_new(x.mutable_data_ptr(), bytes(x)) ? ask_for_pages : nullptr;
   }
 
  private:

@@ -7,6 +7,7 @@
 //   static void forward(const Problem&, const Forward&, const Tensor& u);
 //   static void backward(const Problem&, const Backward&, const Tensor& u);
 //   static bool writes(Order);  // whether its backward knows that order of dW
+//   static auto pages_of(const Tensor& weight);  // Backward::ask_for_pages
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -38,6 +39,8 @@ inline DType dtype_of(const Tensor& x) {
     default: STD_TORCH_CHECK(false, "capsroute: unsupported dtype"); return DType::float32;
   }
 }
+
+inline int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 inline ScalarType accumulation_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -160,9 +163,12 @@ inline void* pointer(const Tensor& x) { return x.numel() ? x.mutable_data_ptr() 
 
 inline int64_t bytes(const Tensor& x) { return x.numel() * int64_t(x.element_size()); }
 
-inline std::vector<int64_t> shape_of(const Optional& x) {
+// Of a result for x; with `samples`, of one for each of them.
+inline std::vector<int64_t> shape_of(const Optional& x, std::optional<int64_t> samples = std::nullopt) {
   if (!x) return {};
-  return {x->sizes().begin(), x->sizes().end()};
+  std::vector<int64_t> shape{x->sizes().begin(), x->sizes().end()};
+  if (samples) shape.insert(shape.begin(), *samples);
+  return shape;
 }
 
 // What a forward returns beside its result; `saved` passes have a norm.
@@ -212,19 +218,26 @@ std::tuple<Tensor, Tensor, Tensor> routing_pass(const Tensor& u, const Optional&
   return {s, extras.norm, extras.coupling};
 }
 
-// The gradients that a backward returns: of u, the weight, the bias or query, and the logits.
+// The gradients that a backward returns: of u, the weight, the bias or query, and the logits. That of a weight or bias
+// is a sum over the samples, or `per_sample` one for each.
 template <class Tier>
 struct Gradients {
+  std::optional<int64_t> samples;  // of a weight's or bias's gradient
   std::optional<Order> order;  // the weight's own, if the tier writes that; else dW of each pair is made as I, D, J, O
   Tensor u, weight, third, logits;
 
   Gradients(const Problem& p, const Tensor& like_u, const Optional& like_weight, const Optional& like_third,
-            const Optional& like_logits, bool need_u, bool need_weight, bool need_third, bool need_logits)
-      : order(p.form == Weight::pair ? order_of(p) : std::nullopt),
+            const Optional& like_logits, bool per_sample, bool need_u, bool need_weight, bool need_third,
+            bool need_logits)
+      : samples(per_sample ? std::optional(p.B) : std::nullopt),
+        order(p.form == Weight::pair ? order_of(p) : std::nullopt),
         u(output(need_u, like_u, shape_of(like_u), like_u)),
-        weight(output(need_weight, like_weight, shape_of(like_weight), like_u)),
-        third(output(need_third, like_third, shape_of(like_third), like_u)),
+        weight(output(need_weight, like_weight, shape_of(like_weight, samples), like_u)),
+        third(output(need_third, like_third,  // a query is each sample's own
+                     shape_of(like_third, like_third && like_third->dim() == 3 ? std::nullopt : samples), like_u)),
         logits(output(need_logits, like_logits, shape_of(like_logits), like_u)) {
+    STD_TORCH_CHECK(!per_sample || !logits.numel() || logits.size(0) == p.B,
+                    "capsroute: gradients for each sample are of logits [B, I or 1, J]");
     if (order && !Tier::writes(*order)) order.reset();
   }
 
@@ -245,24 +258,56 @@ struct Gradients {
     out.u = pointer(u), out.weight = pointer(weight), out.logits = pointer(logits);
     out.order = order.value_or(Order::IDJO);
     out.*member = pointer(third);
-    Tier::backward(p, out, like);
+    if (p.form == Weight::pair) out.ask_for_pages = Tier::pages_of(weight);
+    if (!samples) return Tier::backward(p, out, like);
+    for (int64_t b = 0; b < p.B; ++b) compute_sample(b, p, out, member, s, norm, like);
   }
 
   std::tuple<Tensor, Tensor, Tensor, Tensor> all(const Problem& p, const Optional& like_weight) const {
-    const bool of_pairs = p.form == Weight::pair && weight.dim() == 4;
+    const bool of_pairs = p.form == Weight::pair && weight.dim() >= 4;
     return {u, of_pairs ? in_order_of(*like_weight, p) : weight, third, logits};
   }
 
  private:
+  // The same for one sample, a batch of its own.
+  void compute_sample(int64_t b, Problem p, Backward out, void* Backward::* member, Tensor s, Tensor norm,
+                      const Tensor& like) {
+    auto move = [b](Array& x, int64_t size) {
+      if (x.data) x.data = static_cast<const char*>(x.data) + b * x.stride[0] * size;
+    };
+    move(p.mask, 1);
+    for (Array* x : {&p.u, &p.logits, &p.query, &out.grad_v, &out.grad_s}) move(*x, size_of(x->dtype));
+    auto part = [b, B = p.B](void* start, const Tensor& x) -> void* {
+      return start ? static_cast<char*>(start) + b * (bytes(x) / B) : nullptr;
+    };
+    out.u = part(out.u, u), out.weight = part(out.weight, weight), out.logits = part(out.logits, logits);
+    out.*member = part(out.*member, third);
+    s = torch::stable::contiguous(torch::stable::narrow(s, s.dim() - 3, b, 1)), out.s = s.const_data_ptr();
+    if (p.over_inputs)
+      norm = torch::stable::contiguous(torch::stable::narrow(norm, 2, b, 1)), out.norm = norm.const_data_ptr();
+    out.votes = nullptr, out.room = 0;
+    p.B = out.logits_B = 1;
+    Tier::backward(p, out, like);
+  }
+
   // dW with the strides of the weight, as autograd would copy it for a parameter if they were others.
   Tensor in_order_of(const Tensor& like, const Problem& p) const {
-    const int64_t sizes[] = {p.I, p.J, p.O, p.D}, strides[] = {p.D * p.J * p.O, p.O, 1, p.J * p.O};
+    const std::vector<int64_t> kernels_own{p.D * p.J * p.O, p.O, 1, p.J * p.O};
+    if (order) return in_order(weight, p, {like.strides().begin(), like.strides().end()});
+    const Tensor one = torch::stable::empty_like(like);
+    Tensor copy = in_order(Tier::empty(weight, {weight.numel()}, weight.scalar_type()), p,
+                           {one.strides().begin(), one.strides().end()});
+    return torch::stable::copy_(copy, in_order(weight, p, kernels_own));
+  }
+
+  // x as [I, J, O, D], and `samples` of it, with strides.
+  Tensor in_order(const Tensor& x, const Problem& p, std::vector<int64_t> strides) const {
+    std::vector<int64_t> sizes{p.I, p.J, p.O, p.D};
+    if (samples) sizes.insert(sizes.begin(), *samples), strides.insert(strides.begin(), p.I * p.J * p.O * p.D);
     AtenTensorHandle view = nullptr;
     TORCH_ERROR_CODE_CHECK(
-        aoti_torch__reinterpret_tensor(weight.get(), 4, sizes, order ? like.strides().data() : strides, 0, &view));
-    if (order) return Tensor(view);
-    Tensor copy = torch::stable::empty_like(like);
-    return torch::stable::copy_(copy, Tensor(view));
+        aoti_torch__reinterpret_tensor(x.get(), int64_t(sizes.size()), sizes.data(), strides.data(), 0, &view));
+    return Tensor(view);
   }
 
   static Tensor output(bool need, const Optional& like, const std::vector<int64_t>& shape, const Tensor& u) {
@@ -275,11 +320,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_backward(const Tensor& grad_v, 
                                                           const Tensor& votes, const Tensor& u, const Optional& weight,
                                                           const Optional& bias, const Optional& logits,
                                                           const Optional& mask, int64_t iterations, bool over_inputs,
-                                                          bool leaky, double eps, bool need_u, bool need_weight,
-                                                          bool need_bias, bool need_logits) {
+                                                          bool leaky, double eps, bool per_sample, bool need_u,
+                                                          bool need_weight, bool need_bias, bool need_logits) {
   const Problem p = route_of(u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps);
   STD_TORCH_CHECK(is_outputs(grad_v, p, u.scalar_type()), "capsroute: grad_v must be like v");
-  Gradients<Tier> gradients(p, u, weight, bias, logits, need_u, need_weight, need_bias, need_logits);
+  Gradients<Tier> gradients(p, u, weight, bias, logits, per_sample, need_u, need_weight, need_bias, need_logits);
   Backward out{};
   out.grad_v = float_array(grad_v);
   STD_TORCH_CHECK(votes.scalar_type() == accumulation_type(u) && votes.is_contiguous(),
@@ -290,15 +335,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_backward(const Tensor& grad_v, 
 }
 
 template <class Tier>
-std::tuple<Tensor, Tensor, Tensor, Tensor> routing_pass_backward(const Tensor& grad_s, const Tensor& s,
-                                                                 const Tensor& norm, const Tensor& u,
-                                                                 const Optional& weight, const Optional& query,
-                                                                 const Optional& logits, const Optional& mask,
-                                                                 bool over_inputs, bool leaky, bool need_u,
-                                                                 bool need_weight, bool need_query, bool need_logits) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> routing_pass_backward(
+    const Tensor& grad_s, const Tensor& s, const Tensor& norm, const Tensor& u, const Optional& weight,
+    const Optional& query, const Optional& logits, const Optional& mask, bool over_inputs, bool leaky, bool per_sample,
+    bool need_u, bool need_weight, bool need_query, bool need_logits) {
   const Problem p = pass_of(u, weight, query, logits, mask, over_inputs, leaky);
   STD_TORCH_CHECK(is_outputs(grad_s, p, accumulation_type(u)), "capsroute: grad_s must be like s");
-  Gradients<Tier> gradients(p, u, weight, query, logits, need_u, need_weight, need_query, need_logits);
+  Gradients<Tier> gradients(p, u, weight, query, logits, per_sample, need_u, need_weight, need_query, need_logits);
   Backward out{};
   out.grad_s = float_array(grad_s);
   gradients.compute(p, out, &Backward::query, s, norm, u, logits);

@@ -25,7 +25,7 @@ def main() -> None:
         # The engine of autograd asks the driver about the device, so the backward is called by itself.
         problem = u, weight, None, None, None, 3, False, False, 1e-9
         v, s, norm, _, votes, _ = torch.ops.capsroute.route(*problem, 3, 0, False)
-        grads = torch.ops.capsroute.route_backward(v, s, norm, votes, *problem, True, True, False, False)
+        grads = torch.ops.capsroute.route_backward(v, s, norm, votes, *problem, False, True, True, False, False)
         assert [x.shape for x in grads[:2]] == [(8, 20, 4), (20, 3, 16, 4)]
         assert all(x.device.type == "cuda" for x in grads)
         exported = torch.export.export(Layer(), (u, weight))

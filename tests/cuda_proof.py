@@ -28,7 +28,7 @@ PAGE = ROOT / "docs" / "cuda-kernels.md"
 STORAGE = {"float32": "float", "float64": "double", "bfloat16": "BFloat16", "float16": "Half"}
 TARGETS = (75, 80, 86, 89, 90, 100, 120)
 SPILLS_ALLOWED = (75,)
-SUITE = ("gradients", "routing", "contract", "reproducibility", "compile", "transforms")  # the longest first
+SUITE = ("gradients", "routing", "contract", "reproducibility", "compile", "vmap", "transforms")  # the longest first
 
 
 def program(sanitize: str = "") -> Path:

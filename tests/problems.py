@@ -72,6 +72,9 @@ PASSES = {
 }
 EVERY = OPTIONS | OPTIONS_IN | PASSES
 
+# Every tensor of routing.
+EVERYTHING = {"bias": True, "logits": "BIJ", "mask": "BI"}
+
 # B, I, D, J, O so large that the cpu kernels change their ways: they make the votes of a weight [I, J, O, D]
 # anew in every pass, and the backward takes the batch in chunks, or makes the coupling anew, or takes few input
 # capsules at a time; or they keep some votes and make others anew.
@@ -128,6 +131,12 @@ class Problem:
         grad_v = cotangent(v) if grad_v is None else grad_v
         grads = torch.autograd.grad(v, [leaves.tensors[name] for name in wanted], grad_v, allow_unused=True)
         return {"v": v.detach(), **dict(zip(wanted, grads, strict=True))}
+
+
+def detached(problem: Problem, backend: str) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """Problem.as_function for torch.func, to which autograd has nothing to say."""
+    function, tensors = problem.as_function(backend)
+    return function, tuple(x.detach() for x in tensors)
 
 
 def cotangent(v: Tensor) -> Tensor:

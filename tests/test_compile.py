@@ -71,8 +71,9 @@ def test_ops_pass_opcheck(fused, form, options, layout):
     v, *saved, _ = forward(*arguments, *scalars, *saves[1], False)
     saved = [v, *saved] if one_pass else [saved[0], saved[1], saved[3]]
     every = tuple(x is not None for x in tensors)
-    for needs in (every, (every[0], False, every[2], False)):
-        torch.library.opcheck(backward.default, (layout(cotangent(v)), *saved, *arguments, *scalars, *needs))
+    per_sample = (True, *every[:3], every[3] and len(tensors[3]) == 3)
+    for wanted in ((False, *every), (False, every[0], False, every[2], False), per_sample):
+        torch.library.opcheck(backward.default, (layout(cotangent(v)), *saved, *arguments, *scalars, *wanted))
 
 
 def test_the_librarys_schemas_are_those_of_the_file():

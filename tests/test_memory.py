@@ -2,30 +2,15 @@
 
 import itertools
 import os
-from collections import defaultdict
 
 import peak
 import pytest
 import torch
+from calls import Calls
 from problems import FORMS, Problem, cotangent, random_problem
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import capsroute
 from capsroute import functional
-
-
-class Calls(TorchDispatchMode):
-    """Record the results of the private ops, by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.results = defaultdict(list)
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
-        if op.namespace.startswith("capsroute"):
-            self.results[op.__name__.split(".")[0]].append(out)
-        return out
 
 
 def test_a_call_after_one_without_memory_is_right(cpu):
@@ -123,7 +108,7 @@ class TestVotesOfAFew:
         needs = (True, True, False, True)
 
         def gradients(votes):
-            return ops.route_backward(cotangent(v), s, norm, votes, *given, *needs)
+            return ops.route_backward(cotangent(v), s, norm, votes, *given, False, *needs)
 
         anew = gradients(votes[:0])
         for found, expected in zip(gradients(votes), anew, strict=True):

@@ -1,10 +1,9 @@
 """The fused operator under torch.func and forward mode, autocast, GradScaler, checkpoint and gradient penalties."""
 
-import itertools
-
 import pytest
 import torch
-from problems import FORMS, Problem, random_problem
+from calls import Calls
+from problems import EVERYTHING, FORMS, Problem, detached, random_problem
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
@@ -13,110 +12,30 @@ from torch.utils.checkpoint import checkpoint
 import capsroute
 from capsroute import functional
 
-EVERYTHING = {"bias": True, "logits": "BIJ", "mask": "BI"}
-
-
 # torch.func
-
-
-def function_of(problem: Problem, fused: str):
-    function, tensors = problem.as_function(fused)
-    return function, tuple(x.detach() for x in tensors)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_func_grad_is_autograd(fused, form):
     problem = random_problem((4, 9, 3, 3, 5), form=form, **EVERYTHING)
-    function, tensors = function_of(problem, fused)
+    function, tensors = detached(problem, fused)
     found = torch.func.grad(lambda *x: function(*x).square().sum(), tuple(range(len(tensors))))(*tensors)
     leaves = [x.clone().requires_grad_() for x in tensors]
     for x, y in zip(found, torch.autograd.grad(function(*leaves).square().sum(), leaves), strict=True):
         assert_close(x, y)
 
 
-NAMES = ("u", "weight", "bias", "logits")
-SUBSETS = [subset for n in range(1, 5) for subset in itertools.combinations(NAMES, n)]
-
-
-@pytest.mark.parametrize("mapped", SUBSETS, ids="-".join)
-def test_vmap_over_any_subset_equals_a_loop(fused, mapped):
-    problem = random_problem((3, 5, 2, 3, 4), **EVERYTHING)
-    function, tensors = function_of(problem, fused)
-    dims = [NAMES.index(name) % 2 if name in mapped else None for name in NAMES]  # some of them not in front
-    stacked = [torch.stack([x, -x, 2 * x], dim) if dim is not None else x for x, dim in zip(tensors, dims, strict=True)]
-
-    def at(n):
-        return [x if dim is None else x.select(dim, n) for x, dim in zip(stacked, dims, strict=True)]
-
-    assert_close(torch.vmap(function, tuple(dims))(*stacked), torch.stack([function(*at(n)) for n in range(3)]))
-
-    def gradients(*x):
-        return torch.func.grad(lambda *x: function(*x).square().sum(), (0, 1, 2, 3))(*x)
-
-    loop = [gradients(*at(n)) for n in range(3)]
-    for x, *parts in zip(torch.vmap(gradients, tuple(dims))(*stacked), *loop, strict=True):
-        assert_close(x, torch.stack(parts))
-
-
-@pytest.mark.parametrize("mapped", [("u",), ("query",), ("weight", "query"), ("u", "weight", "logits", "query")])
-def test_vmap_of_a_pass_equals_a_loop(fused, mapped):
-    problem = random_problem((3, 5, 2, 3, 4), query="BJO", logits="BIJ", mask="BI")
-    function, tensors = function_of(problem, fused)
-    dims = tuple(0 if name in mapped else None for name in problem.tensors)
-    stacked = [x if dim is None else torch.stack([x, -x, 2 * x]) for x, dim in zip(tensors, dims, strict=True)]
-    gradient = torch.func.grad(lambda *x: function(*x).square().sum(), tuple(range(len(tensors))))
-    for call in (lambda *x: (function(*x),), gradient):
-        loop = [call(*(x if dim is None else x[n] for x, dim in zip(stacked, dims, strict=True))) for n in range(3)]
-        for x, *parts in zip(torch.vmap(call, dims)(*stacked), *loop, strict=True):
-            assert_close(x, torch.stack(parts))
-
-
-@pytest.mark.parametrize("mapped", [("u",), ("weight",), NAMES], ids="-".join)
-def test_vmap_over_nothing(fused, mapped):
-    function, tensors = function_of(random_problem((3, 5, 2, 3, 4), **EVERYTHING), fused)
-    dims = tuple(NAMES.index(name) % 2 if name in mapped else None for name in NAMES)
-    empty = [x if dim is None else x.unsqueeze(dim).narrow(dim, 0, 0) for x, dim in zip(tensors, dims, strict=True)]
-    assert torch.vmap(function, dims)(*empty).shape == (0, *function(*tensors).shape)
-
-
-def test_vmap_over_no_samples_in_another_dimension(fused):
-    weight = torch.randn(5, 3, 2, 4)
-    v = torch.vmap(lambda u: capsroute.capsule_linear(u, weight, backend=fused), in_dims=1)(torch.zeros(6, 0, 5, 4))
-    assert v.shape == (0, 6, 3, 2)
-
-
-def test_vmap_over_the_mask_and_over_votes(fused):
-    votes, mask = torch.randn(4, 2, 5, 3, 4), torch.rand(4, 2, 5) < 0.7
-
-    def route(votes, mask):
-        return capsroute.dynamic_routing(votes, mask=mask, backend=fused)
-
-    for dims in [(0, 0), (0, None), (None, 0)]:
-        arguments = [x if dim == 0 else x[0] for x, dim in zip((votes, mask), dims, strict=True)]
-        expected = [route(votes[n if dims[0] == 0 else 0], mask[n if dims[1] == 0 else 0]) for n in range(4)]
-        assert_close(torch.vmap(route, dims)(*arguments), torch.stack(expected))
-
-
-def test_gradients_per_sample_equal_a_loop(fused):
-    u, weight = torch.randn(6, 9, 4).double(), torch.randn(9, 3, 5, 4).double()
-
-    def loss(weight, u):
-        return capsroute.capsule_linear(u, weight, backend=fused).norm(dim=-1).sum()
-
-    gradient = torch.func.grad(loss)
-
-    found = torch.vmap(gradient, (None, 0))(weight, u)
-    assert_close(found, torch.stack([gradient(weight, sample) for sample in u]))
-
-
 def test_jacrev_equals_a_loop(fused):
-    function, tensors = function_of(random_problem((2, 3, 2, 2, 3), bias=True), fused)
+    function, tensors = detached(random_problem((2, 3, 2, 2, 3), bias=True), fused)
     found = torch.func.jacrev(function, (0, 1, 2))(*tensors)
     leaves = [x.clone().requires_grad_() for x in tensors]
     v = function(*leaves)
     rows = [torch.autograd.grad(element, leaves, retain_graph=True) for element in v.flatten()]
     for jacobian, *parts in zip(found, *rows, strict=True):
         assert_close(jacobian.flatten(0, v.dim() - 1), torch.stack(parts))
+    with Calls() as made:
+        assert_close(torch.func.jacrev(function)(*tensors), found[0])
+    assert len(made.results["route_backward"]) == 1  # not one for each row
 
 
 @pytest.mark.parametrize("options", [{"bias": True}, {"query": "BJO"}], ids=str)
@@ -132,11 +51,11 @@ def test_autograd_of_a_pullback_after_its_transformation_ended(fused, options):
         assert_close(found, expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["u", "weight", "bias", "logits"])
 @pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.enable_grad])
 def test_forward_mode_refuses_rather_than_lose_the_tangent(fused, name, grad_mode):
     problem = random_problem(**EVERYTHING)
-    function, tensors = function_of(problem, fused)
+    function, tensors = detached(problem, fused)
     at = list(problem.tensors).index(name)
 
     def alone(x):
@@ -312,7 +231,7 @@ def test_a_traced_call_has_gradients(fused, options):
 @pytest.mark.filterwarnings("ignore:.*jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_a_traced_call_takes_another_batch(fused):
     problem = random_problem((4, 9, 3, 3, 5), bias=True)
-    function, tensors = function_of(problem, fused)
+    function, tensors = detached(problem, fused)
     function(*tensors)
     known = len(functional._sizes)
     with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .._ops import define
+from .._vmap import stack
 from . import NAMESPACE, backward, forward
 from .problem import Problem, run
 
@@ -16,11 +17,14 @@ def _route(u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps, s
 
 
 def _route_backward(
-    grad_v, s, norm, _votes, u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps, *needs
+    grad_v, s, norm, _votes, u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps, per_sample, *needs
 ):
-    problem = Problem.of(u, weight, bias, logits, mask, over_inputs, leaky)
-    wanted = _wanted(needs, u, weight, bias, logits)
-    return _in_order_of(weight, _run(u, backward.route_backward(problem, grad_v, s, norm, iterations, eps, wanted)))
+    def gradients(grad_v, s, norm, u, logits, mask):
+        problem = Problem.of(u, weight, bias, logits, mask, over_inputs, leaky)
+        wanted = _wanted(needs, u, weight, bias, logits)
+        return _in_order_of(weight, _run(u, backward.route_backward(problem, grad_v, s, norm, iterations, eps, wanted)))
+
+    return (_for_each_sample if per_sample else _call)(gradients, grad_v, s, norm, u, logits, mask)
 
 
 def _routing_pass(u, weight, query, logits, mask, over_inputs, leaky, save, return_coupling):
@@ -28,10 +32,35 @@ def _routing_pass(u, weight, query, logits, mask, over_inputs, leaky, save, retu
     return _run(u, forward.routing_pass(problem, query, save, return_coupling))
 
 
-def _routing_pass_backward(grad_s, s, norm, u, weight, query, logits, mask, over_inputs, leaky, *needs):
-    problem = Problem.of(u, weight, query, logits, mask, over_inputs, leaky)
-    wanted = _wanted(needs, u, weight, query, logits)
-    return _in_order_of(weight, _run(u, backward.routing_pass_backward(problem, grad_s, s, norm, query, wanted)))
+def _routing_pass_backward(grad_s, s, norm, u, weight, query, logits, mask, over_inputs, leaky, per_sample, *needs):
+    def gradients(grad_s, s, norm, u, logits, mask, query):
+        problem = Problem.of(u, weight, query, logits, mask, over_inputs, leaky)
+        wanted = _wanted(needs, u, weight, query, logits)
+        return _in_order_of(weight, _run(u, backward.routing_pass_backward(problem, grad_s, s, norm, query, wanted)))
+
+    return (_for_each_sample if per_sample else _call)(gradients, grad_s, s, norm, u, logits, mask, query)
+
+
+def _call(gradients, *tensors):
+    return gradients(*tensors)
+
+
+def _for_each_sample(gradients, grad, s, norm, *others):
+    """The gradients of batches of one, those of the weight and the bias side by side."""
+    size = len(grad)
+
+    def of(b, x, dim=0):
+        shared = x is None or x.dim() == 1 or x.shape[dim] != size
+        return x if shared else x.narrow(dim, b, min(size, 1)).contiguous()
+
+    samples = [
+        gradients(of(b, grad), of(b, s, -3), of(b, norm, -2), *(of(b, x) for x in others)) for b in range(max(size, 1))
+    ]
+    beside = False, True, samples[0][2].dim() == 2, False  # a weight's and a bias's, not a query's
+    return tuple(
+        x[0] if x[0].dim() == 1 else stack(x)[:size] if beside else torch.cat(x)
+        for x, beside in zip(zip(*samples, strict=True), beside, strict=True)
+    )
 
 
 def _wanted(needs, *tensors) -> backward.Needs:

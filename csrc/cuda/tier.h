@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 
 #include "../ops.h"
 #include "kernels.h"
@@ -12,6 +13,7 @@ namespace capsroute::ops {
 template <class On>
 struct CudaTier {
   static bool writes(Order order) { return order == Order::IDJO; }
+  static std::nullptr_t pages_of(const Tensor&) { return nullptr; }
   static Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
     return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
   }

@@ -1,0 +1,106 @@
+"""vmap of the ops of a set: one larger batch where samples stay apart, else a loop."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Which dimension is the batch, of what the ops take and return, named as in schemas.txt.
+_BATCH = {
+    **dict.fromkeys(("u", "grad_v", "grad_s", "query", "logits", "mask", "v", "last_logits", "coupling"), 0),
+    "s": -3,
+    "norm": -2,
+}
+
+
+def rule(op):
+    """What torch.library.register_vmap takes for an op."""
+    schema = op.default._schema
+    names, returned = [x.name for x in schema.arguments], [x.name for x in schema.returns]
+
+    def run(info, in_dims, *values):
+        arguments, dims = dict(zip(names, values, strict=True)), dict(zip(names, in_dims, strict=True))
+        size = _size(arguments["u"], dims["u"])
+        if _stay_apart(arguments, dims, size):
+            return _as_one_batch(op, info.batch_size, size, arguments, dims, returned)
+        return _loop(op, info.batch_size, arguments, dims)
+
+    return run
+
+
+def _size(x, dim) -> int:
+    """Of the batch, where `dim` is mapped over."""
+    return x.shape[1 if dim == 0 else 0]
+
+
+def _stay_apart(arguments, dims, size) -> bool:
+    """Whether many batches may become one: no weight or bias is mapped over, no gradient is a sum over several samples.
+
+    u must not be the same for all either: it would be copied for each, if it is not one sample or has a gradient.
+    """
+    needs = [name.removeprefix("need_") for name in arguments if name.startswith("need_") and arguments[name]]
+    if any(dim is not None and name not in _BATCH for name, dim in dims.items()):
+        return False
+    if _has_sums(arguments) and size != 1:
+        return False
+    if "logits" in needs and _size(arguments["logits"], dims["logits"]) != size:
+        return False
+    return dims["u"] is not None or size == 1 or "u" in needs
+
+
+def _has_sums(arguments) -> bool:
+    """Whether gradients that are sums over the batch are wanted."""
+    wanted = arguments.get("need_weight") or arguments.get("need_bias")
+    return bool(wanted) and not arguments["per_sample"]
+
+
+def _as_one_batch(op, count, size, arguments, dims, returned):
+    """Where there are sums over the batch, it has one sample, and the gradient of each is wanted."""
+    merged = {name: _merged(name, x, dims[name], count, size) for name, x in arguments.items()}
+    has_sums = _has_sums(arguments)
+    if has_sums:
+        merged["per_sample"] = True
+    outputs, out_dims = [], []
+    for name, x in zip(returned, op(*merged.values()), strict=True):
+        there = x.dim() > 1  # what was not asked for is empty
+        at = _BATCH.get(name, 0) % x.dim()
+        is_sum = has_sums and name in ("weight", "bias")
+        outputs.append(x.unflatten(at, (count, size)) if there and not is_sum else x)
+        out_dims.append(at if there else None)
+    return tuple(outputs), tuple(out_dims)
+
+
+def _merged(name, x, dim, count, size):
+    """An argument of `count` batches, mapped over or the same for all, as that of one."""
+    if name == "votes":
+        return x.new_empty(0)  # those of a few samples, in an order of their own: made anew
+    if not isinstance(x, Tensor) or name not in _BATCH or (dim is None and x.dim() == 1):
+        return x
+    x = x.unsqueeze(0) if dim is None else x.movedim(dim, 0)
+    at = 1 + _BATCH[name] % (x.dim() - 1)
+    if dim is None and x.shape[at] != size:
+        return x[0]  # the same for every sample
+    shape = list(x.shape)
+    shape[0], shape[at] = count, size
+    return x.expand(shape).movedim(0, at - 1).flatten(at - 1, at)
+
+
+def _loop(op, count, arguments, dims):
+    outputs = [op(*(_one(name, x, dims[name], k) for name, x in arguments.items())) for k in range(max(1, count))]
+    stacked = tuple(stack(parts)[:count] for parts in zip(*outputs, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+def _one(name, x, dim, k):
+    """x[k] along a dimension; of an empty one zeros, from which the shapes of the results follow."""
+    if dim is None:
+        return x
+    one = x.select(dim, k) if x.shape[dim] else x.new_zeros(x.shape[:dim] + x.shape[dim + 1 :])
+    return one.contiguous() if name in ("s", "norm") else one  # as the forward of one saves them
+
+
+def stack(parts) -> Tensor:
+    """torch.stack, in the parts' own order of memory: dW lies as the weight does."""
+    order = sorted(range(parts[0].dim()), key=parts[0].stride, reverse=True)
+    stacked = torch.stack([x.permute(order) for x in parts])
+    return stacked.permute(0, *(1 + order.index(d) for d in range(len(order))))

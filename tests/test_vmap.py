@@ -1,0 +1,165 @@
+"""The fused operator under torch.vmap, and the gradients of each sample that it comes to."""
+
+import itertools
+
+import pytest
+import torch
+from calls import Calls
+from problems import EVERY, EVERYTHING, Problem, cases, detached, random_problem
+from torch.testing import assert_close
+
+import capsroute
+
+NAMES = ("u", "weight", "bias", "logits")
+SUBSETS = [subset for n in range(1, 5) for subset in itertools.combinations(NAMES, n)]
+
+
+@pytest.mark.parametrize("mapped", SUBSETS, ids="-".join)
+def test_vmap_over_any_subset_equals_a_loop(fused, mapped):
+    problem = random_problem((3, 5, 2, 3, 4), **EVERYTHING)
+    function, tensors = detached(problem, fused)
+    dims = [NAMES.index(name) % 2 if name in mapped else None for name in NAMES]  # some of them not in front
+    stacked = [torch.stack([x, -x, 2 * x], dim) if dim is not None else x for x, dim in zip(tensors, dims, strict=True)]
+
+    def at(n):
+        return [x if dim is None else x.select(dim, n) for x, dim in zip(stacked, dims, strict=True)]
+
+    assert_close(torch.vmap(function, tuple(dims))(*stacked), torch.stack([function(*at(n)) for n in range(3)]))
+
+    def gradients(*x):
+        return torch.func.grad(lambda *x: function(*x).square().sum(), (0, 1, 2, 3))(*x)
+
+    loop = [gradients(*at(n)) for n in range(3)]
+    for x, *parts in zip(torch.vmap(gradients, tuple(dims))(*stacked), *loop, strict=True):
+        assert_close(x, torch.stack(parts))
+
+
+@pytest.mark.parametrize("mapped", [("u",), ("query",), ("weight", "query"), ("u", "weight", "logits", "query")])
+def test_vmap_of_a_pass_equals_a_loop(fused, mapped):
+    problem = random_problem((3, 5, 2, 3, 4), query="BJO", logits="BIJ", mask="BI")
+    function, tensors = detached(problem, fused)
+    dims = tuple(0 if name in mapped else None for name in problem.tensors)
+    stacked = [x if dim is None else torch.stack([x, -x, 2 * x]) for x, dim in zip(tensors, dims, strict=True)]
+    gradient = torch.func.grad(lambda *x: function(*x).square().sum(), tuple(range(len(tensors))))
+    for call in (lambda *x: (function(*x),), gradient):
+        loop = [call(*(x if dim is None else x[n] for x, dim in zip(stacked, dims, strict=True))) for n in range(3)]
+        for x, *parts in zip(torch.vmap(call, dims)(*stacked), *loop, strict=True):
+            assert_close(x, torch.stack(parts))
+
+
+@pytest.mark.parametrize("mapped", [("u",), ("weight",), NAMES], ids="-".join)
+def test_vmap_over_nothing(fused, mapped):
+    function, tensors = detached(random_problem((3, 5, 2, 3, 4), **EVERYTHING), fused)
+    dims = tuple(NAMES.index(name) % 2 if name in mapped else None for name in NAMES)
+    empty = [x if dim is None else x.unsqueeze(dim).narrow(dim, 0, 0) for x, dim in zip(tensors, dims, strict=True)]
+    assert torch.vmap(function, dims)(*empty).shape == (0, *function(*tensors).shape)
+
+
+def test_vmap_over_no_samples_in_another_dimension(fused):
+    weight = torch.randn(5, 3, 2, 4)
+    v = torch.vmap(lambda u: capsroute.capsule_linear(u, weight, backend=fused), in_dims=1)(torch.zeros(6, 0, 5, 4))
+    assert v.shape == (0, 6, 3, 2)
+
+
+def test_vmap_over_the_mask_and_over_votes(fused):
+    votes, mask = torch.randn(4, 2, 5, 3, 4), torch.rand(4, 2, 5) < 0.7
+
+    def route(votes, mask):
+        return capsroute.dynamic_routing(votes, mask=mask, backend=fused)
+
+    for dims in [(0, 0), (0, None), (None, 0)]:
+        arguments = [x if dim == 0 else x[0] for x, dim in zip((votes, mask), dims, strict=True)]
+        expected = [route(votes[n if dims[0] == 0 else 0], mask[n if dims[1] == 0 else 0]) for n in range(4)]
+        assert_close(torch.vmap(route, dims)(*arguments), torch.stack(expected))
+
+
+@pytest.mark.parametrize(
+    ("wrt", "size", "dims", "calls"),
+    [
+        ("u", 3, (0, None), (1, 1)),
+        ("weight", 1, (0, None), (1, 1)),
+        ("weight", 3, (0, None), (1, 4)),  # sums over three samples
+        ("u", 3, (None, 0), (4, 4)),
+        ("weight", 1, (0, 0), (4, 4)),
+    ],
+)
+def test_what_stays_apart_becomes_one_batch(fused, wrt, size, dims, calls):
+    """Which takes less time than one call for each."""
+    x = {"u": torch.randn(4, size, 9, 4), "weight": torch.randn(4, 9, 3, 5, 4)}
+    x = [part if dim == 0 else part[0] for part, dim in zip(x.values(), dims, strict=True)]
+    gradient = torch.func.grad(
+        lambda u, weight: capsroute.capsule_linear(u, weight, backend=fused).square().sum(), ("u", "weight").index(wrt)
+    )
+    with Calls() as made:
+        torch.vmap(gradient, dims)(*x)
+    assert (len(made.results["route"]), len(made.results["route_backward"])) == calls
+
+
+# The gradients of each sample
+
+
+def of_one_sample(problem: Problem, options: dict, backend: str):
+    """The gradients of a loss of one sample, as a function of the mask and its tensors; and which to map over."""
+    shapes = {"u": "BID", "votes": "BIJO", **options}
+    dims = [0 if str(shapes.get(name)).startswith("B") else None for name in ("mask", *problem.tensors)]
+
+    def loss(*given):
+        mask, *x = (y if dim is None else y.unsqueeze(0) for y, dim in zip(given, dims, strict=True))
+        tensors = dict(zip(problem.tensors, x, strict=True))
+        return Problem(tensors, mask, problem.options).run(backend).square().sum()
+
+    return torch.func.grad(loss, tuple(range(1, len(dims)))), tuple(dims)
+
+
+@pytest.mark.parametrize(("form", "options"), cases(EVERY))
+def test_gradients_per_sample_equal_a_loop(fused, form, options):
+    problem = random_problem((3, 5, 2, 3, 4), form=form, **EVERY[options])
+    gradients, dims = of_one_sample(problem, EVERY[options], fused)
+    given = problem.mask, *problem.tensors.values()
+    with Calls() as made:
+        found = torch.vmap(gradients, dims)(*given)
+    assert [len(calls) for calls in made.results.values()] == [1, 1]
+    loop = [gradients(*(x if dim is None else x[b] for x, dim in zip(given, dims, strict=True))) for b in range(3)]
+    of_none = torch.vmap(gradients, dims)(*(x if dim is None else x[:0] for x, dim in zip(given, dims, strict=True)))
+    for x, none, *parts in zip(found, of_none, *loop, strict=True):
+        assert_close(x, torch.stack(parts))
+        assert none.shape == (0, *parts[0].shape)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 3, 1, 2), (1, 0, 3, 2), (3, 2, 1, 0)], ids=str)
+def test_gradients_per_sample_lie_in_memory_as_the_weight(fused, order):
+    """The last of these orders is none that the kernels write."""
+    weight = torch.randn(5, 3, 4, 2).permute(order).contiguous().permute([order.index(d) for d in range(4)])
+    gradient = torch.func.grad(lambda weight, u: capsroute.capsule_linear(u, weight, backend=fused).square().sum())
+    u = torch.randn(6, 1, 5, 2)
+    found = torch.vmap(gradient, (None, 0))(weight, u)
+    assert found.stride() == (weight.numel(), *weight.stride())
+    assert_close(found, torch.stack([gradient(weight, x) for x in u]))
+    assert torch.vmap(gradient, (None, 0))(weight, u[:0]).shape == (0, *weight.shape)
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("ijod", "all"),
+        ("ijod", "logits of the layer"),
+        ("jod", "detach"),
+        ("od", "in, all"),
+        ("votes", "pass, all"),
+        ("ijod", "pass, one query"),
+        ("jod", "pass, all, in"),
+    ],
+)
+def test_derivatives_of_gradients_per_sample(fused, form, options):
+    problem = random_problem((3, 5, 2, 3, 4), form=form, **EVERY[options])
+    second = []
+    for backend in (fused, "reference"):
+        gradients, dims = of_one_sample(problem, EVERY[options], backend)
+
+        def penalty(*tensors, gradients=gradients, dims=dims):
+            return sum(x.square().sum() for x in torch.vmap(gradients, dims)(problem.mask, *tensors))
+
+        tensors = tuple(problem.tensors.values())
+        second.append(torch.func.grad(penalty, tuple(range(len(tensors))))(*tensors))
+    for found, expected in zip(*second, strict=True):
+        assert_close(found, expected)
