@@ -62,7 +62,7 @@ def _as_one_batch(op, count, size, arguments, dims, returned):
         merged["per_sample"] = True
     outputs, out_dims = [], []
     for name, x in zip(returned, op(*merged.values()), strict=True):
-        there = x.dim() > 1  # what was not asked for is empty
+        there = x.dim() > 1
         at = _BATCH.get(name, 0) % x.dim()
         is_sum = has_sums and name in ("weight", "bias")
         outputs.append(x.unflatten(at, (count, size)) if there and not is_sum else x)
@@ -82,13 +82,20 @@ def _merged(name, x, dim, count, size):
         return x[0]  # the same for every sample
     shape = list(x.shape)
     shape[0], shape[at] = count, size
-    return x.expand(shape).movedim(0, at - 1).flatten(at - 1, at)
+    return _saved(name, x.expand(shape).movedim(0, at - 1).flatten(at - 1, at))
+
+
+def _saved(name, x):
+    """The backward takes what the forward saved as it saves it."""
+    return x.contiguous() if name in ("s", "norm") else x
 
 
 def _loop(op, count, arguments, dims):
     outputs = [op(*(_one(name, x, dims[name], k) for name, x in arguments.items())) for k in range(max(1, count))]
-    stacked = tuple(stack(parts)[:count] for parts in zip(*outputs, strict=True))
-    return stacked, (0,) * len(stacked)
+    # what was not asked for is empty, and the same for all
+    there = [x.dim() > 1 or x.shape[0] > 0 for x in outputs[0]]
+    parts = zip(there, zip(*outputs, strict=True), strict=True)
+    return tuple(stack(x)[:count] if y else x[0] for y, x in parts), tuple(0 if y else None for y in there)
 
 
 def _one(name, x, dim, k):
@@ -96,7 +103,7 @@ def _one(name, x, dim, k):
     if dim is None:
         return x
     one = x.select(dim, k) if x.shape[dim] else x.new_zeros(x.shape[:dim] + x.shape[dim + 1 :])
-    return one.contiguous() if name in ("s", "norm") else one  # as the forward of one saves them
+    return _saved(name, one)
 
 
 def stack(parts) -> Tensor:

@@ -2,9 +2,11 @@
 
 import itertools
 
+import hypothesis
 import pytest
 import torch
 from calls import Calls
+from hypothesis import strategies as st
 from problems import EVERY, EVERYTHING, Problem, cases, detached, random_problem
 from torch.testing import assert_close
 
@@ -73,25 +75,76 @@ def test_vmap_over_the_mask_and_over_votes(fused):
         assert_close(torch.vmap(route, dims)(*arguments), torch.stack(expected))
 
 
+KINDS = {
+    "v": lambda f, which: f,
+    "gradients": lambda f, which: torch.func.grad(lambda *x: f(*x).sin().sum(), which),
+    "Jacobians": lambda f, which: torch.func.jacrev(lambda *x: f(*x).sin().sum(-1).flatten()[:3], which),
+}
+
+
+@pytest.mark.not_interpreted
+@hypothesis.given(
+    sizes=st.tuples(*(st.sampled_from(x) for x in ((1, 2, 3), (1, 3, 17), (1, 2, 5), (1, 2, 10), (1, 4, 17)))),
+    case=st.sampled_from(cases(EVERY)),
+    kind=st.sampled_from(list(KINDS)),
+    levels=st.integers(1, 2),
+    random=st.randoms(use_true_random=False),
+)
+@hypothesis.settings(max_examples=200, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+def test_vmap_equals_that_of_the_reference(fused, sizes, case, kind, levels, random):
+    """Over any of the tensors and the mask, in any dimension, once and nested."""
+    problem = random_problem(sizes, form=case[0], **EVERY[case[1]])
+    given = [problem.mask, *(x.detach() for x in problem.tensors.values())]
+    dims = []
+    for _ in range(levels):
+        mapped = [x is not None and random.random() < 0.6 for x in given]
+        mapped[1] |= not any(mapped)
+        dims.append(tuple(random.randrange(x.dim() + 1) if y else None for x, y in zip(given, mapped, strict=True)))
+        size = random.randint(1, 4)
+        given = [x if dim is None else several(x, size, dim) for x, dim in zip(given, dims[-1], strict=True)]
+    which = sorted(random.sample(range(1, len(given)), random.randint(1, len(given) - 1)))
+
+    def results(backend):
+        def run(mask, *tensors):
+            return Problem(dict(zip(problem.tensors, tensors, strict=True)), mask, problem.options).run(backend)
+
+        call = KINDS[kind](run, tuple(which))
+        for level in dims:
+            call = torch.vmap(call, level)
+        return call(*given)
+
+    assert_close(results(fused), results("reference"))
+
+
+def several(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:
+    """Like x, side by side."""
+    return torch.stack([x.roll(k, -1) if x.dtype == torch.bool else (1 - 0.3 * k) * x for k in range(size)], dim)
+
+
 @pytest.mark.parametrize(
-    ("wrt", "size", "dims", "calls"),
+    ("mapped", "wrt", "size", "calls"),
     [
-        ("u", 3, (0, None), (1, 1)),
-        ("weight", 1, (0, None), (1, 1)),
-        ("weight", 3, (0, None), (1, 4)),  # sums over three samples
-        ("u", 3, (None, 0), (4, 4)),
-        ("weight", 1, (0, 0), (4, 4)),
+        ("u", "u", 3, (1, 1)),
+        ("u", "weight", 1, (1, 1)),
+        ("u", "weight", 3, (1, 4)),  # sums over three samples
+        ("logits", "u", 3, (4, 1)),  # the forward would copy u, whose gradient is as large
+        ("weight", "u", 3, (4, 4)),
+        ("u weight", "weight", 1, (4, 4)),
     ],
 )
-def test_what_stays_apart_becomes_one_batch(fused, wrt, size, dims, calls):
+def test_what_stays_apart_becomes_one_batch(fused, mapped, wrt, size, calls):
     """Which takes less time than one call for each."""
-    x = {"u": torch.randn(4, size, 9, 4), "weight": torch.randn(4, 9, 3, 5, 4)}
-    x = [part if dim == 0 else part[0] for part, dim in zip(x.values(), dims, strict=True)]
-    gradient = torch.func.grad(
-        lambda u, weight: capsroute.capsule_linear(u, weight, backend=fused).square().sum(), ("u", "weight").index(wrt)
-    )
+    shapes = {"u": (size, 9, 4), "weight": (9, 3, 5, 4), "logits": (size, 9, 3)}
+    dims = [0 if name in mapped.split() else None for name in shapes]
+    tensors = [
+        torch.randn(shape if dim is None else (4, *shape)) for shape, dim in zip(shapes.values(), dims, strict=True)
+    ]
+
+    def loss(u, weight, logits):
+        return capsroute.capsule_linear(u, weight, logits=logits, backend=fused).square().sum()
+
     with Calls() as made:
-        torch.vmap(gradient, dims)(*x)
+        torch.vmap(torch.func.grad(loss, list(shapes).index(wrt)), tuple(dims))(*tensors)
     assert (len(made.results["route"]), len(made.results["route_backward"])) == calls
 
 
