@@ -91,23 +91,39 @@ def _saved(name, x):
 
 
 def _loop(op, count, arguments, dims):
-    outputs = [op(*(_one(name, x, dims[name], k) for name, x in arguments.items())) for k in range(max(1, count))]
+    calls = zip(*(_ones(name, x, dims[name], max(count, 1)) for name, x in arguments.items()), strict=True)
+    outputs = [op(*call) for call in calls]
     # what was not asked for is empty, and the same for all
     there = [x.dim() > 1 or x.shape[0] > 0 for x in outputs[0]]
     parts = zip(there, zip(*outputs, strict=True), strict=True)
     return tuple(stack(x)[:count] if y else x[0] for y, x in parts), tuple(0 if y else None for y in there)
 
 
-def _one(name, x, dim, k):
-    """x[k] along a dimension; of an empty one zeros, from which the shapes of the results follow."""
+def _ones(name, x, dim, count):
+    """x of each call; of an empty dimension zeros, from which the shapes of the results follow."""
     if dim is None:
-        return x
-    one = x.select(dim, k) if x.shape[dim] else x.new_zeros(x.shape[:dim] + x.shape[dim + 1 :])
-    return _saved(name, one)
+        return [x] * count
+    if x.shape[dim] == 0:
+        return [x.new_zeros(x.shape[:dim] + x.shape[dim + 1 :])]
+    return [_saved(name, one) for one in _unstack(x.movedim(dim, 0))]
+
+
+# torch.stack and Tensor.unbind in the tensors' own order of memory, so that dW lies as the weight does, there and in the
+# gradient of each, which is the other. Slices in place of unbind would each have a gradient as large as x.
 
 
 def stack(parts) -> Tensor:
-    """torch.stack, in the parts' own order of memory: dW lies as the weight does."""
-    order = sorted(range(parts[0].dim()), key=parts[0].stride, reverse=True)
+    order = _order(parts[0])
     stacked = torch.stack([x.permute(order) for x in parts])
     return stacked.permute(0, *(1 + order.index(d) for d in range(len(order))))
+
+
+def _unstack(x: Tensor) -> list[Tensor]:
+    order = _order(x[0])
+    parts = x.permute(0, *(1 + d for d in order)).unbind()
+    return [part.permute([order.index(d) for d in range(len(order))]) for part in parts]
+
+
+def _order(x: Tensor) -> list[int]:
+    """The dimensions, that of the largest stride first."""
+    return sorted(range(x.dim()), key=x.stride, reverse=True)

@@ -148,6 +148,20 @@ def test_what_stays_apart_becomes_one_batch(fused, mapped, wrt, size, calls):
     assert (len(made.results["route"]), len(made.results["route_backward"])) == calls
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 3, 1, 2)], ids=str)
+def test_gradients_of_many_weights_lie_in_memory_as_they_do(fused, order):
+    weights = torch.randn(3, 5, 3, 4, 2).permute(0, *(1 + d for d in order)).contiguous()
+    weights = weights.permute(0, *(1 + order.index(d) for d in range(4))).requires_grad_()
+    u = torch.randn(2, 5, 2)
+
+    def loss(weight):
+        return capsroute.capsule_linear(u, weight, backend=fused).square().sum()
+
+    (found,) = torch.autograd.grad(torch.vmap(loss)(weights).sum(), weights)
+    assert found.stride() == weights.stride()
+    assert_close(found, torch.stack([torch.func.grad(loss)(weight) for weight in weights.detach()]))
+
+
 # The gradients of each sample
 
 
