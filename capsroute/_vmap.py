@@ -108,8 +108,8 @@ def _ones(name, x, dim, count):
     return [_saved(name, one) for one in _unstack(x.movedim(dim, 0))]
 
 
-# torch.stack and Tensor.unbind in the tensors' own order of memory, so that dW lies as the weight does, there and in the
-# gradient of each, which is the other. Slices in place of unbind would each have a gradient as large as x.
+# torch.stack and Tensor.unbind in the tensors' own order of memory, so that dW lies as the weight does, and their
+# gradients, each being that of the other. Slices in place of unbind would each have a gradient as large as x.
 
 
 def stack(parts) -> Tensor:
