@@ -8,6 +8,7 @@ import torch
 from calls import Calls
 from hypothesis import strategies as st
 from problems import EVERY, EVERYTHING, Problem, cases, detached, random_problem
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 import capsroute
@@ -203,6 +204,20 @@ def test_gradients_per_sample_lie_in_memory_as_the_weight(fused, order):
     assert found.stride() == (weight.numel(), *weight.stride())
     assert_close(found, torch.stack([gradient(weight, x) for x in u]))
     assert torch.vmap(gradient, (None, 0))(weight, u[:0]).shape == (0, *weight.shape)
+
+
+def test_gradients_per_sample_are_compiled_for_any_number_of_samples(fused):
+    weight = torch.randn(9, 3, 5, 4)
+    gradient = torch.vmap(
+        torch.func.grad(lambda weight, u: capsroute.capsule_linear(u, weight, backend=fused).square().sum()), (None, 0)
+    )
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(gradient, backend=counter, dynamic=True, fullgraph=True)
+    for size in (6, 7, 11):
+        u = torch.randn(size, 1, 9, 4)
+        assert_close(compiled(weight, u), gradient(weight, u))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize(
