@@ -8,10 +8,12 @@ A backend implements a set: the C++ libraries implement `capsroute`, each for it
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
 import torch
+from torch.compiler import config as compiler
 
 from . import _autograd, _vmap
 from .reference import accumulation_dtype, out_capsules
@@ -107,6 +109,19 @@ def _load_cuda() -> tuple[bool, str]:
     return can, f"{why} for CUDA" if can else why
 
 
+def _mark_caches() -> None:
+    """Have torch.compile run nothing that it cached on disk of another version of this package.
+
+    Its caches know an op by its name: what is kept of a graph has the schemas, shapes and derivatives of its time.
+    """
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(__file__).with_name("schemas.txt")]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    mark = f"capsroute-{digest[:16]}"
+    if mark not in compiler.cache_key_tag:
+        compiler.cache_key_tag = f"{compiler.cache_key_tag}-{mark}".lstrip("-")
+
+
+_mark_caches()
 _loaded = _load_cpu()
 define("capsroute")
 _cuda_loaded = _load_cuda()

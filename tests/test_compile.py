@@ -1,5 +1,11 @@
 """The private ops under torch's own checks and by hand, and the operator in torch.compile and torch.export."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from problems import EVERY, FORMS, Problem, cotangent, random_problem
@@ -196,6 +202,30 @@ def test_compiled_autograd_of_a_plain_forward(fused, options):
         torch.compile(lambda loss: loss.backward(), backend="aot_eager")(square(function(*leaves)))
     for x, grad in zip(leaves, expected, strict=True):
         assert_close(x.grad, grad)
+
+
+COMPILED = """
+import torch, capsroute
+from torch._dynamo.utils import counters
+weight = torch.ones(3, 2, 5, 4, requires_grad=True)
+torch.compile(capsroute.capsule_linear)(torch.ones(2, 3, 4), weight, backend="cpu").sum().backward()
+print(sorted(name for name in counters["aot_autograd"] if name in ("autograd_cache_hit", "autograd_cache_miss")))
+"""
+
+
+def test_nothing_runs_that_was_compiled_by_another_version(cpu, tmp_path):
+    """torch keeps compiled code on disk by the names of its ops, with the schemas that they had."""
+    package = tmp_path / "another" / "capsroute"
+    shutil.copytree(Path(capsroute.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    with (package / "schemas.txt").open("a") as schemas:
+        schemas.write("# another\n")
+    found = []
+    for path in (Path(capsroute.__file__).parents[1], package.parent, package.parent):
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(path)}
+        run = subprocess.run([sys.executable, "-c", COMPILED], env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        found.append(run.stdout.strip())
+    assert found == ["['autograd_cache_miss']", "['autograd_cache_miss']", "['autograd_cache_hit']"]
 
 
 # Transformations of f in its first argument, compiled
