@@ -260,8 +260,8 @@ def _second_derivatives(operator, ctx, cotangents):
 
     def per_sample(mask, grad, *values):
         size = grad.shape[0]
-        own = [0, 2, 3] if operator is reference.routing_pass else [0, 3]  # of a query, not of a bias
-        own = [k in own and tensors[k].shape[0] == size for k in given]
+        shared = (1,) if operator is reference.routing_pass else (1, 2)  # the weight, and the bias, which is no query
+        own = [k not in shared and tensors[k].shape[0] == size for k in given]
         dims = [None if mask is None or mask.shape[0] != size else 0, 0, *(0 if x else None for x in own)]
         ones = [x if dim is None else x.unsqueeze(1) for x, dim in zip((mask, grad, *values), dims, strict=True)]
         grads = torch.vmap(backward, tuple(dims))(*ones)

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 import torch
-from torch.compiler import config as compiler
+from torch.compiler import config as compiler_config
 
 from . import _autograd, _vmap
 from .reference import accumulation_dtype, out_capsules
@@ -112,13 +112,14 @@ def _load_cuda() -> tuple[bool, str]:
 def _mark_caches() -> None:
     """Have torch.compile run nothing that it cached on disk of another version of this package.
 
-    Its caches know an op by its name: what is kept of a graph has the schemas, shapes and derivatives of its time.
+    Its caches know an op by its name: what is kept of a graph has the schemas, shapes and derivatives of its time. The
+    modules below have no part in that: torch.compile sees into them.
     """
     files = [*sorted(Path(__file__).parent.glob("*.py")), Path(__file__).with_name("schemas.txt")]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     mark = f"capsroute-{digest[:16]}"
-    if mark not in compiler.cache_key_tag:
-        compiler.cache_key_tag = f"{compiler.cache_key_tag}-{mark}".lstrip("-")
+    if mark not in compiler_config.cache_key_tag:
+        compiler_config.cache_key_tag = f"{compiler_config.cache_key_tag}-{mark}".lstrip("-")
 
 
 _mark_caches()

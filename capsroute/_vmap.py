@@ -34,18 +34,15 @@ def _size(x, dim) -> int:
 
 
 def _stay_apart(arguments, dims, size) -> bool:
-    """Whether many batches may become one: no weight or bias is mapped over, no gradient is a sum over several samples.
-
-    u must not be the same for all either: it would be copied for each, if it is not one sample or has a gradient.
-    """
-    needs = [name.removeprefix("need_") for name in arguments if name.startswith("need_") and arguments[name]]
+    """Whether many batches may become one: no weight or bias is mapped over, no gradient sums several samples."""
     if any(dim is not None and name not in _BATCH for name, dim in dims.items()):
         return False
     if _has_sums(arguments) and size != 1:
         return False
-    if "logits" in needs and _size(arguments["logits"], dims["logits"]) != size:
+    if arguments.get("need_logits") and _size(arguments["logits"], dims["logits"]) != size:
         return False
-    return dims["u"] is not None or size == 1 or "u" in needs
+    # if all share u, it is copied for each, unless it is one sample: only where its gradients take as much anyway
+    return dims["u"] is not None or size == 1 or bool(arguments.get("need_u"))
 
 
 def _has_sums(arguments) -> bool:

@@ -24,7 +24,8 @@ def _route_backward(
         wanted = _wanted(needs, u, weight, bias, logits)
         return _in_order_of(weight, _run(u, backward.route_backward(problem, grad_v, s, norm, iterations, eps, wanted)))
 
-    return (_for_each_sample if per_sample else _call)(gradients, grad_v, s, norm, u, logits, mask)
+    tensors = grad_v, s, norm, u, logits, mask
+    return _for_each_sample(gradients, *tensors) if per_sample else gradients(*tensors)
 
 
 def _routing_pass(u, weight, query, logits, mask, over_inputs, leaky, save, return_coupling):
@@ -38,11 +39,8 @@ def _routing_pass_backward(grad_s, s, norm, u, weight, query, logits, mask, over
         wanted = _wanted(needs, u, weight, query, logits)
         return _in_order_of(weight, _run(u, backward.routing_pass_backward(problem, grad_s, s, norm, query, wanted)))
 
-    return (_for_each_sample if per_sample else _call)(gradients, grad_s, s, norm, u, logits, mask, query)
-
-
-def _call(gradients, *tensors):
-    return gradients(*tensors)
+    tensors = grad_s, s, norm, u, logits, mask, query
+    return _for_each_sample(gradients, *tensors) if per_sample else gradients(*tensors)
 
 
 def _for_each_sample(gradients, grad, s, norm, *others):
@@ -58,8 +56,8 @@ def _for_each_sample(gradients, grad, s, norm, *others):
     ]
     beside = False, True, samples[0][2].dim() == 2, False  # a weight's and a bias's, not a query's
     return tuple(
-        x[0] if x[0].dim() == 1 else stack(x)[:size] if beside else torch.cat(x)
-        for x, beside in zip(zip(*samples, strict=True), beside, strict=True)
+        x[0] if x[0].dim() == 1 else stack(x)[:size] if is_beside else torch.cat(x)
+        for x, is_beside in zip(zip(*samples, strict=True), beside, strict=True)
     )
 
 
