@@ -1,5 +1,6 @@
 """The same inputs give the same bits: on any number of threads, alone or in a batch, from two threads at once."""
 
+import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -120,14 +121,17 @@ def test_each_sample_has_the_same_sums_alone(sizes, dtype, power):
 
 @pytest.mark.not_interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-# A weight in another order is brought into the kernels' as it is read, strip by strip if it is large, or before; its
-# gradient is made of vectors of D or of halves of them, or put into order once it is made, all at once or in the end,
-# of sums of float64 or, where these would take more than 8 MiB, of those that lie where it goes.
+# A weight in another order is multiplied as it lies, where that is for few samples, or brought into the kernels' order
+# as it is read, or before; its gradient is made of vectors of D or of halves of them, or put into order once it is
+# made, all at once or in the end, of sums of float64 or, where these would take more than 8 MiB, of those that lie
+# where it goes.
 @pytest.mark.parametrize(
     "sizes",
     [
         (2, 70, 8, 3, 16),
+        (1, 20, 28, 3, 32),
         (3, 20, 64, 4, 64),
+        (8, 20, 20, 3, 16),
         (5, 70, 16, 3, 9),
         (40, 70, 8, 3, 16),
         (40, 70, 12, 3, 9),
@@ -136,12 +140,13 @@ def test_each_sample_has_the_same_sums_alone(sizes, dtype, power):
         *LARGE.values(),
     ],
 )
-def test_same_bits_in_every_memory_order_of_the_weight(cpu, sizes, dtype):
+def test_same_bits_in_every_memory_order_of_the_weight_and_with_rows_apart(cpu, sizes, dtype):
     problem = random_problem(sizes, dtype=dtype)
     expected = results(problem, cpu)
-    for order in ("idjo", "ijdo", "jido", "jiod", "doji"):
-        weight = torch.einsum(f"ijod->{order}", problem.tensors["weight"]).contiguous()
-        weight = torch.einsum(f"{order}->ijod", weight)
+    for order, apart in itertools.product(("idjo", "ijdo", "jido", "ijod", "jiod", "doji"), (0, 3, 4)):
+        weight = torch.einsum(f"ijod->{order}", problem.tensors["weight"])
+        rows = torch.nn.functional.pad(weight, (0, apart), value=torch.nan).contiguous()
+        weight = torch.einsum(f"{order}->ijod", rows[..., : weight.shape[-1]])
         assert_same_bits(results(Problem({**problem.tensors, "weight": weight}), cpu), expected)
 
 

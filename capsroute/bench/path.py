@@ -60,9 +60,10 @@ def explain(case: Case, path: Plan, backward: bool) -> str:
         "votes": "votes are read as given",
     }
     words = [rows.get(case.form, shared)]
-    if path.copied or path.as_read:
-        when = "before" if path.copied else "as it is read, as that is seldom"
-        words.append(f"W is put into the kernels' order {when}")
+    if path.copied:
+        words.append("W is put into the kernels' order before")
+    if path.as_read:
+        words.append("W is read as it lies, or put into the kernels' order as it is read, as that is seldom")
     passes = streamed(case, backward)
     if path.by_samples:
         words.append("a lane is a sample, as there are enough of them and their votes stay near")

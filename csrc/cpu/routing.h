@@ -104,7 +104,8 @@ struct Plan {
   bool product_first;     // the first pass, if it couples all alike, sums u with W at once, and not the votes
   bool handed;            // the forward leaves the votes that are kept to the backward
   bool by_samples;        // a lane is a sample, not a feature
-  bool copied, as_read;   // a weight of each pair that is not in order is brought into it at first, or as it is read
+  bool copied, as_read;   // a weight of each pair that is not in order is brought into it at first, or dealt with as it
+                          // is read: multiplied as it lies, or brought into order
   int64_t kept_inputs;    // the first ones, whose votes are kept between a tile's passes; others are made anew in each
   int64_t tile;           // samples that read the weight together
   int64_t tiles, groups;  // of samples, and of input capsules, whose sums are added in order

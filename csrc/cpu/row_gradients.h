@@ -269,7 +269,8 @@ class RowGradients {
     A* to[kLongSubBatch];
     for (int64_t n = 0; n < samples; ++n) from[n] = dh + n * sums, to[n] = scratch.du + (n * lanes.count + l) * D;
     const Weights<X>& weights = logits_.stream().weights;
-    apply_transposed(weights.of(i, scratch.weight + l * D * sums, m > 0), sums, from, sums, to, D, samples);
+    X* brought = scratch.weight + l * D * sums;
+    apply_transposed(weights.of(i, divide_up(p_.B, kSamples), p_.B, brought, m > 0), from, to, D, samples);
   }
 
   // The gradient of given rows: of the votes, or of an input capsule that all j share.

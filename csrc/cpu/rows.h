@@ -57,10 +57,13 @@ class Rows {
     Term<X>* terms;  // of these, where they are pairs
     A* staged;
     A* prior;
-    X* weight;     // W_i, where it is brought into order as it is read, of a block if it is `again`
-    int64_t next;  // numbers from one W_i to the next, or 0
-    static Scratch carve(const Layout<X>& layout, const Weights<X>& weights, bool again, Carver& carver) {
+    int64_t products;  // in turn, that a W_i is read for
+    X* weight;         // W_i, where it is brought into order as it is read, of a block if that is for several
+    int64_t next;      // numbers from one W_i to the next, or 0
+    static Scratch carve(const Layout<X>& layout, const Weights<X>& weights, int64_t products, Carver& carver) {
       Scratch s;
+      const bool again = products > 1;
+      s.products = products;
       s.next = again ? weights.size() : 0;
       s.weight = weights.as_read ? carver.take<X>((again ? W<A> : 1) * weights.size()) : nullptr;
       s.inputs = carver.take<A>(kSamples * W<A> * maximum(layout.p.D, 1));
@@ -130,15 +133,11 @@ class Rows {
       A* to[kSamples];
       for (int64_t n = 0; n < samples; ++n)
         x[n] = u + (n * count + l) * terms(), to[n] = staged + n * layout_.block_size() + l * layout_.row;
-      if (weights_.has_strips() && !scratch.next && !total) {
-        apply_strips(i0 + l, x, to, samples, scratch);
-        continue;
-      }
-      const X* weight = weights_.of(i0 + l, scratch.weight + l * scratch.next, again);
-      apply(weight, votes, x, D, to, votes, samples);
+      const Matrix<X> weight = weight_of(i0 + l, l, again, scratch);
+      apply(weight, x, D, to, samples);
       if (!total) continue;
       for (int64_t n = 0; n < samples; ++n) to[n] = total + n * votes;
-      apply(weight, votes, x, D, to, votes, samples, l == 0);
+      apply(weight, x, D, to, samples, l == 0);
     }
   }
 
@@ -151,8 +150,7 @@ class Rows {
       const Term<X>* x[kSamples];
       A* to[kSamples];
       for (int64_t n = 0; n < samples; ++n) x[n] = u + (n * count + l) * terms(), to[n] = y + n * votes;
-      const X* weight = weights_.of(i0 + l, scratch.weight + l * scratch.next, again);
-      apply(weight, votes, x, some * p_.D, to, votes, samples, l == 0);
+      apply(weight_of(i0 + l, l, again, scratch), x, some * p_.D, to, samples, l == 0);
     }
   }
 
@@ -251,13 +249,9 @@ class Rows {
   }
 
  private:
-  // to_n = W_i x_n for some samples, where no others read W_i after them.
-  void apply_strips(int64_t i, const Term<X>* const* x, A* const* to, int64_t samples, const Scratch& scratch) const {
-    weights_.for_strips(i, scratch.weight, [&](const X* w, int64_t f, int64_t count) {
-      A* part[kSamples];
-      for (int64_t n = 0; n < samples; ++n) part[n] = to[n] + f;
-      apply(w, count, x, p_.D, part, count, samples);
-    });
+  // W_i of the l-th input capsule of a block.
+  Matrix<X> weight_of(int64_t i, int64_t l, bool again, const Scratch& scratch) const {
+    return weights_.of(i, scratch.products, scratch.products, scratch.weight + l * scratch.next, again);
   }
 
   // What `inputs` gives, as terms: [n][count][terms].
@@ -282,9 +276,9 @@ class Rows {
     if (!weights_.as_read) return make_terms<X>(weights_.in_order(i), inputs, p_.D, count, scratch.weight);
     for (int64_t l = 0; l < inputs; ++l)
       if constexpr (std::is_same_v<X, A>)
-        weights_.of(i + l, scratch.weight + l * size, false);
+        weights_.brought(i + l, scratch.weight + l * size);
       else
-        make_terms<X>(weights_.of(i + l, scratch.ordered, false), 1, p_.D, count, scratch.weight + l * size);
+        make_terms<X>(weights_.brought(i + l, scratch.ordered), 1, p_.D, count, scratch.weight + l * size);
   }
 
   // [inputs][terms, J, F]

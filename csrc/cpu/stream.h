@@ -67,7 +67,7 @@ class Stream {
 
   Scratch carve_scratch(Carver& carver) const {
     Scratch s;
-    s.rows = Rows<X>::Scratch::carve(layout, weights, schedule.tile > kSamples || use_.reads > 1, carver);
+    s.rows = Rows<X>::Scratch::carve(layout, weights, divide_up(schedule.tile, kSamples) + (use_.reads > 1), carver);
     s.coupling = carver.take<A>(way.run * layout.lanes());
     s.logits = carver.take<A>(way.run * layout.lanes());
     if (!way.by_samples) return s;
@@ -266,7 +266,7 @@ class Stream {
           else
             ++n, j = matrix;
         }
-        apply(matrices + matrix * terms * size, size, x, terms, y, size, count);
+        apply(Matrix<A>{matrices + matrix * terms * size, size, size}, x, terms, y, count);
       }
   }
 

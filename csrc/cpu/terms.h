@@ -92,14 +92,25 @@ CAPSROUTE_INLINE void load_terms(const BFloat16* w, int64_t w_stride, bool last,
     terms[c] = bits_as<Vec32>(__builtin_shuffle(first, second, low));
     terms[c + 1] = bits_as<Vec32>(__builtin_shuffle(first, second, low + 16));
   }
-  if constexpr (C % 2) {
-    Numbers first{}, second{};
-    __builtin_memcpy(&first, w + c * 16, 32);
-    if (!last) __builtin_memcpy(&second, w + c * 16 + w_stride, 32);
-    terms[c] = bits_as<Vec32>(__builtin_shuffle(first, second, low));
-  }
+  if constexpr (C % 2) terms[c] = weave(load(w + c * 16), last ? Vec<float>{} : load(w + c * 16 + w_stride));
 }
 #endif
+
+// Terms of W rows of a weight, kTurned of each from their first numbers on: a lane is a row.
+template <class X>
+CAPSROUTE_INLINE void turn_terms(const X* rows, int64_t stride, TermVec<X>* terms) {
+  if constexpr (kTerm<X> == 1) {
+    turn(rows, stride, terms);
+  } else {
+    Vec<float> pairs[kTurned<float>];  // the first number of each is in the lower half
+    turn(reinterpret_cast<const float*>(rows), stride / 2, pairs);
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < kTurned<float>; ++k) {
+      const Vec32 bits = bits_as<Vec32>(pairs[k]);
+      terms[k] = bits << 16 | bits >> 16;
+    }
+  }
+}
 
 // x [items][D, count] to terms [items][D / kTerm, count]; a count of whole vectors. From numbers that X holds exactly,
 // and to the same place, if wanted.

@@ -125,31 +125,37 @@ CAPSROUTE_INLINE Vec<A> load(const A* p) {
 using Vec16 = typename VecOf<uint16_t, CAPSROUTE_VECTOR_BYTES / 2>::type;
 using Vec32 = Vec<uint32_t>;
 
-CAPSROUTE_INLINE Vec<float> load(const BFloat16* p) {
+CAPSROUTE_INLINE Vec<float> widened(Vec16 bits, BFloat16) {
   // GCC 12 makes four instructions of what is one to widen with.
 #if defined(__AVX2__) && CAPSROUTE_VECTOR_BYTES == 32
-  const Vec32 wide = bits_as<Vec32>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  const Vec32 wide = bits_as<Vec32>(_mm256_cvtepu16_epi32(bits_as<__m128i>(bits)));
 #elif defined(__AVX512F__) && CAPSROUTE_VECTOR_BYTES == 64
-  const Vec32 wide = bits_as<Vec32>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  const Vec32 wide = bits_as<Vec32>(_mm512_cvtepu16_epi32(bits_as<__m256i>(bits)));
 #else
-  Vec16 bits;
-  __builtin_memcpy(&bits, p, sizeof(bits));
   const Vec32 wide = __builtin_convertvector(bits, Vec32);
 #endif
   return bits_as<Vec<float>>(wide << 16);
 }
 
-CAPSROUTE_INLINE Vec<float> load(const Half* p) {
+CAPSROUTE_INLINE Vec<float> widened(Vec16 bits, Half) {
 #if defined(__F16C__) && CAPSROUTE_VECTOR_BYTES == 32
-  return bits_as<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  return bits_as<Vec<float>>(_mm256_cvtph_ps(bits_as<__m128i>(bits)));
 #elif defined(__AVX512F__) && CAPSROUTE_VECTOR_BYTES == 64
-  return bits_as<Vec<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  return bits_as<Vec<float>>(_mm512_cvtph_ps(bits_as<__m256i>(bits)));
 #else
   Vec<float> x;
-  for (int64_t l = 0; l < W<float>; ++l) x[l] = to_acc(p[l]);
+  for (int64_t l = 0; l < W<float>; ++l) x[l] = to_acc(Half{bits[l]});
   return x;
 #endif
 }
+
+CAPSROUTE_INLINE Vec16 load_bits(const void* p) {
+  Vec16 bits;
+  __builtin_memcpy(&bits, p, sizeof(bits));
+  return bits;
+}
+CAPSROUTE_INLINE Vec<float> load(const BFloat16* p) { return widened(load_bits(p), *p); }
+CAPSROUTE_INLINE Vec<float> load(const Half* p) { return widened(load_bits(p), *p); }
 
 template <class A>
 CAPSROUTE_INLINE void store(A* p, Vec<A> x) {
@@ -291,6 +297,65 @@ CAPSROUTE_INLINE void transpose(Vec<A>* x) {
 template <class T>
 CAPSROUTE_INLINE void ask_for(const T* p) {
   __builtin_prefetch(p, 0, 2);
+}
+
+// So many numbers of a row become vectors together: 16 bytes of them, widened.
+template <class A>
+inline constexpr int64_t kTurned = 16 / sizeof(A);
+
+// In each 16 bytes numbers of a and of b, by their places there: a's have those from 0 on, b's those from kTurned on.
+template <class A, int64_t... place>
+CAPSROUTE_INLINE Vec<A> mix(Vec<A> a, Vec<A> b) {
+  constexpr int64_t q = kTurned<A>, places[] = {place...};
+  return [&]<int64_t... l>(std::integer_sequence<int64_t, l...>) {
+    return pick<A>(
+        a, b, std::integer_sequence<int64_t, (l / q * q + places[l % q] + (places[l % q] < q ? 0 : W<A> - q))...>());
+  }(std::make_integer_sequence<int64_t, W<A>>());
+}
+
+// Of every kTurned-th of W rows so many numbers, widened, one row after another.
+template <class X>
+CAPSROUTE_INLINE Vec<Acc<X>> load_rows(const X* rows, int64_t stride) {
+  constexpr int64_t next = kTurned<Acc<X>>, pieces = CAPSROUTE_VECTOR_BYTES / 16;
+  if constexpr (sizeof(X) == 2) {
+    uint64_t bits[pieces];
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < pieces; ++k) __builtin_memcpy(bits + k, rows + k * next * stride, sizeof(bits[k]));
+    return widened(bits_as<Vec16>(bits), X());
+  }
+  // The upper pieces are read to where they belong, which saves their shuffles.
+#if CAPSROUTE_VECTOR_BYTES > 16 && (defined(__AVX512F__) || (defined(__AVX__) && CAPSROUTE_VECTOR_BYTES == 32))
+  const auto piece = [&](int64_t k) { return _mm_loadu_ps(reinterpret_cast<const float*>(rows + k * next * stride)); };
+  const __m256 two = _mm256_insertf128_ps(_mm256_castps128_ps256(piece(0)), piece(1), 1);
+#if CAPSROUTE_VECTOR_BYTES == 64
+  const __m512 three = _mm512_insertf32x4(_mm512_castps256_ps512(two), piece(2), 2);
+  return bits_as<Vec<Acc<X>>>(_mm512_insertf32x4(three, piece(3), 3));
+#else
+  return bits_as<Vec<Acc<X>>>(two);
+#endif
+#else
+  Vec<Acc<X>> x;
+  for (int64_t k = 0; k < pieces; ++k)
+    __builtin_memcpy(reinterpret_cast<char*>(&x) + 16 * k, rows + k * next * stride, 16);
+  return x;
+#endif
+}
+
+// x[k][l] = rows[l][k] for k < kTurned, of W rows: a lane is a row.
+template <class X>
+CAPSROUTE_INLINE void turn(const X* rows, int64_t stride, Vec<Acc<X>>* x) {
+  using A = Acc<X>;
+  Vec<A> row[kTurned<A>];
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < kTurned<A>; ++k) row[k] = load_rows(rows + k * stride, stride);
+  if constexpr (sizeof(A) == 8) {
+    x[0] = mix<A, 0, 2>(row[0], row[1]), x[1] = mix<A, 1, 3>(row[0], row[1]);
+  } else {
+    const Vec<A> a = mix<A, 0, 4, 1, 5>(row[0], row[1]), b = mix<A, 2, 6, 3, 7>(row[0], row[1]);
+    const Vec<A> c = mix<A, 0, 4, 1, 5>(row[2], row[3]), d = mix<A, 2, 6, 3, 7>(row[2], row[3]);
+    x[0] = mix<A, 0, 1, 4, 5>(a, c), x[1] = mix<A, 2, 3, 6, 7>(a, c);
+    x[2] = mix<A, 0, 1, 4, 5>(b, d), x[3] = mix<A, 2, 3, 6, 7>(b, d);
+  }
 }
 
 // to[d][k] = from[k][d], of `rows` rows of D numbers each, in squares of four. What is stored for them is not looked

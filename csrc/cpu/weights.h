@@ -1,8 +1,8 @@
-// The weight in the order that the kernels read.
+// The weight as the kernels read it.
 #pragma once
 
 #include "plan.h"
-#include "terms.h"
+#include "product.h"
 
 namespace capsroute::CAPSROUTE_ISA {
 
@@ -11,13 +11,13 @@ constexpr int64_t kWholeTerms = int64_t(8) << 20;
 // To bring W_i into order as it is read takes a part of the time of a copy of all of W, which goes through memory, but
 // takes it at every read. For so many reads it is less; for more where the copy takes memory that is new in every call.
 constexpr int64_t kSeldom = 3, kSeldomIfLarge = 6, kLargeCopy = int64_t(32) << 20;
-// Features of W_i that are brought into order and read together stay in the first-level cache: so many bytes of them.
-constexpr int64_t kStrip = int64_t(16) << 10;
+// It is multiplied as it lies while so few products in turn read it: they cost more so, but nothing is written.
+constexpr int64_t kFewProducts = 2;
 // Bytes of a W that lies in a row that are asked for ahead.
 constexpr int64_t kAheadInOrder = int64_t(16) << 10;
 
-// A weight in the kernels' memory order: for a pair [I, D, J, O], in place where it already is so; else all of it is
-// brought into that order at first, or each W_i as it is read.
+// A weight. The kernels' memory order of one for a pair is [I, D, J, O]. One that lies otherwise is brought into that
+// order at first, or each W_i is as it is read, or multiplied as it lies.
 // For a shared weight its two products' orders, [D, O] to come from sums to outputs and [O, D] back.
 template <class X>
 class Weights {
@@ -26,7 +26,7 @@ class Weights {
   const A* to_outputs = nullptr;
   const A* to_rows = nullptr;
   bool copied = false;             // all of a pair's weight was brought into order at first, or
-  bool as_read = false;            // each W_i is as it is read
+  bool as_read = false;            // each W_i is as it is read, or multiplied as it lies
   bool whole = false;              // the terms of all of a pair's weight are there, or will be: itself, or
   const Term<X>* terms = nullptr;  // [I, D / kTerm, J, O], null also while memory is only measured
 
@@ -44,26 +44,18 @@ class Weights {
     whole = std::is_same_v<X, A> && !as_read;
   }
 
-  // W_i [D, J, O] of a pair's weight: where it lies, or, if it is brought into order as it is read, `there`, where it
-  // may be already.
-  const X* of(int64_t i, X* there, bool is_there) const {
-    if (!as_read) return pair_ + i * size();
-    if (!is_there) bring(i, 0, layout_.sums(), there);
-    return there;
+  // W_i of a pair's weight, for so many products in turn, or, if its features are rows, so many that turn them: as it
+  // lies, or brought into order `there`, where it may be already.
+  Matrix<X> of(int64_t i, int64_t products, int64_t turns, X* there, bool is_there) const {
+    if (!as_read) return {in_order(i), layout_.sums(), layout_.sums()};
+    if (lies_in_rows() ? products <= kFewProducts : turns <= kFewProducts && lies_turned()) return as_it_lies(i);
+    return {is_there ? there : brought(i, there), layout_.sums(), layout_.sums()};
   }
 
-  // Whether W_i, brought into order as it is read, had better be so strip by strip: `for_strips` calls visit(w, f,
-  // count) with w [D, count], its features f to f + count, which are put `there`.
-  bool has_strips() const { return as_read && size() * int64_t(sizeof(X)) > kStrip; }
-  template <class Visit>
-  void for_strips(int64_t i, X* there, const Visit& visit) const {
-    const int64_t D = layout_.p.D, sums = layout_.sums(), fitting = kStrip / (D * int64_t(sizeof(X)));
-    const int64_t unit = features_follow() ? W<A> : layout_.O, strip = maximum(unit, fitting / unit * unit);
-    for (int64_t f = 0; f < sums; f += strip) {
-      const int64_t count = minimum(strip, sums - f);
-      bring(i, f, count, there);
-      visit(there, f, count);
-    }
+  // W_i [D, J, O], brought into order as it is read, `there`.
+  const X* brought(int64_t i, X* there) const {
+    bring(i, there);
+    return there;
   }
 
   // Of several input capsules in a row, if they lie in order.
@@ -108,8 +100,7 @@ class Weights {
 
   void put_in_order(Carver& carver, const Parallel& parallel) {
     X* copy = carver.take<X>(layout_.p.I * size());
-    if (carver.base)
-      parallel_for(parallel, layout_.p.I, [&](int64_t i, int64_t) { bring(i, 0, layout_.sums(), copy + i * size()); });
+    if (carver.base) parallel_for(parallel, layout_.p.I, [&](int64_t i, int64_t) { bring(i, copy + i * size()); });
     pair_ = copy;
   }
 
@@ -120,18 +111,41 @@ class Weights {
     return stride[3] == 1 && layout_.O == p.O && (stride[1] == p.O * stride[2] || p.J == 1);
   }
 
-  // Features f to f + count of W_i to [D, count], those of whole j unless all follow each other, with zeros where O is
-  // padded. What is read later is asked for.
-  void bring(int64_t i, int64_t f, int64_t count, X* to) const {
+  // Whether products can read W_ij as it lies, in whole vectors: its rows are [O], or [D] and turned.
+  bool lies_in_rows() const { return layout_.p.weight.stride[2] == 1 && layout_.O == layout_.p.O; }
+  bool lies_turned() const {
     const Problem& p = layout_.p;
-    const int64_t *stride = p.weight.stride, D = p.D, O = layout_.O;
+    const bool whole = p.D % (kTurned<A> * kTerm<X>) == 0 && p.weight.stride[2] % kTerm<X> == 0;
+    return p.weight.stride[3] == 1 && layout_.O == p.O && whole;
+  }
+
+  Matrix<X> as_it_lies(int64_t i) const {
+    const Problem& p = layout_.p;
+    const int64_t *stride = p.weight.stride, each = p.D * p.O * int64_t(sizeof(X)), all = p.J * each;
+    const bool turned = stride[2] != 1, one = turned && features_follow();
+    // Of a later W_i, or, if that is far, of a later j.
+    const int64_t ahead = all <= 4 * kAheadInOrder ? maximum(1, kAheadInOrder / all) * stride[0]
+                                                   : maximum(1, kAheadInOrder / each) * stride[1];
+    return {static_cast<const X*>(p.weight.data) + i * stride[0],
+            stride[turned ? 2 : 3],
+            one ? layout_.sums() : layout_.O,
+            one ? 1 : p.J,
+            stride[1],
+            turned,
+            ahead};
+  }
+
+  // W_i to [D, J, O], with zeros where O is padded. What is read later is asked for.
+  void bring(int64_t i, X* to) const {
+    const Problem& p = layout_.p;
+    const int64_t *stride = p.weight.stride, D = p.D, O = layout_.O, count = layout_.sums();
     const X* from = static_cast<const X*>(p.weight.data) + i * stride[0];
     if (features_follow()) {
       const int64_t ahead = stride[2] == D ? kAheadInOrder / int64_t(sizeof(X)) : 0;
-      return transpose_rows(from + f * stride[2], stride[2], count, D, to, count, ahead);
+      return transpose_rows(from, stride[2], count, D, to, count, ahead);
     }
-    const int64_t later = f / O + maximum(1, kAheadInOrder / (D * p.O * int64_t(sizeof(X))));
-    int64_t j = f / O, later_i = later / p.J, later_j = later % p.J;
+    const int64_t later = maximum(1, kAheadInOrder / (D * p.O * int64_t(sizeof(X))));
+    int64_t j = 0, later_i = later / p.J, later_j = later % p.J;
     for (const X* end = to + count; to < end; ++j, to += O) {
       bring_one(from + j * stride[1], from + later_i * stride[0] + later_j * stride[1], to, count);
       if (++later_j == p.J) later_j = 0, ++later_i;
