@@ -53,6 +53,19 @@ def test_same_bits_on_any_number_of_threads_at_large_sizes(fused, threads, sizes
         assert_same_bits(results(problem, fused), expected)
 
 
+@pytest.mark.not_interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("sizes", [(1, 50, 9, 4, 16), (4, 64, 8, 3, 17), (7, 20, 4, 2, 16)])
+def test_same_bits_where_threads_have_no_group_and_share_out_the_making_of_votes(cpu, threads, sizes, options, dtype):
+    problem = random_problem(sizes, dtype=dtype, **options)
+    threads(1)
+    expected = results(problem, cpu)
+    for count in (2, 3, 8):
+        threads(count)
+        assert_same_bits(results(problem, cpu), expected)
+
+
 def test_same_bits_where_more_threads_make_the_coupling_anew_than_stream(cpu, threads):
     """One group of input capsules, streamed by one thread, has four blocks or more, shared out by four."""
     problem = random_problem((1, 64, 1, 25000, 1), dtype=torch.float32, iterations=4)

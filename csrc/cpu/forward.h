@@ -68,7 +68,10 @@ class ForwardStream {
 
   Plan plan() const { return stream_.plan(); }
 
-  void run(const Parallel& parallel) { run_stream(*this, stream_.schedule, steps_, parallel); }
+  void run(const Parallel& parallel) {
+    stream_.make_votes_first(stream_.schedule, parallel);
+    run_stream(*this, stream_.schedule, steps_, parallel);
+  }
 
   void begin(const Tile& tile) {
     A* V = of_tile(V_, tile, layout_.outputs());

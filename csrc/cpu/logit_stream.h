@@ -35,7 +35,9 @@ class LogitStream {
   // Samples first .. first + count of the batch, count <= chunk.
   void run(int64_t first, int64_t count, const Parallel& parallel) {
     first_ = first;
-    run_stream(*this, stream_.schedule.of(first, count), p_.R - plan_.last_pass + 1, parallel);
+    const Schedule schedule = stream_.schedule.of(first, count);
+    stream_.make_votes_first(schedule, parallel);
+    run_stream(*this, schedule, p_.R - plan_.last_pass + 1, parallel);
   }
 
   // V^k from s^k, ds^R from the gradient of v.

@@ -102,6 +102,13 @@ void parallel_for(const Parallel& parallel, int64_t items, const Body& body) {
   parallel.run(context.parts, run_part, &context);
 }
 
+struct Tile {
+  int64_t first, count;  // samples, of those that are scheduled
+  int64_t sample;        // the first one, of the whole batch
+  int64_t slot;
+  int64_t most;  // samples that a slot has room for
+};
+
 // How the samples and input capsules of a call are shared out. A tile is up to `tile` samples that
 // read the weight together. With enough tiles a thread takes whole tiles; with few, the groups of
 // input capsules of every tile are shared out too, step by step. Both add the same numbers in the
@@ -113,6 +120,11 @@ struct Schedule {
     parts = minimum(threads, by_group ? tiles * groups : tiles);
     slots = by_group ? tiles : parts;
     partials = by_group ? tiles * groups : parts;
+  }
+
+  Tile tile_at(int64_t index, int64_t slot) const {
+    const int64_t first = index * tile;
+    return {first, minimum(tile, batch - first), sample + first, slot, tile};
   }
 
   // The same shares for a part of the batch that is no larger.
@@ -130,13 +142,6 @@ struct Schedule {
   int64_t partials;  // sums over one group that are held at a time
 };
 
-struct Tile {
-  int64_t first, count;  // samples, of those that are scheduled
-  int64_t sample;        // the first one, of the whole batch
-  int64_t slot;
-  int64_t most;  // samples that a slot has room for
-};
-
 // The states of a tile's samples, each of so many numbers.
 template <class A>
 CAPSROUTE_INLINE A* of_tile(A* states, const Tile& tile, int64_t size) {
@@ -150,14 +155,10 @@ CAPSROUTE_INLINE A* of_tile(A* states, const Tile& tile, int64_t size) {
 template <class Stream>
 void run_stream(Stream& stream, const Schedule& schedule, int64_t steps, const Parallel& parallel) {
   const int64_t groups = schedule.groups;
-  auto tile_at = [&](int64_t index, int64_t slot) {
-    const int64_t first = index * schedule.tile;
-    return Tile{first, minimum(schedule.tile, schedule.batch - first), schedule.sample + first, slot, schedule.tile};
-  };
   auto nth_group = [&](int64_t step, int64_t n) { return step % 2 == 0 ? groups - 1 - n : n; };
   if (!schedule.by_group) {
     parallel_for(parallel, schedule.tiles, [&](int64_t index, int64_t part) {
-      const Tile tile = tile_at(index, part);
+      const Tile tile = schedule.tile_at(index, part);
       stream.begin(tile);
       for (int64_t step = 0; step < steps; ++step) {
         for (int64_t n = 0; n < groups; ++n) {
@@ -169,13 +170,13 @@ void run_stream(Stream& stream, const Schedule& schedule, int64_t steps, const P
     });
     return;
   }
-  parallel_for(parallel, schedule.tiles, [&](int64_t index, int64_t) { stream.begin(tile_at(index, index)); });
+  parallel_for(parallel, schedule.tiles, [&](int64_t index, int64_t) { stream.begin(schedule.tile_at(index, index)); });
   for (int64_t step = 0; step < steps; ++step) {
     parallel_for(parallel, schedule.tiles * groups, [&](int64_t item, int64_t part) {
-      stream.group(tile_at(item / groups, item / groups), step, nth_group(step, item % groups), item, part);
+      stream.group(schedule.tile_at(item / groups, item / groups), step, nth_group(step, item % groups), item, part);
     });
     parallel_for(parallel, schedule.tiles, [&](int64_t index, int64_t) {
-      const Tile tile = tile_at(index, index);
+      const Tile tile = schedule.tile_at(index, index);
       for (int64_t n = 0; n < groups; ++n) stream.fold(tile, step, index * groups + n, n == 0);
       stream.finish(tile, step);
     });

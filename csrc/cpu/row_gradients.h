@@ -155,7 +155,8 @@ class RowGradients {
     for (int64_t n0 = 0; n0 < samples; n0 += kSamples) {
       const int64_t some = minimum(kSamples, samples - n0);
       if (p_.form == Weight::pair)
-        stream.rows.make_votes(first + m + n0, some, i0, m + n0 > 0, own.rows.staged, own.rows);
+        stream.rows.make_votes(first + m + n0, some, i0, minimum(W<A>, p_.I - i0), m + n0 > 0, own.rows.staged,
+                               own.rows);
       for (int64_t n = 0; n < some; ++n) {
         const int64_t b = first + m + n0 + n;
         if (n0 + n == 0 || stream.rows.lanes_differ()) lanes = stream.rows.lanes(b, i0, own.rows.prior);

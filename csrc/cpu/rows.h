@@ -121,12 +121,12 @@ class Rows {
         for (int64_t l = 0; l < count; ++l) input(b + n, i0 + l, to + n * numbers + l * p_.D);
   }
 
-  // Weight::pair: the votes h_ij = W_ij u_i of the block at i0 for `samples` <= kSamples samples, to
-  // staged[n][l][J, F]; and what sum_votes gives, if wanted, while a weight is near. `again`: for other samples it was
-  // made last.
-  void make_votes(int64_t b, int64_t samples, int64_t i0, bool again, A* staged, const Scratch& scratch,
+  // Weight::pair: the votes h_ij = W_ij u_i of `count` input capsules of a block from i0 on, for `samples` <= kSamples
+  // samples, to staged[n][l][J, F]; and what sum_votes gives, if wanted, while a weight is near. `again`: for other
+  // samples it was made last.
+  void make_votes(int64_t b, int64_t samples, int64_t i0, int64_t count, bool again, A* staged, const Scratch& scratch,
                   A* total = nullptr) const {
-    const int64_t count = minimum(W<A>, p_.I - i0), D = p_.D, votes = layout_.sums();
+    const int64_t D = p_.D, votes = layout_.sums();
     const Term<X>* u = input_terms(b, samples, i0, count, scratch);
     for (int64_t l = 0; l < count; ++l) {
       const Term<X>* x[kSamples];
@@ -249,7 +249,7 @@ class Rows {
   }
 
  private:
-  // W_i of the l-th input capsule of a block.
+  // W_i of the l-th input capsule of those that are taken together.
   Matrix<X> weight_of(int64_t i, int64_t l, bool again, const Scratch& scratch) const {
     return weights_.of(i, scratch.products, scratch.products, scratch.weight + l * scratch.next, again);
   }

@@ -53,13 +53,26 @@ class Stream {
         schedule(use.batch, way.tile, layout.groups, parallel.threads),
         weights(layout, reads_weights(use), carver, parallel),
         rows(layout, weights),
+        votes_first(makes_votes_first(use, parallel)),
         use_(use) {
     if (way.by_samples && way.keep && schedule.tiles > schedule.parts) weights.make_whole(carver, parallel);
     if (way.keep) kept_ = way.handed ? use.votes : carver.take<A>(schedule.slots * kept_size());
-    scratch_ = take_shares(carver, schedule.parts, [this](Carver& own) { carve_scratch(own); });
+    const int64_t parts = votes_first ? minimum(parallel.threads, schedule.tiles * p.I) : schedule.parts;
+    scratch_ = take_shares(carver, parts, [this](Carver& own) { carve_scratch(own); });
   }
 
-  // That of one of `schedule.parts` threads.
+  // Before the steps, where votes are made first: `shares` are those of the steps.
+  void make_votes_first(const Schedule& shares, const Parallel& parallel) const {
+    if (!votes_first) return;
+    parallel_for(parallel, shares.tiles * p.I, [&](int64_t item, int64_t part) {
+      const int64_t index = item / p.I, i = item % p.I;
+      const Tile tile = shares.tile_at(index, index);
+      A* votes = kept_block(tile, i) + i % W<A> * layout.row;
+      rows.make_votes(tile.sample, tile.count, i, 1, false, votes, scratch(part).rows);
+    });
+  }
+
+  // That of one thread.
   Scratch scratch(int64_t part) const {
     Carver carver = scratch_.at(part);
     return carve_scratch(carver);
@@ -84,13 +97,14 @@ class Stream {
   void for_blocks(const Tile& tile, int64_t group, bool first, const Scratch& scratch, const Visit& visit) const {
     if (layout.shared) return for_rows(tile, group, scratch, visit);
     const int64_t size = layout.block_size();
-    const bool keeps = group * kGroup < way.kept_inputs, there = !first || (way.handed && use_.has_votes);
+    const bool keeps = group * kGroup < way.kept_inputs,
+               there = !first || votes_first || (way.handed && use_.has_votes);
     const bool makes = p.form == Weight::pair && !(keeps && there);
     Block<A> lanes{};
     for_samples(tile, group, [&](int64_t m, int64_t samples, int64_t i0) {
       const int64_t b = tile.sample + m;
       A* staged = keeps ? kept_block(tile, i0) : scratch.rows.staged;
-      if (makes) rows.make_votes(b, samples, i0, m > 0, staged, scratch.rows);
+      if (makes) rows.make_votes(b, samples, i0, minimum(W<A>, p.I - i0), m > 0, staged, scratch.rows);
       for (int64_t n = 0; n < samples; ++n) {
         if (m + n == 0 || rows.lanes_differ()) lanes = rows.lanes(b + n, i0, scratch.rows.prior);
         visit(m + n, i0, rows.block(lanes, b + n, i0, staged + n * size));
@@ -102,9 +116,10 @@ class Stream {
   // Votes that are kept are made too.
   void add_votes(const Tile& tile, int64_t group, A share, const Scratch& scratch, A* sums) const {
     for_samples(tile, group, [&](int64_t m, int64_t samples, int64_t i0) {
+      const int64_t count = minimum(W<A>, p.I - i0);
       A *to = sums + m * layout.sums(), *total = scratch.rows.staged;
       if (i0 < way.kept_inputs)
-        rows.make_votes(tile.sample + m, samples, i0, m > 0, kept_block(tile, i0), scratch.rows, total);
+        rows.make_votes(tile.sample + m, samples, i0, count, m > 0, kept_block(tile, i0), scratch.rows, total);
       else
         rows.sum_votes(tile.sample + m, samples, i0, m > 0, total, scratch.rows);
       for (int64_t k = 0; k < samples * layout.sums(); k += W<A>) store(to + k, load(to + k) + load(total + k) * share);
@@ -183,8 +198,15 @@ class Stream {
   const Schedule schedule;
   Weights<X> weights;
   const Rows<X> rows;
+  const bool votes_first;  // those that are kept are made before the steps, in which some threads have no group
 
  private:
+  bool makes_votes_first(const Use<A>& use, const Parallel& parallel) const {
+    const bool in_first_step = way.kept_inputs == p.I && !way.by_samples && !way.product_first;
+    const bool has_votes = way.handed && use.has_votes;
+    return p.form == Weight::pair && in_first_step && !has_votes && schedule.tiles * layout.groups < parallel.threads;
+  }
+
   // How often a call reads the weights W_i of a pair, all of them together: each for a tile, or a vector's samples, and
   // in each pass that makes votes.
   int64_t reads_weights(const Use<A>& use) const {
