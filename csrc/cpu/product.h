@@ -15,16 +15,19 @@ struct Matrix {
   const X* at;
   int64_t row, size;            // numbers from one row to the next, and features of a part
   int64_t parts = 1, part = 0;  // and numbers from one part to the next
+  int64_t missing = 0;          // the last features of a part, which are not there, and count as 0
   bool turned = false;          // a row is a feature
   int64_t ahead = 0;            // to what is read later, if that is not simply what follows
+
+  int64_t whole() const { return missing ? size - W<Acc<X>> : size; }  // features that are all there
 };
 
 // y_n[f] += sum over d of x_n[d] w[d, f], for N samples, given as terms, and C vectors of features; from 0 if this is
 // `first`. What lies `ahead` of w is asked for on the way, if that is not 0: rows this short and far apart are not what
-// a processor prefetches by itself.
-template <int N, int C, class X, class A, class Size>
+// a processor prefetches by itself. Of one vector only some features may be there: `count`.
+template <int N, int C, class X, class A, class Size, class Count = Known<W<A>>>
 CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const Term<X>* const* x, Size D, A* const* y, int64_t f,
-                                  bool first, int64_t ahead) {
+                                  bool first, int64_t ahead, Count count = {}) {
   Vec<A> sum[N][C];
   A* to[N];
 #pragma GCC unroll 4
@@ -41,7 +44,10 @@ CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const Term<X>* c
 #pragma GCC unroll 2
       for (int64_t k = 0; k < kTerm<X>; ++k)
         if (ahead && c * W<A> * sizeof(X) % 64 == 0) ask_for(w + k * w_stride + ahead + c * W<A>);
-    load_terms<C>(w, w_stride, kTerm<X> > 1 && d + 1 == D, row);
+    if constexpr (std::is_same_v<Count, int64_t>)
+      row[0] = load_some(w, count);
+    else
+      load_terms<C>(w, w_stride, kTerm<X> > 1 && d + 1 == D, row);
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       const TermVec<X> share = all(x[n][d / kTerm<X>]);
@@ -55,21 +61,24 @@ CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const Term<X>* c
     for (int c = 0; c < C; ++c) store(to[n] + c * W<A>, sum[n][c]);
 }
 
-// The same for features f up to `end`, the first of which is at w.
+// The same for the features f and on of a part, the first of which is at w.
 template <int N, class X, class A, class Size>
-void apply_rows(const X* w, int64_t w_stride, const Term<X>* const* x, Size D, A* const* y, int64_t f, int64_t end,
+void apply_rows(const X* w, const Matrix<X>& matrix, const Term<X>* const* x, Size D, A* const* y, int64_t f,
                 bool first, int64_t ahead) {
   // N C sums, C rows and a scale in 16 registers, or in 32; pairs are woven for two vectors at a time
   constexpr int C = N > 2 ? (kTerm<X> > 1 ? 4 : 3) : N > 1 ? 4 : 10;
-  for (; f + C * W<A> <= end; f += C * W<A>, w += C * W<A>) apply_panel<N, C>(w, w_stride, x, D, y, f, first, ahead);
-  for (; f + 2 * W<A> <= end; f += 2 * W<A>, w += 2 * W<A>) apply_panel<N, 2>(w, w_stride, x, D, y, f, first, ahead);
-  if (f < end) apply_panel<N, 1>(w, w_stride, x, D, y, f, first, ahead);
+  const int64_t row = matrix.row, end = f + matrix.whole();
+  for (; f + C * W<A> <= end; f += C * W<A>, w += C * W<A>) apply_panel<N, C>(w, row, x, D, y, f, first, ahead);
+  for (; f + 2 * W<A> <= end; f += 2 * W<A>, w += 2 * W<A>) apply_panel<N, 2>(w, row, x, D, y, f, first, ahead);
+  if (f < end) apply_panel<N, 1>(w, row, x, D, y, f, first, ahead), f += W<A>, w += W<A>;
+  if constexpr (std::is_same_v<X, A>)
+    if (matrix.missing) apply_panel<N, 1>(w, row, x, D, y, f, first, ahead, W<A> - matrix.missing);
 }
 
 // The same for features that are rows w of D numbers, which are turned into vectors.
-template <int N, int C, class X, class A>
+template <int N, int C, class X, class A, class Count = Known<W<A>>>
 CAPSROUTE_INLINE void apply_turned_panel(const X* w, int64_t w_stride, const Term<X>* const* x, int64_t D, A* const* y,
-                                         int64_t f, bool first, int64_t ahead) {
+                                         int64_t f, bool first, int64_t ahead, Count count = {}) {
   constexpr int64_t terms = kTurned<A>, numbers = W<A> * terms * kTerm<X>, line = 64 / int64_t(sizeof(X));
   Vec<A> sum[N][C];
 #pragma GCC unroll 4
@@ -81,7 +90,7 @@ CAPSROUTE_INLINE void apply_turned_panel(const X* w, int64_t w_stride, const Ter
     for (int c = 0; c < C; ++c, asked += numbers) {
       for (int64_t k = 0; ahead && k < numbers; k += line) ask_for(w + asked + k);
       TermVec<X> weight[terms];
-      turn_terms(w + c * W<A> * w_stride + term * kTerm<X>, w_stride, weight);
+      turn_terms(w + c * W<A> * w_stride + term * kTerm<X>, w_stride, count, weight);
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n)
 #pragma GCC unroll 4
@@ -91,31 +100,36 @@ CAPSROUTE_INLINE void apply_turned_panel(const X* w, int64_t w_stride, const Ter
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n)
 #pragma GCC unroll 2
-    for (int c = 0; c < C; ++c) store(y[n] + f + c * W<A>, sum[n][c]);
+    for (int c = 0; c < C; ++c) {
+      if constexpr (std::is_same_v<Count, int64_t>) sum[n][c] = first_lanes<A>(count) ? sum[n][c] : all<A>(0);
+      store(y[n] + f + c * W<A>, sum[n][c]);
+    }
 }
 
 template <int N, class X, class A>
-void apply_turned(const X* w, int64_t w_stride, const Term<X>* const* x, int64_t D, A* const* y, int64_t f, int64_t end,
-                  bool first, int64_t ahead) {
+void apply_turned(const X* w, const Matrix<X>& matrix, const Term<X>* const* x, int64_t D, A* const* y, int64_t f,
+                  bool first) {
   constexpr int C = N > 2 || CAPSROUTE_VECTOR_BYTES == 64 ? 1 : 2;
-  for (; f + C * W<A> <= end; f += C * W<A>, w += C * W<A> * w_stride)
-    apply_turned_panel<N, C>(w, w_stride, x, D, y, f, first, ahead);
-  if (f < end) apply_turned_panel<N, 1>(w, w_stride, x, D, y, f, first, ahead);
+  const int64_t row = matrix.row, ahead = matrix.ahead, end = f + matrix.whole();
+  for (; f + C * W<A> <= end; f += C * W<A>, w += C * W<A> * row)
+    apply_turned_panel<N, C>(w, row, x, D, y, f, first, ahead);
+  for (; f < end; f += W<A>, w += W<A> * row) apply_turned_panel<N, 1>(w, row, x, D, y, f, first, ahead);
+  if (matrix.missing) apply_turned_panel<N, 1>(w, row, x, D, y, f, first, ahead, W<A> - matrix.missing);
 }
 
 template <int N, class X, class A>
 CAPSROUTE_INLINE void apply_part(const X* w, const Matrix<X>& matrix, const Term<X>* const* x, int64_t D, A* const* y,
                                  int64_t f, bool first) {
-  const int64_t row = matrix.row, end = f + matrix.size, next = kRows * row;
-  if (matrix.turned) return apply_turned<N>(w, row, x, D, y, f, end, first, matrix.ahead);
+  if (matrix.turned) return apply_turned<N>(w, matrix, x, D, y, f, first);
+  const int64_t row = matrix.row, next = kRows * row;
   const int64_t ahead = matrix.ahead ? matrix.ahead : next * int64_t(sizeof(X)) > kNear ? 0 : next;
   for (int64_t d = 0; d < D; d += kRows) {
     const Term<X>* part[N];
     for (int n = 0; n < N; ++n) part[n] = x[n] + d / kTerm<X>;
     if (d + kRows <= D)
-      apply_rows<N>(w + d * row, row, part, Known<kRows>(), y, f, end, first && d == 0, ahead);
+      apply_rows<N>(w + d * row, matrix, part, Known<kRows>(), y, f, first && d == 0, ahead);
     else
-      apply_rows<N>(w + d * row, row, part, D - d, y, f, end, first && d == 0, ahead);
+      apply_rows<N>(w + d * row, matrix, part, D - d, y, f, first && d == 0, ahead);
   }
 }
 
@@ -153,15 +167,18 @@ CAPSROUTE_INLINE void apply_transposed_panel(const Matrix<X>& w, const A* const*
       const X* row[K];  // nor are rows past the end, which repeat the last one
 #pragma GCC unroll 16
       for (int64_t k = 0; k < K; ++k) row[k] = w.at + j * w.part + (d0 + k < D ? d0 + k : D - 1) * w.row;
-      for (int64_t f = 0; f < w.size; f += W<A>) {
+      const auto add = [&](int64_t f, const auto& load_weight) {
 #pragma GCC unroll 16
         for (int64_t k = 0; k < K; ++k) {
-          const Vec<A> weight = load(row[k] + f);
+          const Vec<A> weight = load_weight(row[k] + f);
           ask_for(row[k] + f + ahead);
 #pragma GCC unroll 4
           for (int64_t n = 0; n < N; ++n) sum[n * K + k] += weight * load(from[n] + f);
         }
-      }
+      };
+      for (int64_t f = 0; f < w.whole(); f += W<A>) add(f, [](const X* at) { return load(at); });
+      if constexpr (std::is_same_v<X, A>)
+        if (w.missing) add(w.whole(), [&](const X* at) { return load_some(at, W<A> - w.missing); });
     }
     const Vec<A> sums = sum_each<A, N * K>(sum);
     for (int64_t n = 0; n < N && n < samples; ++n)
@@ -175,18 +192,21 @@ CAPSROUTE_INLINE void apply_turned_back(const Matrix<X>& w, const A* y, A* x, in
   Vec<A> sum[K] = {};
   for (int64_t j = 0; j < w.parts; ++j) {
     const X* row = w.at + j * w.part + d;
-    for (int64_t f = 0; f < w.size; f += W<A>, row += W<A> * w.row, y += W<A>) {
+    const auto add = [&](auto count) {
       const Vec<A> own = load(y);
 #pragma GCC unroll 16
       for (int64_t l = 0; l < W<A>; ++l) ask_for(row + l * w.row + w.ahead);
 #pragma GCC unroll 16
       for (int64_t k = 0; k < K; k += kTurned<A>) {
         Vec<A> weight[kTurned<A>];
-        turn(row + k, w.row, weight);
+        turn(row + k, w.row, count, weight);
 #pragma GCC unroll 4
         for (int64_t l = 0; l < kTurned<A>; ++l) sum[k + l] += weight[l] * own;
       }
-    }
+      row += W<A> * w.row, y += W<A>;
+    };
+    for (int64_t f = 0; f < w.whole(); f += W<A>) add(Known<W<A>>());
+    if (w.missing) add(W<A> - w.missing);
   }
   const Vec<A> sums = sum_each<A, K>(sum);
   for (int64_t k = 0; k < K; ++k) x[d + k] = sums[k];

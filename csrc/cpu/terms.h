@@ -96,14 +96,14 @@ CAPSROUTE_INLINE void load_terms(const BFloat16* w, int64_t w_stride, bool last,
 }
 #endif
 
-// Terms of W rows of a weight, kTurned of each from their first numbers on: a lane is a row.
-template <class X>
-CAPSROUTE_INLINE void turn_terms(const X* rows, int64_t stride, TermVec<X>* terms) {
+// Terms of `count` rows of a weight, kTurned of each from their first numbers on: a lane is a row.
+template <class X, class Count>
+CAPSROUTE_INLINE void turn_terms(const X* rows, int64_t stride, Count count, TermVec<X>* terms) {
   if constexpr (kTerm<X> == 1) {
-    turn(rows, stride, terms);
+    turn(rows, stride, count, terms);
   } else {
     Vec<float> pairs[kTurned<float>];  // the first number of each is in the lower half
-    turn(reinterpret_cast<const float*>(rows), stride / 2, pairs);
+    turn(reinterpret_cast<const float*>(rows), stride / 2, count, pairs);
 #pragma GCC unroll 4
     for (int64_t k = 0; k < kTurned<float>; ++k) {
       const Vec32 bits = bits_as<Vec32>(pairs[k]);

@@ -61,6 +61,14 @@ CAPSROUTE_INLINE Vec<A> all(A x) {
   return all_as<Vec<A>>(x);
 }
 
+// True in the first `count` lanes.
+template <class A>
+CAPSROUTE_INLINE Mask<A> first_lanes(int64_t count) {
+  return [count]<size_t... l>(std::index_sequence<l...>) {
+    return Mask<A>{typename IntOf<A>::type(l)...} < typename IntOf<A>::type(count);
+  }(std::make_index_sequence<W<A>>());
+}
+
 // The logit of a pair that takes no part, and the largest of no logits.
 template <class A>
 inline constexpr A kForbidden = -A(__builtin_inf());
@@ -120,6 +128,24 @@ CAPSROUTE_INLINE Vec<A> load(const A* p) {
   Vec<A> x;
   __builtin_memcpy(&x, p, sizeof(x));
   return x;
+}
+
+// `count` <= W numbers, and zeros after them: nothing past the last one is read.
+template <class A>
+CAPSROUTE_INLINE Vec<A> load_some(const A* p, int64_t count) {
+#if defined(__AVX512F__) && CAPSROUTE_VECTOR_BYTES == 64
+  const uint32_t lanes = (1u << count) - 1;
+  if constexpr (sizeof(A) == 8) return bits_as<Vec<A>>(_mm512_maskz_loadu_pd(__mmask8(lanes), p));
+  return bits_as<Vec<A>>(_mm512_maskz_loadu_ps(__mmask16(lanes), p));
+#elif defined(__AVX2__) && CAPSROUTE_VECTOR_BYTES == 32
+  const __m256i lanes = bits_as<__m256i>(first_lanes<A>(count));
+  if constexpr (sizeof(A) == 8) return bits_as<Vec<A>>(_mm256_maskload_pd(reinterpret_cast<const double*>(p), lanes));
+  return bits_as<Vec<A>>(_mm256_maskload_ps(reinterpret_cast<const float*>(p), lanes));
+#else
+  Vec<A> x{};
+  for (int64_t l = 0; l < count; ++l) x[l] = p[l];
+  return x;
+#endif
 }
 
 using Vec16 = typename VecOf<uint16_t, CAPSROUTE_VECTOR_BYTES / 2>::type;
@@ -313,19 +339,23 @@ CAPSROUTE_INLINE Vec<A> mix(Vec<A> a, Vec<A> b) {
   }(std::make_integer_sequence<int64_t, W<A>>());
 }
 
-// Of every kTurned-th of W rows so many numbers, widened, one row after another.
-template <class X>
-CAPSROUTE_INLINE Vec<Acc<X>> load_rows(const X* rows, int64_t stride) {
+// So many numbers, widened, of each row l that has l % kTurned = k; rows past `count` repeat the last one.
+template <class X, class Count>
+CAPSROUTE_INLINE Vec<Acc<X>> load_rows(const X* rows, int64_t stride, int64_t k, Count count) {
   constexpr int64_t next = kTurned<Acc<X>>, pieces = CAPSROUTE_VECTOR_BYTES / 16;
+  const auto at = [&](int64_t piece) {
+    const int64_t row = k + piece * next;
+    return rows + (row < count ? row : count - 1) * stride;
+  };
   if constexpr (sizeof(X) == 2) {
     uint64_t bits[pieces];
 #pragma GCC unroll 4
-    for (int64_t k = 0; k < pieces; ++k) __builtin_memcpy(bits + k, rows + k * next * stride, sizeof(bits[k]));
+    for (int64_t n = 0; n < pieces; ++n) __builtin_memcpy(bits + n, at(n), sizeof(bits[n]));
     return widened(bits_as<Vec16>(bits), X());
   }
   // The upper pieces are read to where they belong, which saves their shuffles.
 #if CAPSROUTE_VECTOR_BYTES > 16 && (defined(__AVX512F__) || (defined(__AVX__) && CAPSROUTE_VECTOR_BYTES == 32))
-  const auto piece = [&](int64_t k) { return _mm_loadu_ps(reinterpret_cast<const float*>(rows + k * next * stride)); };
+  const auto piece = [&](int64_t n) { return _mm_loadu_ps(reinterpret_cast<const float*>(at(n))); };
   const __m256 two = _mm256_insertf128_ps(_mm256_castps128_ps256(piece(0)), piece(1), 1);
 #if CAPSROUTE_VECTOR_BYTES == 64
   const __m512 three = _mm512_insertf32x4(_mm512_castps256_ps512(two), piece(2), 2);
@@ -335,19 +365,18 @@ CAPSROUTE_INLINE Vec<Acc<X>> load_rows(const X* rows, int64_t stride) {
 #endif
 #else
   Vec<Acc<X>> x;
-  for (int64_t k = 0; k < pieces; ++k)
-    __builtin_memcpy(reinterpret_cast<char*>(&x) + 16 * k, rows + k * next * stride, 16);
+  for (int64_t n = 0; n < pieces; ++n) __builtin_memcpy(reinterpret_cast<char*>(&x) + 16 * n, at(n), 16);
   return x;
 #endif
 }
 
-// x[k][l] = rows[l][k] for k < kTurned, of W rows: a lane is a row.
-template <class X>
-CAPSROUTE_INLINE void turn(const X* rows, int64_t stride, Vec<Acc<X>>* x) {
+// x[k][l] = rows[l][k] for k < kTurned, of `count` <= W rows: a lane is a row.
+template <class X, class Count>
+CAPSROUTE_INLINE void turn(const X* rows, int64_t stride, Count count, Vec<Acc<X>>* x) {
   using A = Acc<X>;
   Vec<A> row[kTurned<A>];
 #pragma GCC unroll 4
-  for (int64_t k = 0; k < kTurned<A>; ++k) row[k] = load_rows(rows + k * stride, stride);
+  for (int64_t k = 0; k < kTurned<A>; ++k) row[k] = load_rows(rows, stride, k, count);
   if constexpr (sizeof(A) == 8) {
     x[0] = mix<A, 0, 2>(row[0], row[1]), x[1] = mix<A, 1, 3>(row[0], row[1]);
   } else {

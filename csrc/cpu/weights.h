@@ -111,12 +111,14 @@ class Weights {
     return stride[3] == 1 && layout_.O == p.O && (stride[1] == p.O * stride[2] || p.J == 1);
   }
 
-  // Whether products can read W_ij as it lies, in whole vectors: its rows are [O], or [D] and turned.
-  bool lies_in_rows() const { return layout_.p.weight.stride[2] == 1 && layout_.O == layout_.p.O; }
+  // Whether products can read W_ij as it lies: its rows are [O], of numbers that need no widening where they do not
+  // fill vectors, or [D], in whole terms, and turned.
+  bool lies_in_rows() const {
+    return layout_.p.weight.stride[2] == 1 && (layout_.O == layout_.p.O || std::is_same_v<X, A>);
+  }
   bool lies_turned() const {
     const Problem& p = layout_.p;
-    const bool whole = p.D % (kTurned<A> * kTerm<X>) == 0 && p.weight.stride[2] % kTerm<X> == 0;
-    return p.weight.stride[3] == 1 && layout_.O == p.O && whole;
+    return p.weight.stride[3] == 1 && p.D % (kTurned<A> * kTerm<X>) == 0 && p.weight.stride[2] % kTerm<X> == 0;
   }
 
   Matrix<X> as_it_lies(int64_t i) const {
@@ -131,6 +133,7 @@ class Weights {
             one ? layout_.sums() : layout_.O,
             one ? 1 : p.J,
             stride[1],
+            layout_.O - p.O,
             turned,
             ahead};
   }
@@ -175,8 +178,11 @@ class Weights {
         ask_for(later + d * stride + o);
         __builtin_memcpy(to + d * next_row + o, from + d * stride + o, W<A> * sizeof(X));
       }
-    for (int64_t d = 0; d < D; ++d)
-      for (int64_t o = whole; o < O; ++o) to[d * next_row + o] = from[d * stride + o];
+    for (int64_t d = 0; d < D && whole < O; ++d)
+      if constexpr (std::is_same_v<X, A>)
+        store(to + d * next_row + whole, load_some(from + d * stride + whole, O - whole));
+      else
+        for (int64_t o = whole; o < O; ++o) to[d * next_row + o] = from[d * stride + o];
   }
 
   const Layout<X>& layout_;
