@@ -54,7 +54,7 @@ def lanes_of_samples():
         pytest.skip("only with AVX-512 a lane is a sample")
 
 
-def test_a_weight_in_another_order_is_brought_into_it_as_it_is_read_up_to_three_times():
+def test_a_weight_in_another_order_is_dealt_with_as_it_is_read_up_to_three_times():
     """Here once for a tile of four samples, whose votes are kept, and once more for the gradients."""
     sizes = (1152, 8, 10, 16)
     for batch, backward, as_read in ((12, False, True), (13, False, False), (8, True, True), (9, True, False)):
@@ -65,7 +65,7 @@ def test_a_weight_in_another_order_is_brought_into_it_as_it_is_read_up_to_three_
         assert not path.copied
 
 
-def test_a_weight_of_more_than_32_mib_is_brought_into_order_up_to_six_times():
+def test_a_weight_of_more_than_32_mib_is_dealt_with_as_it_is_read_up_to_six_times():
     """Here in each of three passes, for 128 samples at a time."""
     assert tiles(planned(256, 257, 8, 256, 16)) == (128, 2)
     assert planned(256, 257, 8, 256, 16, order="IJOD").as_read
@@ -73,7 +73,7 @@ def test_a_weight_of_more_than_32_mib_is_brought_into_order_up_to_six_times():
     assert planned(256, 256, 8, 256, 16, order="IJOD").copied
 
 
-def test_a_weight_whose_outputs_do_not_fill_vectors_is_brought_into_order_too():
+def test_a_weight_whose_outputs_do_not_fill_vectors_is_in_no_order_of_the_kernels():
     assert planned(2, 64, 8, 3, 17).as_read
 
 
