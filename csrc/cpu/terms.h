@@ -1,7 +1,7 @@
 // What votes are sums of: products of numbers, or of pairs of them where the processor takes two bfloat16 at once.
 #pragma once
 
-#include "vec.h"
+#include "turn.h"
 
 namespace capsroute::CAPSROUTE_ISA {
 
