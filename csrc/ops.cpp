@@ -134,6 +134,7 @@ std::string plan(const Tensor& u, const Optional& weight, const Optional& bias, 
   const Plan found =
       backward ? kernels().plan_backward(p, gradients, threads) : kernels().plan_forward(p, forward, threads);
   const std::pair<const char*, int64_t> numbers[] = {{"scratch", found.scratch},
+                                                     {"half_vectors", found.vector_bytes < kernels().vector_bytes},
                                                      {"kept_inputs", found.kept_inputs},
                                                      {"tile", found.tile},
                                                      {"tiles", found.tiles},

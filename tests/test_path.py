@@ -54,6 +54,13 @@ def lanes_of_samples():
         pytest.skip("only with AVX-512 a lane is a sample")
 
 
+@pytest.fixture
+def wide_vectors():
+    """For what is planned with AVX-512 alone: kernels for half its vectors are those of AVX2."""
+    if not has_wide_vectors():
+        pytest.skip("only AVX-512 has vectors whose halves are those of other kernels")
+
+
 def test_a_weight_in_another_order_is_dealt_with_as_it_is_read_up_to_three_times():
     """Here once for a tile of four samples, whose votes are kept, and once more for the gradients."""
     sizes = (1152, 8, 10, 16)
@@ -209,6 +216,37 @@ def test_with_avx512_a_lane_is_a_sample_where_votes_stay_near():
     assert not planned(16, 50, 1, 16, 16, weight="JOD").by_samples
     assert planned(16, 50, 1, 16, 16, coupling="in").by_samples == wide
     assert planned(16, 50, 1, 16, 16, backward=True).by_samples == wide
+
+
+@pytest.mark.usefixtures("wide_vectors")
+def test_vectors_of_half_the_width_serve_rows_that_fill_them_and_not_whole_ones():
+    """16 numbers of float32 fill a vector of AVX-512, 8 its half."""
+
+    def halved(O, J=4, D=8, dtype=torch.float32, **options):
+        problem = make_problem(Case("layer", 3, 48, D, J, O, **options), dtype)
+        forward, backward = path_of(problem, False), path_of(problem, True)
+        assert forward.half_vectors == backward.half_vectors  # or one could not read what the other leaves
+        return forward.half_vectors
+
+    assert [O for O in range(1, 64) if halved(O)] == [8, 24]
+    assert not halved(8, J=3)  # rather samples as lanes
+    assert [O for O in range(1, 32) if halved(O, dtype=torch.float64)] == [4, 12]
+    assert halved(24, dtype=torch.float16)
+    pairs = torch.ops.capsroute.cpu_capability() == "avx512_bf16"  # which only vectors of AVX-512 take at once
+    assert halved(24, dtype=torch.bfloat16) == (not pairs)
+    assert halved(8, dtype=torch.bfloat16)
+    # u itself is read where the weight is shared
+    for weight in ("JOD", "OD"):
+        assert [D for D in range(1, 64) if halved(16, D=D, weight=weight)] == [8]
+    assert [O for O in range(1, 64) if halved(O, J=1, weight="")] == [8, 24, 40, 56]
+
+
+@pytest.mark.usefixtures("wide_vectors")
+def test_explain_tells_of_vectors_of_half_the_width():
+    case = Case("layer", 3, 48, 8, 4, 8)
+    assert "in vectors of half the width" in explain(case, planned_for(case), False)
+    case = case._replace(out_features=16)
+    assert "in vectors of half the width" not in explain(case, planned_for(case), False)
 
 
 @pytest.mark.usefixtures("lanes_of_samples")

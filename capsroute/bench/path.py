@@ -28,6 +28,7 @@ class Plan(NamedTuple):
     by_samples: bool
     copied: bool
     as_read: bool
+    half_vectors: bool
     threads: int
 
 
@@ -60,6 +61,8 @@ def explain(case: Case, path: Plan, backward: bool) -> str:
         "votes": "votes are read as given",
     }
     words = [rows.get(case.form, shared)]
+    if path.half_vectors:
+        words.append("in vectors of half the width, which rows fill where they would not fill whole ones")
     if path.copied:
         words.append("W is put into the kernels' order before")
     if path.as_read:

@@ -28,7 +28,7 @@ bool runs_here(const Kernels& table) {
   if (&table == &avx512_bf16::kernels) return __builtin_cpu_supports("avx512bf16") && runs_here(avx512::kernels);
   if (&table == &avx512::kernels)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && runs_here(avx2::kernels);
   if (&table == &avx2::kernels)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif

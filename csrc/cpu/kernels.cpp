@@ -1,9 +1,15 @@
 // Compiled once for each instruction set: CAPSROUTE_ISA names it, CAPSROUTE_VECTOR_BYTES is its width. One that only
-// adds instructions for bfloat16 leaves all else to the set CAPSROUTE_ELSE.
+// adds instructions for bfloat16 leaves all else to the set CAPSROUTE_ELSE; and what vectors of half the width do
+// faster is left to the set CAPSROUTE_HALF.
 #include "backward.h"
 
 #ifdef CAPSROUTE_ELSE
 namespace capsroute::CAPSROUTE_ELSE {
+extern const Kernels kernels;
+}
+#endif
+#ifdef CAPSROUTE_HALF
+namespace capsroute::CAPSROUTE_HALF {
 extern const Kernels kernels;
 }
 #endif
@@ -28,6 +34,9 @@ const Kernels* other_kernels([[maybe_unused]] const Problem& p) {
 #ifdef CAPSROUTE_ELSE
   if (p.u.dtype != DType::bfloat16) return &CAPSROUTE_ELSE::kernels;
 #endif
+#ifdef CAPSROUTE_HALF
+  if (with_dtype(p.u.dtype, [&](auto x) { return half_vectors<decltype(x)>(p); })) return &CAPSROUTE_HALF::kernels;
+#endif
   return nullptr;
 }
 
@@ -41,7 +50,7 @@ Plan run(const Problem& p, const Out& out, void* scratch, const Parallel& parall
     StreamOf<X> stream(layout, out, carver, parallel);
     if (scratch) stream.run(parallel);
     Plan plan = stream.plan();
-    plan.scratch = carver.used;
+    plan.scratch = carver.used, plan.vector_bytes = CAPSROUTE_VECTOR_BYTES;
     return plan;
   });
 }
@@ -77,6 +86,6 @@ constexpr const char* kName = CAPSROUTE_TEXT(CAPSROUTE_ISA);
 #endif
 
 extern const Kernels kernels;
-const Kernels kernels{kName, plan_forward, forward, plan_backward, backward};
+const Kernels kernels{kName, plan_forward, forward, plan_backward, backward, CAPSROUTE_VECTOR_BYTES};
 
 }  // namespace capsroute::CAPSROUTE_ISA

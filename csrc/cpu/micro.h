@@ -28,10 +28,11 @@ CAPSROUTE_INLINE void with_features(int64_t F, const Visit& visit) {
 enum class Write { add, set, set_past };
 
 // w[d, f] += or = sum over n of x_n[d] y_n[f], for K rows d and C vectors V of columns f. The sum is made apart and
-// added once: two levels keep the rounding error of a long batch small.
-template <int K, int C, class V, class T, class A>
+// added once: two levels keep the rounding error of a long batch small. Of one vector only some columns may be there:
+// `count`.
+template <int K, int C, class V, class T, class A, class Count = Known<sizeof(V) / sizeof(A)>>
 CAPSROUTE_INLINE void outer_panel(T* w, int64_t w_stride, const A* x, int64_t x_stride, const A* y, int64_t y_stride,
-                                  int64_t samples, Write write) {
+                                  int64_t samples, Write write, Count count = {}) {
   constexpr int64_t lanes = sizeof(V) / sizeof(A);
   V sum[K][C] = {};
   for (int64_t n = 0; n < samples; ++n, x += x_stride, y += y_stride) {
@@ -50,7 +51,9 @@ CAPSROUTE_INLINE void outer_panel(T* w, int64_t w_stride, const A* x, int64_t x_
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
       T* to = w + k * w_stride + c * lanes;
-      if (write == Write::add)
+      if constexpr (std::is_same_v<Count, int64_t>)
+        store_some(to, write == Write::add ? load_some(to, count) + sum[k][c] : sum[k][c], count);
+      else if (write == Write::add)
         store_as<V>(to, load_as<V>(static_cast<const T*>(to)) + sum[k][c]);
       else if (write == Write::set_past && std::is_same_v<T, A>)
         store_past(reinterpret_cast<A*>(to), sum[k][c]);
@@ -64,21 +67,27 @@ CAPSROUTE_INLINE void outer_rows(T* w, int64_t w_stride, const A* x, int64_t x_s
                                  int64_t F, int64_t samples, Write write) {
   constexpr int64_t lanes = sizeof(V) / sizeof(A);
   int64_t f = 0;
-  for (; f + 3 * lanes <= F; f += 3 * lanes)
-    outer_panel<K, 3, V>(w + f, w_stride, x, x_stride, y + f, y_stride, samples, write);
-  for (; f + 2 * lanes <= F; f += 2 * lanes)
-    outer_panel<K, 2, V>(w + f, w_stride, x, x_stride, y + f, y_stride, samples, write);
-  for (; f < F; f += lanes) outer_panel<K, 1, V>(w + f, w_stride, x, x_stride, y + f, y_stride, samples, write);
+  if constexpr (K <= 4) {  // more rows are taken of one vector alone
+    for (; f + 3 * lanes <= F; f += 3 * lanes)
+      outer_panel<K, 3, V>(w + f, w_stride, x, x_stride, y + f, y_stride, samples, write);
+    for (; f + 2 * lanes <= F; f += 2 * lanes)
+      outer_panel<K, 2, V>(w + f, w_stride, x, x_stride, y + f, y_stride, samples, write);
+  }
+  for (; f + lanes <= F; f += lanes)
+    outer_panel<K, 1, V>(w + f, w_stride, x, x_stride, y + f, y_stride, samples, write);
+  if constexpr (std::is_same_v<V, Vec<A>>)
+    if (f < F) outer_panel<K, 1, V>(w + f, w_stride, x, x_stride, y + f, y_stride, samples, write, F - f);
 }
 
-// w[d, f] += or = sum over n of x_n[d] y_n[f], for D rows of F columns, whole vectors V.
+// w[d, f] += or = sum over n of x_n[d] y_n[f], for D rows of F columns, of which V = Vec need not be filled. y_n are
+// whole vectors.
 template <class V, class T, class A>
 void outer(T* w, int64_t w_stride, const A* x, int64_t x_stride, int64_t D, const A* y, int64_t y_stride, int64_t F,
            int64_t samples, Write write) {
   int64_t d = 0;
-  if (F == sizeof(V) / sizeof(A))  // one vector: more rows, as additions take a while
+  if (F <= int64_t(sizeof(V) / sizeof(A)))  // one vector: more rows, as additions take a while
     for (; d + 8 <= D; d += 8)
-      outer_panel<8, 1, V>(w + d * w_stride, w_stride, x + d, x_stride, y, y_stride, samples, write);
+      outer_rows<8, V>(w + d * w_stride, w_stride, x + d, x_stride, y, y_stride, F, samples, write);
   for (; d + 4 <= D; d += 4)
     outer_rows<4, V>(w + d * w_stride, w_stride, x + d, x_stride, y, y_stride, F, samples, write);
   for (; d < D; ++d) outer_rows<1, V>(w + d * w_stride, w_stride, x + d, x_stride, y, y_stride, F, samples, write);

@@ -7,9 +7,10 @@
 namespace capsroute::CAPSROUTE_ISA {
 
 // dW_i [J, O, D] is made as it is wanted, of vectors of D features, or of halves of vectors if these are no shorter
-// than 16 bytes; those take twice the multiplications, so that for more samples another order is put right in the end.
+// than 16 bytes, or of parts. Those take more multiplications, so that for more samples another order is put right in
+// the end.
 constexpr bool kHasHalves = CAPSROUTE_VECTOR_BYTES >= 32;
-constexpr int64_t kFewForHalves = 4 * kSubBatch;
+constexpr int64_t kFewForHalves = 4 * kSubBatch, kFewForParts = kSubBatch / 2;
 // What so many sub-batches give is summed before it joins the sum over the batch: a number that many are added to one
 // by one loses the digits of each. That longer sum is one of float64, if it takes no more than kLongSumBytes.
 constexpr int64_t kSummedSubBatches = 16, kLongSumBytes = int64_t(8) << 20;
@@ -21,7 +22,7 @@ class PairGradient {
 
   // Of one thread.
   struct Scratch {
-    A* group;     // [lanes][D, J, F], of a group of samples
+    A* group;     // [lanes][D, J, O], of a group of samples
     X* narrowed;  // a piece of dW_i, before its features are put last
   };
 
@@ -32,28 +33,31 @@ class PairGradient {
         wanted_(out.weight && layout.p.form == Weight::pair),
         features_last_(out.order == Order::IJOD || out.order == Order::JIOD),
         pieces_(out.order == Order::IDJO || out.order == Order::IJOD ? 1 : p_.J),
-        piece_(p_.D * p_.J * p_.O / pieces_),
+        each_(p_.D * p_.J * p_.O),
+        piece_(each_ / pieces_),
         group_(kSummedSubBatches * sub_batch) {
     // A whole batch in one write: nothing of dW is needed again.
     const bool once = p_.B <= sub_batch, aligned = uintptr_t(out.weight) % CAPSROUTE_VECTOR_BYTES == 0;
-    const bool same = std::is_same_v<X, A>, dense = layout.O == p_.O;
-    const bool halves = same && kHasHalves && p_.D % (W<A> / 2) == 0 && p_.B <= kFewForHalves;
-    straight_ = features_last_ && (p_.D % W<A> == 0 || halves);
-    each_ = straight_ ? p_.D * p_.J * p_.O : p_.D * layout.sums();
+    const bool same = std::is_same_v<X, A>;
+    const bool whole = p_.D % W<A> == 0;
+    straight_ = features_last_ && (whole || p_.B <= (halves() ? kFewForHalves : kFewForParts));
     if (!wanted_) return;
-    const bool whole = straight_ || dense;  // without padding
-    const bool fits = whole && (straight_ || !features_last_) && (once || (same && pieces_ == 1));
-    const int64_t numbers = p_.I * p_.D * layout.sums();  // the same for every order, as bits depend on it
+    // Where rows of what one j gives are far apart and do not fill vectors they are better put together first.
+    const bool scattered = !straight_ && pieces_ == 1 && layout.O != p_.O;
+    const bool made = straight_ ? whole || same : !features_last_ && !scattered;
+    const bool fits = made && (once || (same && pieces_ == 1));
+    const int64_t numbers = p_.I * each_;
     const bool is_long = p_.B > group_ && numbers * int64_t(sizeof(double)) <= kLongSumBytes;
     at_once_ = !fits && p_.B <= minimum(group_, chunk);
     in_groups_ = at_once_ || p_.B > group_;
-    in_place_ = (fits || (same && whole && (pieces_ == 1 || in_groups_))) && !is_long && !at_once_;
+    in_place_ = (fits || (same && (pieces_ == 1 || in_groups_))) && !is_long && !at_once_;
     if (is_long)
       long_sum_ = carver.take<double>(numbers);
     else if (!in_place_ && !at_once_)
       sum_ = carver.take<A>(numbers);
     // The system zeroes pages as it gives them: new memory is in a cache then, and stores past it only lose.
-    if (in_place_ && aligned && once && !out.ask_for_pages) first_write_ = Write::set_past;
+    if (in_place_ && aligned && (straight_ ? whole || halves() : layout.O == p_.O) && once && !out.ask_for_pages)
+      first_write_ = Write::set_past;
   }
 
   Scratch carve_scratch(int64_t lanes, Carver& carver) const {
@@ -74,8 +78,8 @@ class PairGradient {
            const Scratch& scratch) const {
     if (!wanted_) return;
     auto add_to = [&](auto* dW, bool is_first) {
-      const int64_t next = in_place_ && !in_groups_ && pieces_ > 1 ? place(i, 1) - place(i, 0) : 0;
-      add_outer(dW, next, u, u_stride, dh, samples, is_first ? first_write_ : Write::add);
+      const int64_t apart = in_place_ && !in_groups_ && pieces_ > 1 ? place(i, 1) - place(i, 0) : 0;
+      add_outer(dW, apart, u, u_stride, dh, samples, is_first ? first_write_ : Write::add);
     };
     if (in_groups_)
       add_to(scratch.group + l * each_, m % group_ == 0);
@@ -115,24 +119,26 @@ class PairGradient {
   // there: visit(at, from, count), with the place in the piece and that in dW_i.
   template <class Visit>
   void for_rows(int64_t j, const Visit& visit) const {
-    if (straight_ || (pieces_ == 1 && layout_.O == p_.O)) return visit(0, j * piece_, piece_);
-    const int64_t rows = pieces_ == 1 ? p_.J : 1;
-    for (int64_t d = 0, at = 0; d < p_.D; ++d)
-      for (int64_t k = j; k < j + rows; ++k, at += p_.O) visit(at, (d * p_.J + k) * layout_.O, p_.O);
+    if (straight_ || pieces_ == 1) return visit(0, j * piece_, piece_);
+    for (int64_t d = 0; d < p_.D; ++d) visit(d * p_.O, (d * p_.J + j) * p_.O, p_.O);
   }
+
+  // Whether rows of D features are made of halves of vectors.
+  bool halves() const { return kHasHalves && p_.D % W<A> != 0 && p_.D % (W<A> / 2) == 0; }
 
   void put_last(const X* piece, X* to) const { transpose_rows(piece, piece_ / p_.D, p_.D, piece_ / p_.D, to, p_.D); }
 
-  // `next`: from what one j gives to that of the next, where these are apart; else 0.
+  // `apart`: from what one j gives to that of the next, where each of these is [D, O] by itself; else 0.
   template <class T>
-  void add_outer(T* dW, int64_t next, const A* u, int64_t u_stride, const A* dh, int64_t samples, Write write) const {
-    const int64_t sums = layout_.sums(), D = p_.D, O = layout_.O;
-    const bool at_once = next == 0 && (!straight_ || O == p_.O);
-    const int64_t features = at_once ? sums : straight_ ? p_.O : O, each = next ? next : features * D;
-    for (int64_t j = 0; j < (at_once ? 1 : p_.J); ++j, dW += each, dh += O)
+  void add_outer(T* dW, int64_t apart, const A* u, int64_t u_stride, const A* dh, int64_t samples, Write write) const {
+    const int64_t sums = layout_.sums(), D = p_.D, O = p_.O;
+    const bool at_once = apart == 0 && O == layout_.O;
+    const int64_t features = at_once ? sums : O, row = apart ? O : p_.J * O;
+    const int64_t next = apart ? apart : straight_ ? O * D : O;
+    for (int64_t j = 0; j < (at_once ? 1 : p_.J); ++j, dW += next, dh += layout_.O)
       if (!straight_)
-        outer<Vec<A>>(dW, features, u, u_stride, D, dh, sums, features, samples, write);
-      else if (D % W<A> == 0)
+        outer<Vec<A>>(dW, row, u, u_stride, D, dh, sums, features, samples, write);
+      else if (!halves())
         outer<Vec<A>>(dW, D, dh, sums, features, u, u_stride, D, samples, write);
       else if constexpr (std::is_same_v<T, A> && kHasHalves)
         outer<HalfVec<A>>(dW, D, dh, sums, features, u, u_stride, D, samples, write);
@@ -174,15 +180,15 @@ class PairGradient {
   const Problem& p_;
   const Backward& out_;
   const bool wanted_, features_last_;
-  const int64_t pieces_, piece_;  // dW_i goes to so many places, 1 or J, of so many numbers, [D, J, O] or [D, O]
-  const int64_t group_;           // samples whose sums are made apart, if there are more
-  bool straight_;                 // dW_i is made as [J, O, D], of rows of dh and vectors of u; else as [D, J, F]
-  int64_t each_;                  // numbers of dW_i, as it is made
-  bool in_place_ = false;         // it is made where it goes, or
-  bool at_once_ = false;          // in one group, and then written to where it goes, or
-  A* sum_ = nullptr;              // of all I, or
-  double* long_sum_ = nullptr;    // the same, of many groups
-  bool in_groups_ = false;        // of samples, whose dW are summed apart
+  const int64_t pieces_;        // dW_i goes to so many places, 1 or J,
+  const int64_t each_, piece_;  // and is of so many numbers, a piece of so many, [D, J, O] or [D, O]
+  const int64_t group_;         // samples whose sums are made apart, if there are more
+  bool straight_;               // dW_i is made as [J, O, D], of rows of dh and vectors of u; else as [D, J, O]
+  bool in_place_ = false;       // it is made where it goes, or
+  bool at_once_ = false;        // in one group, and then written to where it goes, or
+  A* sum_ = nullptr;            // of all I, or
+  double* long_sum_ = nullptr;  // the same, of many groups
+  bool in_groups_ = false;      // of samples, whose dW are summed apart
   Write first_write_ = Write::set;
 };
 

@@ -44,10 +44,11 @@ CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const Term<X>* c
 #pragma GCC unroll 2
       for (int64_t k = 0; k < kTerm<X>; ++k)
         if (ahead && c * W<A> * sizeof(X) % 64 == 0) ask_for(w + k * w_stride + ahead + c * W<A>);
+    const bool last = kTerm<X> > 1 && d + 1 == D;
     if constexpr (std::is_same_v<Count, int64_t>)
-      row[0] = load_some(w, count);
+      row[0] = load_some_terms(w, w_stride, last, count);
     else
-      load_terms<C>(w, w_stride, kTerm<X> > 1 && d + 1 == D, row);
+      load_terms<C>(w, w_stride, last, row);
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       const TermVec<X> share = all(x[n][d / kTerm<X>]);
@@ -61,7 +62,7 @@ CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const Term<X>* c
     for (int c = 0; c < C; ++c) store(to[n] + c * W<A>, sum[n][c]);
 }
 
-// The same for the features f and on of a part, the first of which is at w.
+// The same for the features f and on of a part, the first of which is at w; of whole vectors.
 template <int N, class X, class A, class Size>
 void apply_rows(const X* w, const Matrix<X>& matrix, const Term<X>* const* x, Size D, A* const* y, int64_t f,
                 bool first, int64_t ahead) {
@@ -71,11 +72,9 @@ void apply_rows(const X* w, const Matrix<X>& matrix, const Term<X>* const* x, Si
   for (; f + C * W<A> <= end; f += C * W<A>, w += C * W<A>) apply_panel<N, C>(w, row, x, D, y, f, first, ahead);
   for (; f + 2 * W<A> <= end; f += 2 * W<A>, w += 2 * W<A>) apply_panel<N, 2>(w, row, x, D, y, f, first, ahead);
   if (f < end) apply_panel<N, 1>(w, row, x, D, y, f, first, ahead), f += W<A>, w += W<A>;
-  if constexpr (std::is_same_v<X, A>)
-    if (matrix.missing) apply_panel<N, 1>(w, row, x, D, y, f, first, ahead, W<A> - matrix.missing);
 }
 
-// The same for features that are rows w of D numbers, which are turned into vectors.
+// The same for features that are rows w of D numbers, which are turned into vectors, kTurned terms at a time.
 template <int N, int C, class X, class A, class Count = Known<W<A>>>
 CAPSROUTE_INLINE void apply_turned_panel(const X* w, int64_t w_stride, const Term<X>* const* x, int64_t D, A* const* y,
                                          int64_t f, bool first, int64_t ahead, Count count = {}) {
@@ -106,6 +105,25 @@ CAPSROUTE_INLINE void apply_turned_panel(const X* w, int64_t w_stride, const Ter
     }
 }
 
+// What of D terms is no multiple of kTurned is turned with those before it, of which `over` are there already.
+template <int N, class X, class A, class Count>
+CAPSROUTE_INLINE void add_turned_rest(const X* w, int64_t w_stride, const Term<X>* const* x, int64_t D, A* const* y,
+                                      int64_t f, Count count) {
+  constexpr int64_t terms = kTurned<A>;
+  const int64_t all_terms = D / kTerm<X>, begin = all_terms - terms, over = terms - all_terms % terms;
+  TermVec<X> weight[terms];
+  turn_terms(w + begin * kTerm<X>, w_stride, count, weight);
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) {
+    Vec<A> sum = load(y[n] + f);
+#pragma GCC unroll 4
+    for (int64_t k = 1; k < terms; ++k)
+      if (k >= over) sum = multiply_add(sum, all(x[n][begin + k]), weight[k]);
+    if constexpr (std::is_same_v<Count, int64_t>) sum = first_lanes<A>(count) ? sum : all<A>(0);
+    store(y[n] + f, sum);
+  }
+}
+
 template <int N, class X, class A>
 void apply_turned(const X* w, const Matrix<X>& matrix, const Term<X>* const* x, int64_t D, A* const* y, int64_t f,
                   bool first) {
@@ -118,18 +136,33 @@ void apply_turned(const X* w, const Matrix<X>& matrix, const Term<X>* const* x, 
 }
 
 template <int N, class X, class A>
+void apply_turned_rest(const X* w, const Matrix<X>& matrix, const Term<X>* const* x, int64_t D, A* const* y,
+                       int64_t f) {
+  const int64_t row = matrix.row, end = f + matrix.whole();
+  for (; f < end; f += W<A>, w += W<A> * row) add_turned_rest<N>(w, row, x, D, y, f, Known<W<A>>());
+  if (matrix.missing) add_turned_rest<N>(w, row, x, D, y, f, W<A> - matrix.missing);
+}
+
+template <int N, class X, class A>
 CAPSROUTE_INLINE void apply_part(const X* w, const Matrix<X>& matrix, const Term<X>* const* x, int64_t D, A* const* y,
                                  int64_t f, bool first) {
-  if (matrix.turned) return apply_turned<N>(w, matrix, x, D, y, f, first);
+  if (matrix.turned) {
+    const int64_t rest = D % (kTurned<A> * kTerm<X>);
+    apply_turned<N>(w, matrix, x, D - rest, y, f, first);
+    return rest ? apply_turned_rest<N>(w, matrix, x, D, y, f) : void();
+  }
   const int64_t row = matrix.row, next = kRows * row;
   const int64_t ahead = matrix.ahead ? matrix.ahead : next * int64_t(sizeof(X)) > kNear ? 0 : next;
-  for (int64_t d = 0; d < D; d += kRows) {
+  for (int64_t d = 0; d < D; d += kRows, w += next) {
     const Term<X>* part[N];
     for (int n = 0; n < N; ++n) part[n] = x[n] + d / kTerm<X>;
-    if (d + kRows <= D)
-      apply_rows<N>(w + d * row, matrix, part, Known<kRows>(), y, f, first && d == 0, ahead);
-    else
-      apply_rows<N>(w + d * row, matrix, part, D - d, y, f, first && d == 0, ahead);
+    const auto apply = [&](auto rows) {
+      const int64_t whole = matrix.whole();
+      if (whole) apply_rows<N>(w, matrix, part, rows, y, f, first && d == 0, ahead);
+      if (matrix.missing)
+        apply_panel<N, 1>(w + whole, row, part, rows, y, f + whole, first && d == 0, ahead, W<A> - matrix.missing);
+    };
+    d + kRows <= D ? apply(Known<kRows>()) : apply(D - d);
   }
 }
 
@@ -177,8 +210,7 @@ CAPSROUTE_INLINE void apply_transposed_panel(const Matrix<X>& w, const A* const*
         }
       };
       for (int64_t f = 0; f < w.whole(); f += W<A>) add(f, [](const X* at) { return load(at); });
-      if constexpr (std::is_same_v<X, A>)
-        if (w.missing) add(w.whole(), [&](const X* at) { return load_some(at, W<A> - w.missing); });
+      if (w.missing) add(w.whole(), [&](const X* at) { return load_some(at, W<A> - w.missing); });
     }
     const Vec<A> sums = sum_each<A, N * K>(sum);
     for (int64_t n = 0; n < N && n < samples; ++n)
@@ -218,7 +250,7 @@ void apply_turned_back(const Matrix<X>& w, const A* y, A* x, int64_t D) {
   for (; d + W<A> <= D; d += W<A>) apply_turned_back<W<A>>(w, y, x, d);
   if constexpr (W<A> > 2 * kTurned<A>)
     for (; d + W<A> / 2 <= D; d += W<A> / 2) apply_turned_back<W<A> / 2>(w, y, x, d);
-  for (; d < D; d += kTurned<A>) apply_turned_back<kTurned<A>>(w, y, x, d);
+  for (; d < D; d += kTurned<A>) apply_turned_back<kTurned<A>>(w, y, x, d + kTurned<A> <= D ? d : D - kTurned<A>);
 }
 
 // x_n[d] = sum over f of w[d, f] y_n[f]

@@ -101,6 +101,7 @@ struct Parallel {
 // threads decides `by_group`, `scratch` and how long a long tile is, and the bits depend on none of them.
 struct Plan {
   int64_t scratch;        // bytes
+  int64_t vector_bytes;   // those of Kernels, or half as many where rows fill such vectors and not whole ones
   bool product_first;     // the first pass, if it couples all alike, sums u with W at once, and not the votes
   bool handed;            // the forward leaves the votes that are kept to the backward
   bool by_samples;        // a lane is a sample, not a feature
@@ -122,6 +123,7 @@ struct Kernels {
   void (*forward)(const Problem&, const Forward&, void* scratch, const Parallel&);
   Plan (*plan_backward)(const Problem&, const Backward&, int64_t threads);
   void (*backward)(const Problem&, const Backward&, void* scratch, const Parallel&);
+  int64_t vector_bytes;
 };
 
 // The best table that this processor can run, or the one that ATEN_CPU_CAPABILITY names if it is

@@ -275,10 +275,12 @@ class Rows {
     const int64_t count = layout_.sums(), size = terms() * count;
     if (!weights_.as_read) return make_terms<X>(weights_.in_order(i), inputs, p_.D, count, scratch.weight);
     for (int64_t l = 0; l < inputs; ++l)
-      if constexpr (std::is_same_v<X, A>)
-        weights_.brought(i + l, scratch.weight + l * size);
-      else
-        make_terms<X>(weights_.brought(i + l, scratch.ordered), 1, p_.D, count, scratch.weight + l * size);
+      if constexpr (std::is_same_v<X, A>) {
+        weights_.bring(i + l, scratch.weight + l * size);
+      } else {
+        weights_.bring(i + l, scratch.ordered);
+        make_terms<X>(scratch.ordered, 1, p_.D, count, scratch.weight + l * size);
+      }
   }
 
   // [inputs][terms, J, F]

@@ -96,6 +96,15 @@ CAPSROUTE_INLINE void load_terms(const BFloat16* w, int64_t w_stride, bool last,
 }
 #endif
 
+// One such vector, with `count` terms and zeros after them.
+template <class X>
+CAPSROUTE_INLINE TermVec<X> load_some_terms(const X* w, int64_t w_stride, bool last, int64_t count) {
+  if constexpr (kTerm<X> == 1)
+    return load_some(w, count);
+  else
+    return weave(load_some(w, count), last ? Vec<float>{} : load_some(w + w_stride, count));
+}
+
 // Terms of `count` rows of a weight, kTurned of each from their first numbers on: a lane is a row.
 template <class X, class Count>
 CAPSROUTE_INLINE void turn_terms(const X* rows, int64_t stride, Count count, TermVec<X>* terms) {

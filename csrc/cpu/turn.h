@@ -1,7 +1,7 @@
 // Rows to lanes: what rows hold becomes vectors with a lane for each row, in registers or in memory.
 #pragma once
 
-#include "vec.h"
+#include "storage.h"
 
 namespace capsroute::CAPSROUTE_ISA {
 
@@ -22,17 +22,12 @@ CAPSROUTE_INLINE Vec<A> mix(Vec<A> a, Vec<A> b) {
 // So many numbers, widened, of each row l that has l % kTurned = k; rows past `count` repeat the last one.
 template <class X, class Count>
 CAPSROUTE_INLINE Vec<Acc<X>> load_rows(const X* rows, int64_t stride, int64_t k, Count count) {
-  constexpr int64_t next = kTurned<Acc<X>>, pieces = CAPSROUTE_VECTOR_BYTES / 16;
+  constexpr int64_t next = kTurned<Acc<X>>;
   const auto at = [&](int64_t piece) {
     const int64_t row = k + piece * next;
     return rows + (row < count ? row : count - 1) * stride;
   };
-  if constexpr (sizeof(X) == 2) {
-    uint64_t bits[pieces];
-#pragma GCC unroll 4
-    for (int64_t n = 0; n < pieces; ++n) __builtin_memcpy(bits + n, at(n), sizeof(bits[n]));
-    return widened(bits_as<Vec16>(bits), X());
-  }
+  if constexpr (sizeof(X) == 2) return widened(bits_by_fours([&](int64_t n) { return bits_at<uint64_t>(at(n)); }), X());
   // The upper pieces are read to where they belong, which saves their shuffles.
 #if CAPSROUTE_VECTOR_BYTES > 16 && (defined(__AVX512F__) || (defined(__AVX__) && CAPSROUTE_VECTOR_BYTES == 32))
   const auto piece = [&](int64_t n) { return _mm_loadu_ps(reinterpret_cast<const float*>(at(n))); };
@@ -45,7 +40,8 @@ CAPSROUTE_INLINE Vec<Acc<X>> load_rows(const X* rows, int64_t stride, int64_t k,
 #endif
 #else
   Vec<Acc<X>> x;
-  for (int64_t n = 0; n < pieces; ++n) __builtin_memcpy(reinterpret_cast<char*>(&x) + 16 * n, at(n), 16);
+  for (int64_t n = 0; n < CAPSROUTE_VECTOR_BYTES / 16; ++n)
+    __builtin_memcpy(reinterpret_cast<char*>(&x) + 16 * n, at(n), 16);
   return x;
 #endif
 }
@@ -67,9 +63,10 @@ CAPSROUTE_INLINE void turn(const X* rows, int64_t stride, Count count, Vec<Acc<X
   }
 }
 
-// to[d][k] = from[k][d], of `rows` rows of D numbers each, in squares of four. What is stored for them is not looked
-// at. So many rows at a time: a line of each stays in the first-level cache until all of it was read. If `ahead` is not
-// 0, the rows follow each other, and what lies so many numbers further is asked for.
+// to[d][k] = from[k][d], of `rows` rows of D numbers each, in squares of four, the last of which lies over the one
+// before it where D is no multiple of four. What is stored for them is not looked at. So many rows at a time: a line of
+// each stays in the first-level cache until all of it was read. If `ahead` is not 0, the rows follow each other, and
+// what lies so many numbers further is asked for.
 constexpr int64_t kTransposed = 32;
 
 template <class X>
@@ -79,10 +76,10 @@ void transpose_rows(const X* from, int64_t from_stride, int64_t rows, int64_t D,
   using Four = typename VecOf<Bits, 4 * sizeof(Bits)>::type;
   for (int64_t k0 = 0; k0 < rows; k0 += kTransposed) {
     const int64_t end = k0 + kTransposed < rows ? k0 + kTransposed : rows;
-    int64_t d = 0;
-    for (; d + 4 <= D; d += 4) {
+    for (int64_t n = 0; n < D && D >= 4; n += 4) {
+      const int64_t d = n + 4 <= D ? n : D - 4;
       const X* next = from + k0 * from_stride + d * (end - k0) + ahead;
-      for (int64_t n = 0; ahead && n < 4 * (end - k0); n += 64 / int64_t(sizeof(X))) ask_for(next + n);
+      for (int64_t l = 0; ahead && l < 4 * (end - k0); l += 64 / int64_t(sizeof(X))) ask_for(next + l);
       int64_t k = k0;
       for (; k + 4 <= end; k += 4) {
         Four x[4];
@@ -98,7 +95,7 @@ void transpose_rows(const X* from, int64_t from_stride, int64_t rows, int64_t D,
       for (; k < end; ++k)
         for (int64_t l = d; l < d + 4; ++l) to[l * to_stride + k] = from[k * from_stride + l];
     }
-    for (; d < D; ++d)
+    for (int64_t d = 0; d < D && D < 4; ++d)
       for (int64_t k = k0; k < end; ++k) to[d * to_stride + k] = from[k * from_stride + d];
   }
 }

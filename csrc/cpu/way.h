@@ -5,6 +5,7 @@
 
 #include "micro.h"
 #include "plan.h"
+#include "terms.h"
 
 namespace capsroute::CAPSROUTE_ISA {
 
@@ -26,6 +27,20 @@ constexpr int64_t kKeptOfFew = int64_t(12) << 20;
 // Where they are made anew, a tile has at most as many samples, between these two numbers, as have V and sums that fit
 // into kTileStates.
 constexpr int64_t kShortTile = 4 * kSamples, kLongTile = 32 * kSamples, kTileStates = int64_t(4) << 20;
+
+// Whether kernels for vectors of half the width are faster: where these are filled, and of the last whole one half
+// would be padding. For a weight of each pair not where output capsules are so few that a lane had better be a sample.
+// Of a long row less is padding: then where votes are given, which need no copy, or one number is a term, up to three
+// halves.
+constexpr int64_t kFewOutputs = 4;
+
+template <class X>
+bool half_vectors(const Problem& p) {
+  const bool pair = p.form == Weight::pair, votes = p.form == Weight::none;
+  const int64_t half = W<Acc<X>> / 2, features = pair || votes ? p.O : p.D;
+  if (features % W<Acc<X>> != half || (pair && p.J < kFewOutputs)) return false;
+  return features == half || votes || (pair && kTerm<X> == 1 && features == 3 * half);
+}
 
 template <class X>
 struct Way {

@@ -49,13 +49,25 @@ class Weights {
   Matrix<X> of(int64_t i, int64_t products, int64_t turns, X* there, bool is_there) const {
     if (!as_read) return {in_order(i), layout_.sums(), layout_.sums()};
     if (lies_in_rows() ? products <= kFewProducts : turns <= kFewProducts && lies_turned()) return as_it_lies(i);
-    return {is_there ? there : brought(i, there), layout_.sums(), layout_.sums()};
+    if (!is_there) bring(i, there);
+    return {there, layout_.sums(), layout_.sums()};
   }
 
-  // W_i [D, J, O], brought into order as it is read, `there`.
-  const X* brought(int64_t i, X* there) const {
-    bring(i, there);
-    return there;
+  // W_i to [D, J, O], with zeros where O is padded. What is read later is asked for.
+  void bring(int64_t i, X* to) const {
+    const Problem& p = layout_.p;
+    const int64_t *stride = p.weight.stride, D = p.D, O = layout_.O, count = layout_.sums();
+    const X* from = static_cast<const X*>(p.weight.data) + i * stride[0];
+    if (features_follow()) {
+      const int64_t ahead = stride[2] == D ? kAheadInOrder / int64_t(sizeof(X)) : 0;
+      return transpose_rows(from, stride[2], count, D, to, count, ahead);
+    }
+    const int64_t later = maximum(1, kAheadInOrder / (D * p.O * int64_t(sizeof(X))));
+    int64_t j = 0, later_i = later / p.J, later_j = later % p.J;
+    for (const X* end = to + count; to < end; ++j, to += O) {
+      bring_one(from + j * stride[1], from + later_i * stride[0] + later_j * stride[1], to, count);
+      if (++later_j == p.J) later_j = 0, ++later_i;
+    }
   }
 
   // Of several input capsules in a row, if they lie in order.
@@ -111,14 +123,12 @@ class Weights {
     return stride[3] == 1 && layout_.O == p.O && (stride[1] == p.O * stride[2] || p.J == 1);
   }
 
-  // Whether products can read W_ij as it lies: its rows are [O], of numbers that need no widening where they do not
-  // fill vectors, or [D], in whole terms, and turned.
-  bool lies_in_rows() const {
-    return layout_.p.weight.stride[2] == 1 && (layout_.O == layout_.p.O || std::is_same_v<X, A>);
-  }
+  // Whether products can read W_ij as it lies: its rows are [O], or [D], in whole terms, and turned.
+  bool lies_in_rows() const { return layout_.p.weight.stride[2] == 1; }
   bool lies_turned() const {
     const Problem& p = layout_.p;
-    return p.weight.stride[3] == 1 && p.D % (kTurned<A> * kTerm<X>) == 0 && p.weight.stride[2] % kTerm<X> == 0;
+    return p.weight.stride[3] == 1 && p.D >= kTurned<A> * kTerm<X> && p.D % kTerm<X> == 0 &&
+           p.weight.stride[2] % kTerm<X> == 0;
   }
 
   Matrix<X> as_it_lies(int64_t i) const {
@@ -139,31 +149,13 @@ class Weights {
             ahead};
   }
 
-  // W_i to [D, J, O], with zeros where O is padded. What is read later is asked for.
-  void bring(int64_t i, X* to) const {
-    const Problem& p = layout_.p;
-    const int64_t *stride = p.weight.stride, D = p.D, O = layout_.O, count = layout_.sums();
-    const X* from = static_cast<const X*>(p.weight.data) + i * stride[0];
-    if (features_follow()) {
-      const int64_t ahead = stride[2] == D ? kAheadInOrder / int64_t(sizeof(X)) : 0;
-      return transpose_rows(from, stride[2], count, D, to, count, ahead);
-    }
-    const int64_t later = maximum(1, kAheadInOrder / (D * p.O * int64_t(sizeof(X))));
-    int64_t j = 0, later_i = later / p.J, later_j = later % p.J;
-    for (const X* end = to + count; to < end; ++j, to += O) {
-      bring_one(from + j * stride[1], from + later_i * stride[0] + later_j * stride[1], to, count);
-      if (++later_j == p.J) later_j = 0, ++later_i;
-    }
-  }
-
   // W_ij to [D, O], its rows `next_row` apart; `later` is another matrix, which is asked for.
   void bring_one(const X* from, const X* later, X* to, int64_t next_row) const {
     const Problem& p = layout_.p;
     const int64_t *stride = p.weight.stride, D = p.D;
+    if (stride[2] == 1) return copy_rows(from, later, stride[3], to, next_row);
     if (stride[3] == 1)
       transpose_rows(from, stride[2], p.O, D, to, next_row, stride[2] == D ? later - from : 0);
-    else if (stride[2] == 1)
-      copy_rows(from, later, stride[3], to, next_row);
     else
       for (int64_t d = 0; d < D; ++d)
         for (int64_t o = 0; o < p.O; ++o) to[d * next_row + o] = from[d * stride[3] + o * stride[2]];
@@ -180,10 +172,7 @@ class Weights {
         __builtin_memcpy(to + d * next_row + o, from + d * stride + o, W<A> * sizeof(X));
       }
     for (int64_t d = 0; d < D && whole < O; ++d)
-      if constexpr (std::is_same_v<X, A>)
-        store(to + d * next_row + whole, load_some(from + d * stride + whole, O - whole));
-      else
-        for (int64_t o = whole; o < O; ++o) to[d * next_row + o] = from[d * stride + o];
+      copy_some(to + d * next_row + whole, from + d * stride + whole, O - whole);
   }
 
   const Layout<X>& layout_;

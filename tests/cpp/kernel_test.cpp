@@ -271,7 +271,7 @@ int main() {
   const Weight forms[] = {Weight::pair, Weight::output, Weight::single, Weight::none};
   const int64_t shapes[][5] = {{1, 1, 1, 1, 1},     {2, 3, 4, 5, 6},    {5, 9, 3, 3, 8},   {4, 64, 8, 2, 16},
                                {9, 17, 5, 7, 5},    {3, 130, 2, 4, 17}, {17, 33, 7, 3, 4}, {1, 200, 8, 10, 16},
-                               {19, 130, 1, 2, 17}, {2, 5, 28, 3, 16}};
+                               {19, 130, 1, 2, 17}, {2, 5, 28, 3, 16},  {1, 6, 21, 3, 10}};
   int cases = 0;
   for (const auto& s : shapes)
     for (Weight form : forms)
