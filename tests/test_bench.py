@@ -350,6 +350,43 @@ def test_command_takes_several_batches_and_says_where_it_is_narrowest(capsys):
     )
 
 
+def test_command_takes_the_sizes_of_a_layer_of_ones_own(capsys):
+    words = ("--case", "efficient", "--sizes", "B=2", "I=5", "D=3", "J=7", "O=9", "R=2", "--implementations", "fused")
+    assert bench(*words, "--pass", "forward", "--seconds", "0", "--json") == 0
+    captured = capsys.readouterr()
+    assert "efficient B=2 I=5 D=3 J=7 O=9 R=2: B=2 I=5 D=3 J=7 O=9 R=2, weight [IJOD]\n" in captured.err
+    assert re.search(r"\| efficient B=2 I=5 D=3 J=7 O=9 R=2, forward +\|", captured.err)
+    ((row,), case) = json.loads(captured.out)["results"], CASES["efficient"]
+    asked = case._replace(batch=2, inputs=5, in_features=3, outputs=7, out_features=9, iterations=2)
+    assert row["case"] == asked._asdict()
+
+
+def test_sweep_names_the_other_sizes(capsys):
+    assert bench("--sweep", "inputs", "--sizes", "O=9", "--pass", "forward", "--seconds", "0", "--json") == 0
+    assert "| mnist O=9, forward: inputs |" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("--sizes K=3", "must be LETTER=N with a letter of B, I, D, J, O, R, got K=3"),
+        ("--sizes O", "invalid size value: 'O'"),
+        ("--sizes O=0", "must be a finite number of at least 1, got 0"),
+        ("--sizes O=8 O=9", "--sizes has O twice"),
+        ("--batch 3 --sizes B=3", "--batch and --sizes B=N say the same: give one of them"),
+        ("--sweep outputs --sizes J=3", "--sweep outputs goes through all J itself, got it in --sizes"),
+        ("--case all --sizes D=3", "the votes of segcaps are given, without D, which is in --sizes"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(words, error, capsys):
+    try:
+        status = bench(*words.split())
+    except SystemExit as ended:  # argparse
+        status = ended.code
+    assert status == 2
+    assert error in capsys.readouterr().err
+
+
 def test_narrowest_is_over_all_that_was_measured():
     def line(label, *seconds):
         return label, [
@@ -449,7 +486,8 @@ def test_a_sweep_leaves_out_what_does_not_fit(monkeypatch):
     )
     assert held < 8 * one
     assert f"do not fit into memory: {curve.left_out[0]} to {sweep.MOST['batch']}\n" in sweep.rows(curve)
-    assert curve.label == "efficient, forward"  # of no batch of its own
+    assert curve.label == f"{TINY.title_but('B')}, forward"
+    assert "B=" not in curve.label
     monkeypatch.setattr(sweep, "available_memory", lambda: 0)
     assert sweep.measure(case, "batch", False, torch.float32, 0).steps == []
 

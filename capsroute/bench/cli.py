@@ -25,7 +25,18 @@ from ..reference import accumulation_dtype
 from . import path, regression, roofline, sweep, table
 from .compare import DisagreementError, compare
 from .measure import on_gpu
-from .registry import CASES, IMPLEMENTATIONS, ORDER, Case, fused_backend, make_problem, names_for, pass_name, passes
+from .registry import (
+    CASES,
+    IMPLEMENTATIONS,
+    LETTERS,
+    ORDER,
+    Case,
+    fused_backend,
+    make_problem,
+    names_for,
+    pass_name,
+    passes,
+)
 
 Asked = tuple[Case, bool]  # and whether with the backward
 MOST_THREADS = 1024  # many more crash OpenMP
@@ -73,6 +84,14 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         help="batch sizes instead of each case's own; --sweep batch has its own",
     )
     parser.add_argument(
+        "--sizes",
+        nargs="+",
+        type=_size,
+        default=[],
+        metavar="LETTER=N",
+        help=f"sizes instead of each case's own, for a layer of yours: any of {', '.join(LETTERS)}, such as J=5 O=8",
+    )
+    parser.add_argument(
         "--order",
         choices=["".join(letters) for letters in itertools.permutations("IJOD")],
         metavar="ORDER",
@@ -82,6 +101,16 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     )
     dtypes = [str(dtype).removeprefix("torch.") for dtype in _checks.DTYPES]
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="default: %(default)s")
+
+
+def _size(text: str) -> tuple[str, int]:
+    letter, _, size = text.partition("=")
+    if letter not in LETTERS:
+        raise argparse.ArgumentTypeError(f"must be LETTER=N with a letter of {', '.join(LETTERS)}, got {text}")
+    return letter, number(int, 1)(size)
+
+
+_size.__name__ = "size"
 
 
 def _add_how(parser: argparse.ArgumentParser) -> None:
@@ -154,9 +183,14 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _named(args: argparse.Namespace) -> list[Case]:
+    return [CASES[name] for name in (CASES if "all" in args.cases else args.cases)]
+
+
 def _asked(args: argparse.Namespace) -> list[Asked]:
-    named = [CASES[name]._replace(seed=args.seed or 0) for name in (CASES if "all" in args.cases else args.cases)]
+    named = [case._replace(seed=args.seed or 0) for case in _named(args)]
     named = [case._replace(order=args.order) if case.form == "pair" else case for case in named]
+    named = [case._replace(**{LETTERS[letter]: size for letter, size in args.sizes}) for case in named]
     cases = [case._replace(batch=batch) for case in named for batch in args.batches or [case.batch]]
     return list(itertools.product(dict.fromkeys(cases), passes(args.passes == "both")))
 
@@ -218,6 +252,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--sweep batch goes through all batches itself, got --batch {' '.join(map(str, args.batches))}"
         )
+    _check_sizes(args)
     if args.device == "cuda" and not args.traffic and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here")
     check_writable("--save", args.save)
@@ -226,6 +261,19 @@ def _check(args: argparse.Namespace) -> None:
         optional("matplotlib")
         if args.plot.suffix.lower() not in PICTURES:
             raise ValueError(f"--plot must end in {', '.join(PICTURES)}, got {args.plot}")
+
+
+def _check_sizes(args: argparse.Namespace) -> None:
+    given = [letter for letter, _ in args.sizes]
+    if twice := next((letter for letter in given if given.count(letter) > 1), ""):
+        raise ValueError(f"--sizes has {twice} twice")
+    if args.batches and "B" in given:
+        raise ValueError("--batch and --sizes B=N say the same: give one of them")
+    if args.sweep and sweep.letter(args.sweep) in given:
+        raise ValueError(f"--sweep {args.sweep} goes through all {sweep.letter(args.sweep)} itself, got it in --sizes")
+    votes = next((case.name for case in _named(args) if case.form == "votes"), "")
+    if votes and "D" in given:
+        raise ValueError(f"the votes of {votes} are given, without D, which is in --sizes")
 
 
 def _traffic(args: argparse.Namespace, asked: list[Asked], dtype: torch.dtype) -> int:

@@ -26,6 +26,16 @@ T = TypeVar("T")
 ORDER = ORDERS[None]  # of memory, in which the kernels read a weight [I, J, O, D]
 
 
+LETTERS = {
+    "B": "batch",
+    "I": "inputs",
+    "D": "in_features",
+    "J": "outputs",
+    "O": "out_features",
+    "R": "iterations",
+}
+
+
 def pass_name(backward: bool) -> str:
     return "forward + backward" if backward else "forward"
 
@@ -54,8 +64,7 @@ class Case(NamedTuple):
     @property
     def sizes(self) -> dict[str, int]:
         """By their letters."""
-        B, I, J, R = self.batch, self.inputs, self.outputs, self.iterations
-        return {"B": B, "I": I, "D": self.in_features, "J": J, "O": self.out_features, "R": R}
+        return {letter: getattr(self, field) for letter, field in LETTERS.items()}
 
     @property
     def form(self) -> str:
@@ -69,10 +78,14 @@ class Case(NamedTuple):
 
     @property
     def title(self) -> str:
-        """Its name, and its batch where that is another than the name stands for."""
-        own = CASES.get(self.name)
-        title = self.name if own and own.batch == self.batch else f"{self.name} B={self.batch}"
-        return title if self.order == ORDER else f"{title} {self.order}"
+        """Its name, and what is another than the name stands for."""
+        return self.title_but("")
+
+    def title_but(self, letter: str) -> str:
+        """The title without one of the sizes."""
+        own = CASES.get(self.name, self._replace(batch=0)).sizes
+        other = [f"{key}={size}" for key, size in self.sizes.items() if size != own[key] and key != letter]
+        return " ".join([self.name, *other, *([self.order] if self.order != ORDER else [])])
 
     def label(self, backward: bool) -> str:
         """The case and pass, for a table or a plot."""

@@ -23,6 +23,11 @@ SAMPLES = 4  # that share a load of the weight where a lane is a feature
 CLIFF = 1.2  # a step up of more than this is one
 
 
+def letter(axis: str) -> str:
+    """Of the size that a sweep goes through."""
+    return NAMES[axis][-1]
+
+
 class Step(NamedTuple):
     """A size, the seconds of the call and for one of it, and how that compares with the size before."""
 
@@ -62,7 +67,7 @@ def measure(case: Case, axis: str, backward: bool, dtype: torch.dtype, seconds: 
     calls = {str(size): partial(run, kernels, problem, backward) for size, problem in problems.items()}
     times = {int(name): timing.lower for name, timing in alternate(calls, seconds).items()}
     tiles = {size: _tile(problem, axis, backward) for size, problem in problems.items()}
-    label = f"{case.name}, {pass_name(backward)}" if axis == "batch" else case.label(backward)
+    label = f"{case.title_but(letter(axis))}, {pass_name(backward)}"
     return Curve(label, axis, steps(times, tiles), sizes(axis)[len(fit) :])
 
 
