@@ -78,7 +78,7 @@ def test_implementations_agree(case, batch, part_bytes, monkeypatch):
 
 
 def test_compiled_reference_agrees():
-    compare.prepare(TINY, True, ["compiled"])
+    assert list(compare.prepare(TINY, True, ["compiled"]).forwards) == ["compiled"]
 
 
 @pytest.mark.parametrize("form", ["IJOD", "JOD", "OD"])
@@ -90,7 +90,7 @@ def test_torch_rechubs_own_layer_agrees(form):
         assert list(prepared.forwards) == ["torch-rechub"]
     other = prepared.problem._replace(coupling="out")
     with pytest.raises(compare.DisagreementError, match="torch-rechub"):
-        compare.check(prepared.forwards, other, False)
+        compare.miscompiled(prepared.forwards, other, False)
 
 
 def test_another_routing_is_not_compared():
@@ -148,6 +148,19 @@ def test_wrong_result_is_refused(distort, backward, result, monkeypatch):
     monkeypatch.setattr(compare, "IMPLEMENTATIONS", wrong(distort))
     with pytest.raises(compare.DisagreementError, match=f"fused: result {result} is"):
         compare.prepare(TINY, backward, ["fused", "reference"])
+
+
+def test_what_torch_compiles_wrongly_is_left_out(monkeypatch, capsys):
+    """Torch 2.13 does so with one sample, J >= 8 and O < 8, forward + backward."""
+    fused = wrong(lambda v, problem: v[:, 1:])["fused"]
+    monkeypatch.setattr(compare, "IMPLEMENTATIONS", {**IMPLEMENTATIONS, "compiled": fused._replace(compiles=True)})
+    command = ("--case", "efficient", "--pass", "forward", "--seconds", "0", "--json")
+    assert bench(*command, "--implementations", "fused", "compiled") == 0
+    captured = capsys.readouterr()
+    assert re.search(r"\| efficient, forward +\| .* µs.* \| +wrong results \|", captured.err)
+    right, left_out = json.loads(captured.out)["results"]
+    assert right["seconds"] > 0
+    assert (left_out["seconds"], left_out["note"]) == (None, "wrong results")
 
 
 def test_results_of_float16_are_compared_in_more():
@@ -221,7 +234,7 @@ def test_what_does_not_fit_says_so_and_the_rest_runs(monkeypatch):
     assert needed == 5.5 * TINY.votes * 4
     monkeypatch.setattr(compare, "available_memory", lambda: needed - 1)
     checked = []
-    monkeypatch.setattr(compare, "check", lambda forwards, problem, backward: checked.append(len(problem.u)))
+    monkeypatch.setattr(compare, "miscompiled", lambda _, problem, backward: checked.append(len(problem.u)) or [])
     results = compare.compare(
         TINY._replace(batch=30), True, ["fused", "reference"], dtype=torch.float32, seconds=0, memory=False
     )
