@@ -151,7 +151,7 @@ def test_wrong_result_is_refused(distort, backward, result, monkeypatch):
 
 
 def test_what_torch_compiles_wrongly_is_left_out(monkeypatch, capsys):
-    """Torch 2.13 does so with one sample, J >= 8 and O < 8, forward + backward."""
+    """Torch 2.13 does so with one sample, J >= 8 and O < 7, forward + backward."""
     fused = wrong(lambda v, problem: v[:, 1:])["fused"]
     monkeypatch.setattr(compare, "IMPLEMENTATIONS", {**IMPLEMENTATIONS, "compiled": fused._replace(compiles=True)})
     command = ("--case", "efficient", "--pass", "forward", "--seconds", "0", "--json")
