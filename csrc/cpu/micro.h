@@ -79,8 +79,8 @@ CAPSROUTE_INLINE void outer_rows(T* w, int64_t w_stride, const A* x, int64_t x_s
     if (f < F) outer_panel<K, 1, V>(w + f, w_stride, x, x_stride, y + f, y_stride, samples, write, F - f);
 }
 
-// w[d, f] += or = sum over n of x_n[d] y_n[f], for D rows of F columns, of which V = Vec need not be filled. y_n are
-// whole vectors.
+// w[d, f] += or = sum over n of x_n[d] y_n[f], for D rows of F columns, of which V = Vec need not be filled, though
+// whole vectors of y_n are read.
 template <class V, class T, class A>
 void outer(T* w, int64_t w_stride, const A* x, int64_t x_stride, int64_t D, const A* y, int64_t y_stride, int64_t F,
            int64_t samples, Write write) {

@@ -156,13 +156,13 @@ CAPSROUTE_INLINE void apply_part(const X* w, const Matrix<X>& matrix, const Term
   for (int64_t d = 0; d < D; d += kRows, w += next) {
     const Term<X>* part[N];
     for (int n = 0; n < N; ++n) part[n] = x[n] + d / kTerm<X>;
-    const auto apply = [&](auto rows) {
+    const auto multiply = [&](auto rows) {
       const int64_t whole = matrix.whole();
       if (whole) apply_rows<N>(w, matrix, part, rows, y, f, first && d == 0, ahead);
       if (matrix.missing)
         apply_panel<N, 1>(w + whole, row, part, rows, y, f + whole, first && d == 0, ahead, W<A> - matrix.missing);
     };
-    d + kRows <= D ? apply(Known<kRows>()) : apply(D - d);
+    d + kRows <= D ? multiply(Known<kRows>()) : multiply(D - d);
   }
 }
 
