@@ -48,17 +48,12 @@ def has_wide_vectors():
 
 
 @pytest.fixture
-def lanes_of_samples():
-    """For what is planned with AVX-512 alone: with fewer or shorter registers a lane is never a sample."""
-    if not has_wide_vectors():
-        pytest.skip("only with AVX-512 a lane is a sample")
-
-
-@pytest.fixture
 def wide_vectors():
-    """For what is planned with AVX-512 alone: kernels for half its vectors are those of AVX2."""
+    """For what is planned with AVX-512 alone: with fewer or shorter registers a lane is never a sample, nor are there
+    kernels for half a vector.
+    """
     if not has_wide_vectors():
-        pytest.skip("only AVX-512 has vectors whose halves are those of other kernels")
+        pytest.skip("only with AVX-512 a lane is a sample, or half a vector wide enough")
 
 
 def test_a_weight_in_another_order_is_dealt_with_as_it_is_read_up_to_three_times():
@@ -111,7 +106,7 @@ def test_each_thread_has_a_share_of_the_long_tiles(threads, expected):
     assert planned(12, 48, 2, 1024, 16, threads=threads).tiles == min(threads, 3)  # one group: by samples, however few
 
 
-@pytest.mark.usefixtures("lanes_of_samples")
+@pytest.mark.usefixtures("wide_vectors")
 def test_threads_share_out_groups_where_one_would_have_too_many_samples():
     # vectors of 16 samples: three of them, of which one of two threads would have two
     assert shares(planned(43, 2000, 8, 10, 16, threads=2)) == (48, 1, 32, True)
@@ -249,7 +244,7 @@ def test_explain_tells_of_vectors_of_half_the_width():
     assert "in vectors of half the width" not in explain(case, planned_for(case), False)
 
 
-@pytest.mark.usefixtures("lanes_of_samples")
+@pytest.mark.usefixtures("wide_vectors")
 def test_votes_by_samples_are_kept_up_to_96_kib_for_each_term():
     # 16 samples of 4 x 16 numbers of 4 bytes: 4 KiB for each input capsule
     assert planned(16, 48, 2, 4, 16).kept_inputs == 48
@@ -261,7 +256,7 @@ def test_votes_by_samples_are_kept_up_to_96_kib_for_each_term():
     assert tiles(planned(100, 80, 2, 4, 16)) == (112, 1)  # whole vectors
 
 
-@pytest.mark.usefixtures("lanes_of_samples")
+@pytest.mark.usefixtures("wide_vectors")
 def test_where_a_lane_could_be_a_sample_votes_of_large_weights_are_kept_by_fours():
     def kept_by_fours(*sizes):
         path = planned(*sizes)
