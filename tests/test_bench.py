@@ -499,8 +499,7 @@ def test_a_sweep_leaves_out_what_does_not_fit(monkeypatch):
     )
     assert held < 8 * one
     assert f"do not fit into memory: {curve.left_out[0]} to {sweep.MOST['batch']}\n" in sweep.rows(curve)
-    assert curve.label == f"{TINY.title_but('B')}, forward"
-    assert "B=" not in curve.label
+    assert curve.label == "efficient R=2, forward"  # of no batch of its own
     monkeypatch.setattr(sweep, "available_memory", lambda: 0)
     assert sweep.measure(case, "batch", False, torch.float32, 0).steps == []
 

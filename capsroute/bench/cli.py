@@ -110,7 +110,7 @@ def _size(text: str) -> tuple[str, int]:
     return letter, number(int, 1)(size)
 
 
-_size.__name__ = "size"
+_size.__name__ = "size"  # argparse tells it
 
 
 def _add_how(parser: argparse.ArgumentParser) -> None:
@@ -269,8 +269,8 @@ def _check_sizes(args: argparse.Namespace) -> None:
         raise ValueError(f"--sizes has {twice} twice")
     if args.batches and "B" in given:
         raise ValueError("--batch and --sizes B=N say the same: give one of them")
-    if args.sweep and sweep.letter(args.sweep) in given:
-        raise ValueError(f"--sweep {args.sweep} goes through all {sweep.letter(args.sweep)} itself, got it in --sizes")
+    if swept := next((letter for letter in given if LETTERS[letter] == args.sweep), ""):
+        raise ValueError(f"--sweep {args.sweep} goes through all {swept} itself, got it in --sizes")
     votes = next((case.name for case in _named(args) if case.form == "votes"), "")
     if votes and "D" in given:
         raise ValueError(f"the votes of {votes} are given, without D, which is in --sizes")

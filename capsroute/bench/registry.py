@@ -26,7 +26,7 @@ T = TypeVar("T")
 ORDER = ORDERS[None]  # of memory, in which the kernels read a weight [I, J, O, D]
 
 
-LETTERS = {
+LETTERS = {  # of sizes, and the fields of a case that they are
     "B": "batch",
     "I": "inputs",
     "D": "in_features",
@@ -79,12 +79,8 @@ class Case(NamedTuple):
     @property
     def title(self) -> str:
         """Its name, and what is another than the name stands for."""
-        return self.title_but("")
-
-    def title_but(self, letter: str) -> str:
-        """The title without one of the sizes."""
-        own = CASES.get(self.name, self._replace(batch=0)).sizes
-        other = [f"{key}={size}" for key, size in self.sizes.items() if size != own[key] and key != letter]
+        own = CASES.get(self.name, self._replace(batch=0)).sizes  # a name that stands for nothing: its batch is told
+        other = [f"{letter}={size}" for letter, size in self.sizes.items() if size != own[letter]]
         return " ".join([self.name, *other, *([self.order] if self.order != ORDER else [])])
 
     def label(self, backward: bool) -> str:

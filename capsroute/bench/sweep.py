@@ -13,7 +13,7 @@ from torch import Tensor
 from .._optional import optional
 from .measure import alternate, available_memory
 from .path import path_of
-from .registry import Case, Problem, make_problem, pass_name, routed, run
+from .registry import CASES, Case, Problem, make_problem, routed, run
 from .table import format_seconds
 
 MOST = {"batch": 256, "inputs": 4096, "outputs": 128}
@@ -21,11 +21,6 @@ NAMES = {"batch": "samples, B", "inputs": "input capsules, I", "outputs": "outpu
 LANES = 16  # of the widest vectors, each an input capsule or a sample: fewer take as long
 SAMPLES = 4  # that share a load of the weight where a lane is a feature
 CLIFF = 1.2  # a step up of more than this is one
-
-
-def letter(axis: str) -> str:
-    """Of the size that a sweep goes through."""
-    return NAMES[axis][-1]
 
 
 class Step(NamedTuple):
@@ -67,8 +62,8 @@ def measure(case: Case, axis: str, backward: bool, dtype: torch.dtype, seconds: 
     calls = {str(size): partial(run, kernels, problem, backward) for size, problem in problems.items()}
     times = {int(name): timing.lower for name, timing in alternate(calls, seconds).items()}
     tiles = {size: _tile(problem, axis, backward) for size, problem in problems.items()}
-    label = f"{case.title_but(letter(axis))}, {pass_name(backward)}"
-    return Curve(label, axis, steps(times, tiles), sizes(axis)[len(fit) :])
+    named = case._replace(**{axis: getattr(CASES.get(case.name, case), axis)})  # what it sweeps is no part of its title
+    return Curve(named.label(backward), axis, steps(times, tiles), sizes(axis)[len(fit) :])
 
 
 def fitting(case: Case, axis: str, dtype: torch.dtype) -> list[int]:

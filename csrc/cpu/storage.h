@@ -49,7 +49,7 @@ CAPSROUTE_INLINE Half from_acc<Half>(float x) {
   return {uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13))};
 }
 
-// Of W values: loads and stores that convert. `bits_at` and `load` take what lies anywhere.
+// W values, which need not be aligned.
 
 template <class A>
 CAPSROUTE_INLINE Vec<A> load(const A* p) {
@@ -95,6 +95,7 @@ CAPSROUTE_INLINE Vec16 bits_by_fours(const At& at) {
   }(std::make_integer_sequence<int64_t, sizeof(Vec16) / 8>());
 }
 
+// The first `count` numbers of 16 bits, and zeros after them.
 CAPSROUTE_INLINE Vec16 load_some_bits(const uint16_t* p, int64_t count) {
 #if defined(__AVX512F__) && CAPSROUTE_VECTOR_BYTES == 64
   return bits_as<Vec16>(_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p));
@@ -188,7 +189,7 @@ CAPSROUTE_INLINE void store_bits(void* p, Vec16 bits) {
 CAPSROUTE_INLINE void store(BFloat16* p, Vec<float> x) { store_bits(p, narrowed(x, *p)); }
 CAPSROUTE_INLINE void store(Half* p, Vec<float> x) { store_bits(p, narrowed(x, *p)); }
 
-// W numbers: the first `count` <= W of those from on, and zeros after them.
+// The first `count` <= W numbers of `from`, and zeros after them, to all W of `to`.
 template <class X>
 CAPSROUTE_INLINE void copy_some(X* to, const X* from, int64_t count) {
   if constexpr (sizeof(X) == 2)
@@ -210,12 +211,12 @@ CAPSROUTE_INLINE void store_some(X* p, Vec<Acc<X>> x, int64_t count) {
   if constexpr (sizeof(X) == 8) return _mm256_maskstore_pd(p, lanes, bits_as<__m256d>(x));
   if constexpr (sizeof(X) == 4) return _mm256_maskstore_ps(p, lanes, bits_as<__m256>(x));
 #endif
-  X all[W<Acc<X>>];
-  store(all, x);
-  for (int64_t l = 0; l < count; ++l) p[l] = all[l];
+  X whole[W<Acc<X>>];
+  store(whole, x);
+  for (int64_t l = 0; l < count; ++l) p[l] = whole[l];
 }
 
-// The same for vectors V that are whole or half ones; halves are not converted.
+// Vectors V that are whole or half ones; halves are not converted.
 template <class V, class X>
 CAPSROUTE_INLINE V load_as(const X* p) {
   if constexpr (sizeof(V) == CAPSROUTE_VECTOR_BYTES) return load(p);

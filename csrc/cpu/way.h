@@ -28,18 +28,18 @@ constexpr int64_t kKeptOfFew = int64_t(12) << 20;
 // into kTileStates.
 constexpr int64_t kShortTile = 4 * kSamples, kLongTile = 32 * kSamples, kTileStates = int64_t(4) << 20;
 
-// Whether kernels for vectors of half the width are faster: where these are filled, and of the last whole one half
-// would be padding. For a weight of each pair not where output capsules are so few that a lane had better be a sample.
-// Of a long row less is padding: then where votes are given, which need no copy, or one number is a term, up to three
-// halves.
+// Whether kernels for vectors of half the width are faster: where rows of O fill these, and would leave one half of the
+// last whole one empty. Votes are then read where they are given, unless they are widened. For a weight of each pair
+// not where output capsules are so few that a lane had better be a sample; and of a long row less is padding: up to
+// three halves, or, where two numbers are a term of whole vectors alone, one.
 constexpr int64_t kFewOutputs = 4;
 
 template <class X>
 bool half_vectors(const Problem& p) {
-  const bool pair = p.form == Weight::pair, votes = p.form == Weight::none;
-  const int64_t half = W<Acc<X>> / 2, features = pair || votes ? p.O : p.D;
-  if (features % W<Acc<X>> != half || (pair && p.J < kFewOutputs)) return false;
-  return features == half || votes || (pair && kTerm<X> == 1 && features == 3 * half);
+  constexpr int64_t half = W<Acc<X>> / 2;
+  if (p.O % W<Acc<X>> != half) return false;
+  if (p.form == Weight::none) return std::is_same_v<X, Acc<X>>;
+  return p.form == Weight::pair && p.J >= kFewOutputs && p.O <= (kTerm<X> == 1 ? 3 : 1) * half;
 }
 
 template <class X>
