@@ -47,7 +47,7 @@ cuda-build:
 	PATH="$(CURDIR)/build/cuda-torch/bin:$$PATH" FORCE_CUDA=1 build/cuda-torch/bin/pip install --no-build-isolation --no-deps .
 	cd build && cuda-torch/bin/python ../tests/cuda_link.py
 
-.venv/installed: pyproject.toml setup.py CMakeLists.txt $(SOURCES)
+.venv/installed: pyproject.toml setup.py CMakeLists.txt capsroute/schemas.txt $(SOURCES)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet '$(TORCH)'
 	$(BIN)/pip install --quiet 'setuptools>=77' wheel cmake ninja pybind11

@@ -2,7 +2,8 @@
 
 Without a compiler, without torch (whose headers and library are needed), or with CAPSROUTE_NO_EXT=1 the
 package is installed with its plain-PyTorch reference alone. A compile that fails is an error. `python -m build` needs
---no-isolation: unlike pip's, its isolated environment shows no torch around it.
+--no-isolation, and `uv pip install` --no-build-isolation: unlike pip's, their isolated environment shows no torch
+around it.
 CAPSROUTE_BUILD_TESTING=1 also builds the pybind11 module that tests and benchmarks use.
 
 The CUDA kernels are built where nvcc is and torch is a build for CUDA; whether a GPU is there is never asked.
@@ -13,6 +14,7 @@ import importlib.util
 import os
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
@@ -31,7 +33,9 @@ def torch_root() -> Path | None:
     """Where torch is installed: seen from here, or, in pip's isolated build, in the environment around it."""
     spec = importlib.util.find_spec("torch")
     places = [Path(spec.origin).parent] if spec and spec.origin else []
-    places += [Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib")]
+    around = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    around += [site.getusersitepackages()] if sys.prefix == sys.base_prefix else []  # a venv does not see it
+    places += [Path(packages) / "torch" for packages in around]
     return next((place for place in places if (place / "include").is_dir()), None)
 
 
@@ -112,6 +116,8 @@ class Wheel(bdist_wheel):
 
 
 reason = why_no_kernels()
+if reason and os.environ.get("FORCE_CUDA") == "1":
+    raise SystemExit(f"capsroute: FORCE_CUDA=1 is set, but {reason}")
 if reason:
     print(f"capsroute: the C++ kernels are not built, the reference is all there will be: {reason}", file=sys.stderr)
 no_cuda = reason or why_no_cuda()

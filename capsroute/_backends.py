@@ -71,6 +71,19 @@ def _cuda_fits(u: Tensor, weight: Tensor | None) -> Verdict:
     return True, "C++ kernels for CUDA"
 
 
+def _triton_serves(u: Tensor, weight: Tensor | None) -> Verdict:
+    """Whether W_ij, each of its sizes padded to a power of two, is a tile that Triton takes, and where u lies."""
+    most = 2**20
+    if weight is not None and weight.dim() == 4:
+        rows, columns = weight.shape[-2:]
+        # the quick question first; the other one needs no power of two of a size that is not known
+        if _checks.is_known(rows * columns > most // 4) and all(
+            _checks.is_known((rows > 1 << n) | (columns > most >> n)) for n in range(most.bit_length())
+        ):
+            return False, f"its kernels take O x D, each padded to a power of two, up to 2^20, got {rows} x {columns}"
+    return _triton.serves(u)
+
+
 def _route_by_reference(u, weight, bias, logits, mask, options, return_coupling):
     return reference.routing(u, weight, bias, logits, mask, options)
 
@@ -82,7 +95,7 @@ def _pass_by_reference(u, weight, query, logits, mask, options, return_coupling)
 BACKENDS = {
     "cpu": of_ops("capsroute", _ops.cpu_library, _cpu_serves),
     "cuda": of_ops("capsroute", _cuda_here, _cuda_serves),
-    "triton": of_ops(_triton.NAMESPACE, _triton.here, lambda u, weight: _triton.serves(u)),
+    "triton": of_ops(_triton.NAMESPACE, _triton.here, _triton_serves),
     "reference": Backend(
         lambda: (True, "plain PyTorch, on any device"),
         lambda u, weight: (True, "it serves every call"),
@@ -99,6 +112,12 @@ def backends() -> dict[str, Verdict]:
         ``{name: (can it run here, why or why not)}``, in the order in which ``backend="auto"`` asks.
     """
     return {name: backend.here() for name, backend in BACKENDS.items()}
+
+
+def check_name(name: str) -> None:
+    if not isinstance(name, str) or (name != "auto" and name not in BACKENDS):
+        expected = ", ".join(f'"{known}"' for known in ("auto", *BACKENDS))
+        raise ValueError(f"backend must be one of {expected}, got {name!r}")
 
 
 _logged: set[tuple[str, str]] = set()
@@ -120,9 +139,7 @@ def choose(name: str, u: Tensor, weight: Tensor | None) -> Backend:
                     log.info(f"backend {candidate}: {why}{refused}")
                 return backend
             refused += f"; not {candidate}: {why}"
-    if not isinstance(name, str) or name not in BACKENDS:
-        expected = ", ".join(f'"{known}"' for known in ("auto", *BACKENDS))
-        raise ValueError(f"backend must be one of {expected}, got {name!r}")
+    check_name(name)
     can, why = BACKENDS[name].serves(u, weight)
     if reference_alone:
         can, why = False, reference_alone

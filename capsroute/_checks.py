@@ -16,10 +16,6 @@ COUPLINGS = ("out", "in")
 WEIGHTS = {4: "[I, J, O, D]", 3: "[J, O, D]", 2: "[O, D]"}  # by the number of dimensions
 
 
-def _show(shape) -> str:
-    return "[" + ", ".join(map(str, shape)) + "]"
-
-
 def check_tensor(name: str, value: object, letters: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor {letters}, got {type(value).__name__}")
@@ -126,30 +122,30 @@ def check_scale(scale: float) -> float:
 def check_input(u: Tensor) -> None:
     check_tensor("u", u, "[*, I, D]")
     if u.dim() < 2:
-        raise ValueError(f"u must be [*, I, D], got {_show(u.shape)}")
+        raise ValueError(f"u must be [*, I, D], got {list(u.shape)}")
     if u.size(-1) == 0:
-        raise ValueError(f"u must be [*, I, D] with D >= 1, got {_show(u.shape)}")
+        raise ValueError(f"u must be [*, I, D] with D >= 1, got {list(u.shape)}")
 
 
 def check_votes(votes: Tensor) -> None:
     check_tensor("votes", votes, "[*, I, J, O]")
     if votes.dim() < 3:
-        raise ValueError(f"votes must be [*, I, J, O], got {_show(votes.shape)}")
+        raise ValueError(f"votes must be [*, I, J, O], got {list(votes.shape)}")
     if 0 in votes.shape[-2:]:
-        raise ValueError(f"votes must be [*, I, J, O] with J, O >= 1, got {_show(votes.shape)}")
+        raise ValueError(f"votes must be [*, I, J, O] with J, O >= 1, got {list(votes.shape)}")
 
 
 def check_weight(weight: Tensor, u: Tensor, has_same_dtype: bool) -> None:
     shape, dims = weight.shape, weight.dim()
     letters = WEIGHTS.get(dims)
     if letters is None:
-        raise ValueError(f"weight must be [I, J, O, D], [J, O, D] or [O, D], got {_show(shape)}")
+        raise ValueError(f"weight must be [I, J, O, D], [J, O, D] or [O, D], got {list(shape)}")
     inputs, features = u.size(-2), u.size(-1)
     if shape[-1] != features or (dims == 4 and shape[0] != inputs):
         known = f"I = {inputs} and D = {features}" if dims == 4 else f"D = {features}"
-        raise ValueError(f"weight must be {letters} with {known} as in u {_show(u.shape)}, got {_show(shape)}")
+        raise ValueError(f"weight must be {letters} with {known} as in u {list(u.shape)}, got {list(shape)}")
     if shape[-2] == 0 or (dims > 2 and shape[-3] == 0):  # u has D >= 1; I = 0 is allowed
-        raise ValueError(f"weight must be {letters} with J, O >= 1, got {_show(shape)}")
+        raise ValueError(f"weight must be {letters} with J, O >= 1, got {list(shape)}")
     if not has_same_dtype:
         raise TypeError(f"weight must have the dtype of u, {u.dtype}, got {weight.dtype}")
     check_device("weight", weight, u)
@@ -173,9 +169,9 @@ def check_bias(bias: Tensor, out_capsules: int | None, out_features: int, u: Ten
     check_parameter("bias", bias, "[J, O]", u)
     known = f"O = {out_features}" if out_capsules is None else f"J = {out_capsules} and O = {out_features}"
     if bias.dim() != 2 or bias.shape[1] != out_features or bias.shape[0] != (out_capsules or bias.shape[0]):
-        raise ValueError(f"bias must be [J, O] with {known}, got {_show(bias.shape)}")
+        raise ValueError(f"bias must be [J, O] with {known}, got {list(bias.shape)}")
     if bias.shape[0] == 0:
-        raise ValueError(f"bias must be [J, O] with J >= 1, got {_show(bias.shape)}")
+        raise ValueError(f"bias must be [J, O] with J >= 1, got {list(bias.shape)}")
     return bias.shape[0]
 
 
@@ -185,7 +181,7 @@ def check_query(query: Tensor, lead: list[int], out_capsules: int | None, out_fe
     if out_capsules is None:
         out_capsules = query.shape[-2] if query.dim() >= 2 else 0
         if out_capsules == 0:
-            raise ValueError(f"query must be [*, J, O] with J >= 1, got {_show(query.shape)}")
+            raise ValueError(f"query must be [*, J, O] with J >= 1, got {list(query.shape)}")
     check_broadcast("query", query, (*lead, out_capsules, out_features), "[*, J, O]")
     return out_capsules
 
@@ -209,7 +205,7 @@ def check_broadcast(name: str, value: Tensor, target: tuple[int, ...], letters: 
         for have, want in zip(reversed(value.shape), reversed(target), strict=False)
     )
     if not fits:
-        raise ValueError(f"{name} must broadcast to {letters} = {_show(target)}, got {_show(value.shape)}")
+        raise ValueError(f"{name} must broadcast to {letters} = {list(target)}, got {list(value.shape)}")
 
 
 def check_mask(mask: Tensor, target: tuple[int, ...], u: Tensor, letters: str = "[*, I]") -> None:

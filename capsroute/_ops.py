@@ -26,10 +26,17 @@ SCHEMAS = {
 
 
 def define(namespace: str) -> None:
-    """Define an op set, if its library does not; whoever calls this also implements it."""
+    """Define an op set, if its library does not; whoever calls this also implements it.
+
+    Raises:
+        ImportError: if the library defines another, being older or newer than this package.
+    """
     for name, schema in SCHEMAS.items():
-        if not hasattr(getattr(torch.ops, namespace), name):
+        known = getattr(getattr(torch.ops, namespace), name, None)
+        if known is None:
             torch.library.define(f"{namespace}::{name}", schema.removeprefix(name))
+        elif known.default._schema != torch._C.parse_schema(f"{namespace}::{schema}"):
+            raise ImportError(f"{LIBRARY} was built from other sources than {__file__}: install capsroute again")
         torch.library.register_fake(f"{namespace}::{name}", _FAKES[name])
         torch.library.register_vmap(f"{namespace}::{name}", _vmap.rule(getattr(getattr(torch.ops, namespace), name)))
     _autograd.register(namespace)
@@ -96,7 +103,7 @@ def _load(library: Path, how: str) -> tuple[bool, str]:
 
 
 def _load_cpu() -> tuple[bool, str]:
-    how = "the C++ kernels were not built: install capsroute where g++ and torch are present"
+    how = "the C++ kernels were not built: install capsroute where g++ is and the build sees torch"
     can, why = _load(LIBRARY, how)
     return can, f"{why} for {torch.ops.capsroute.cpu_capability()}" if can else why
 

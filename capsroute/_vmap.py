@@ -97,11 +97,12 @@ def _loop(op, count, arguments, dims):
 
 
 def _ones(name, x, dim, count):
-    """x of each call; of an empty dimension zeros, from which the shapes of the results follow."""
+    """x of each call; of an empty dimension zeros, from which the shapes of the results follow,
+    and their place in the graph."""
     if dim is None:
         return [x] * count
     if x.shape[dim] == 0:
-        return [x.new_zeros(x.shape[:dim] + x.shape[dim + 1 :])]
+        return [x.sum(dim, dtype=x.dtype)]
     return [_saved(name, one) for one in _unstack(x.movedim(dim, 0))]
 
 

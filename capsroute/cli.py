@@ -115,7 +115,8 @@ def _demo(args: argparse.Namespace) -> int:
     from .training import data
     from .training.run import PAGE, PICTURES, RunError, found_in, stored
 
-    optional("matplotlib")  # for the report; before anything takes long
+    for library in ("matplotlib", "jinja2"):  # for the report; before anything takes long
+        optional(library)
     known = stored(args.out)
     drawn = any((args.out / name).exists() for name in (PAGE, PICTURES))
     found = "a run" if found_in(args.out) else "a report" if drawn else None

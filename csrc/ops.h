@@ -16,7 +16,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
-#include <string>
 #include <string_view>
 #include <tuple>
 #include <utility>
@@ -92,7 +91,8 @@ inline Problem stream_of(const Tensor& u, const Optional& weight, const Optional
   }
   STD_TORCH_CHECK(p.J >= 1 && p.O >= 1 && (!weight || p.D >= 1), "capsroute: D, J and O must be at least 1");
   // A tensor that is expanded may have any size; what is computed of sizes must not overflow.
-  STD_TORCH_CHECK(double(p.B) * double(p.I) * double(p.D > 0 ? p.D : 1) * double(p.J) * double(p.O) < double(1LL << 50),
+  auto at_least_one = [](int64_t size) { return double(size > 0 ? size : 1); };
+  STD_TORCH_CHECK(double(p.B) * at_least_one(p.I) * at_least_one(p.D) * double(p.J) * double(p.O) < double(1LL << 50),
                   "capsroute: B I D J O must be less than 2^50");
   auto broadcasts = [](int64_t have, int64_t want) { return have == want || have == 1; };
   if (logits) {

@@ -1,16 +1,19 @@
 """accelerate: the same outputs and gradients, the same object, and never by a class's name alone."""
 
 import copy
+import functools
 import io
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from foreign import MASKS, rechub, results
 from torch import nn
 from torch.testing import assert_close
 from torch_rechub.basic.layers import CapsuleNetwork
 
 import capsroute
+from capsroute import acceleration
 from capsroute.acceleration import Recipe, recipes, register
 
 
@@ -385,6 +388,127 @@ def test_torch_rechub_without_a_pass_is_left_alone():
     layer = rechub(1)
     layer.routing_times = 0
     assert capsroute.accelerate(layer, quiet=True).entries[0].reason == "not swapped: routing_times is 0"
+
+
+# Layers that do more than the equations
+
+
+class Edited(nn.Module):
+    """A copy of DenseCapsule as people edit them."""
+
+    def __init__(self, inputs=7):
+        super().__init__()
+        self.routings, self.temperature, self.names = 3, 1.0, ["cat"]
+        self.weight = nn.Parameter(torch.randn(4, inputs, 6, 5))
+
+    def forward(self, inputs):
+        votes = torch.einsum("jiod,bid->bjio", self.weight.expand(4, inputs.shape[1], 6, 5), inputs)
+        logits = torch.zeros(votes.shape[:3])
+        for k in range(self.routings):
+            last = k == self.routings - 1
+            c = (self.temperature * logits).softmax(1)
+            v = unit(torch.einsum("bji,bjio->bjo", c, votes if last else votes.detach()))
+            logits = logits + torch.einsum("bjio,bjo->bji", votes.detach(), v.detach())
+        self.see(c)
+        return v
+
+    def see(self, coupling):
+        pass
+
+
+class Keeps(Edited):
+    def see(self, coupling):
+        self.coupling = coupling.detach()
+
+
+class Writes(Edited):
+    def __init__(self):
+        super().__init__()
+        self.seen = torch.zeros(())
+
+    def see(self, coupling):
+        self.seen.add_(1)
+
+
+class Reads(Writes):
+    def see(self, coupling):
+        assert self.seen == 0
+
+
+class Drops(Edited):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.0)
+
+    def forward(self, inputs):
+        return super().forward(self.drop(inputs))
+
+
+class Masks(Edited):
+    def forward(self, inputs, mask=None):
+        return super().forward(inputs if mask is None else inputs * mask)
+
+
+MORE = {
+    Keeps: "its forward sets coupling",
+    Writes: "its forward sets seen",
+    Reads: "its forward reads seen, which the fused one leaves out",
+    Drops: "its forward reads drop, which the fused one leaves out",
+    Masks: "its forward also takes mask",
+    functools.partial(Edited, 1): "its weight has one input capsule, and may serve any number of them",
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), MORE.items(), ids=str)
+def test_a_layer_that_does_more_is_left_alone(make, reason):
+    layer = make()
+    register(acceleration.known.GUO._replace(layer=type(layer)))
+    (entry,) = capsroute.accelerate(layer, quiet=True).entries
+    assert (entry.swapped, entry.reason) == (False, f"not swapped: {reason}")
+
+
+@pytest.fixture
+def edited():
+    layer = Edited()
+    register(acceleration.known.GUO._replace(layer=Edited))
+    assert capsroute.accelerate(layer, quiet=True).entries[0].swapped
+    return layer
+
+
+def test_what_the_fused_forward_does_not_read_must_stay(edited):
+    for layer in (edited, copy.deepcopy(edited)):
+        layer.names.append("dog")  # no forward reads it
+        layer(torch.randn(2, 7, 5))
+        layer.temperature = 5.0
+        with pytest.raises(RuntimeError, match=r"swapped this Edited, but now temperature is 5.0, and was 1.0"):
+            layer(torch.randn(2, 7, 5))
+
+
+def test_an_argument_has_the_name_that_the_layer_gives_it(edited):
+    u = torch.randn(2, 7, 5)
+    assert torch.equal(edited(inputs=u), edited(u))
+
+
+def test_a_swap_can_be_undone(edited):
+    u, attributes = torch.randn(2, 7, 5), set(vars(Edited()))
+    fused = edited(u)
+    acceleration.restore(nn.Sequential(edited, nn.ReLU()))
+    assert type(edited) is Edited
+    assert set(vars(edited)) == attributes
+    edited.temperature = 1.0 + 1e-9
+    assert_close(edited(u), fused)
+
+
+def test_what_cannot_be_probed_yet_says_what_to_do_first():
+    pruned, parametrized = DenseCapsule(), DenseCapsule()
+    torch.nn.utils.prune.l1_unstructured(pruned, "weight", 0.5)
+    torch.nn.utils.parametrizations.weight_norm(parametrized)
+    for layer, reason in (
+        (pruned, "weight is made of other tensors, as torch.nn.utils.prune does; accelerate it before that"),
+        (parametrized, "it is parametrized; accelerate it before that"),
+        (DenseCapsule().to("meta"), "its parameters are on the meta device; accelerate it when they have values"),
+    ):
+        assert capsroute.accelerate(layer, quiet=True).entries[0].reason == f"not swapped: {reason}"
 
 
 # Recipes of one's own

@@ -198,3 +198,46 @@ def test_package_works_without_its_library(tmp_path, library, reason):
     )
     assert result.returncode == 0, result.stderr
     assert reason in result.stdout
+
+
+def test_a_library_of_other_schemas_says_so(tmp_path):
+    """An older one stays after a pull where the package is installed in place."""
+    package = Path(capsroute.__file__).parent
+    if not _ops.LIBRARY.exists():
+        pytest.skip("there is no library here")
+    shutil.copytree(package, tmp_path / "capsroute", ignore=shutil.ignore_patterns("_kernel_tier.so", "__pycache__"))
+    schemas = tmp_path / "capsroute" / "schemas.txt"
+    schemas.write_text(schemas.read_text().replace("int iterations", "int passes"))
+    command = [sys.executable, "-c", "import capsroute"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "libcapsroute.so was built from other sources than" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "can"), [(1024, 1024, True), (1025, 512, True), (1025, 513, False), (1, 2**20 + 1, False)]
+)
+def test_triton_serves_no_matrix_beyond_its_tiles(monkeypatch, rows, columns, can):
+    monkeypatch.setattr(_triton, "load", lambda: (True, "hidden by the test"))
+    with FakeTensorMode():
+        u, weight = torch.empty(2, 5, columns, device="cuda"), torch.empty(5, 3, rows, columns, device="cuda")
+        found, why = _backends.BACKENDS["triton"].serves(u, weight)
+        shared, _ = _backends.BACKENDS["triton"].serves(u, torch.empty(3, rows, columns, device="cuda"))
+    assert (found, shared) == (can, True)
+    assert (f"up to 2^20, got {rows} x {columns}" in why) == (not can)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda backend: capsroute.nn.CapsuleLinear(5, 4, 3, 2, backend=backend),
+        lambda backend: capsroute.nn.CapsuleConv2d(2, 4, 3, 2, 3, backend=backend),
+        lambda backend: capsroute.nn.MultiInterest(5, 4, 3, 2, backend=backend),
+        lambda backend: capsroute.nn.classic.CapsuleLayer(3, 5, 4, 2, backend=backend),
+    ],
+    ids=["linear", "conv", "multi-interest", "classic"],
+)
+def test_a_module_takes_the_name_of_a_backend_alone(make):
+    make("triton")  # whether it can serve is a question of the call
+    with pytest.raises(ValueError, match=r'backend must be one of "auto", "cpu", .*, got \'tritn\''):
+        make("tritn")

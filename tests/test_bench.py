@@ -255,6 +255,13 @@ def test_available_memory_is_less_than_the_machine_has():
     assert 0 < measure.available_memory() < total
 
 
+def test_where_memory_is_not_told_times_are_all_there_is(monkeypatch, tmp_path):
+    """On macOS and Windows, which have no /proc."""
+    monkeypatch.setattr(measure, "PROC", tmp_path / "none")
+    (result,) = compare.compare(TINY, False, ["reference"], dtype=torch.float32, seconds=0, memory=True)
+    assert (result.rounds, result.peak_bytes, result.note) == (3, None, "memory is told on Linux alone")
+
+
 # Table and command
 
 
@@ -505,8 +512,11 @@ def test_a_sweep_leaves_out_what_does_not_fit(monkeypatch):
 
 
 def test_a_sweep_of_batches_takes_none(capsys):
-    assert bench("--sweep", "batch", "--batch", "4", "8") == 2
-    assert "--sweep batch goes through all batches itself, got --batch 4 8" in capsys.readouterr().err
+    for batches in (("4",), ("4", "8")):
+        assert bench("--sweep", "batch", "--batch", *batches) == 2
+        assert (
+            f"--sweep batch goes through all batches itself, got --batch {' '.join(batches)}" in capsys.readouterr().err
+        )
 
 
 def test_other_sweeps_take_several_batches(monkeypatch):

@@ -1,15 +1,20 @@
 """What an install holds: one library for every Python and torch, or the reference alone, and says so."""
 
+import importlib.util
 import os
 import re
+import runpy
 import shutil
+import site
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
 
 from capsroute import _ops
 
@@ -118,6 +123,28 @@ def test_cuda_kernels_that_are_asked_for_are_not_left_out():
     run = subprocess.run([sys.executable, "setup.py", "--version"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert run.returncode != 0
     assert "capsroute: FORCE_CUDA=1 is set, but " in run.stderr
+
+
+def test_cuda_kernels_that_are_asked_for_are_not_left_out_with_the_others():
+    env = {**os.environ, "FORCE_CUDA": "1", "CAPSROUTE_NO_EXT": "1"}
+    run = subprocess.run([sys.executable, "setup.py", "--version"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "capsroute: FORCE_CUDA=1 is set, but CAPSROUTE_NO_EXT=1 is set" in run.stderr
+
+
+@pytest.mark.parametrize("in_venv", [False, True])
+def test_torch_is_found_among_the_packages_of_the_user(monkeypatch, tmp_path, in_venv):
+    """As pip's isolated build sees it: none of the packages around it."""
+    monkeypatch.setenv("CAPSROUTE_NO_EXT", "1")
+    monkeypatch.setenv("FORCE_CUDA", "0")
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    torch_root = runpy.run_path(str(ROOT / "setup.py"))["torch_root"]
+    (tmp_path / "torch" / "include").mkdir(parents=True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "none"))
+    monkeypatch.setattr(site, "getusersitepackages", lambda: str(tmp_path))
+    monkeypatch.setattr(sys, "prefix", "a venv" if in_venv else sys.base_prefix)
+    assert torch_root() == (None if in_venv else tmp_path / "torch")
 
 
 @needs_kernels

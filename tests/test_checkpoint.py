@@ -194,6 +194,12 @@ class Malicious:
         return (os.mkdir, (str(self.mark),))
 
 
+def test_a_directory_is_named(tmp_path):
+    for read in (load, load_training):
+        with pytest.raises(IsADirectoryError, match=f"{tmp_path} is a directory"):
+            read(tmp_path)
+
+
 def test_a_pickle_is_not_executed(tmp_path):
     path, mark = tmp_path / "pickled", tmp_path / "mark"
     torch.save({"net": Malicious(mark)}, path)

@@ -361,9 +361,11 @@ def test_a_missing_library_is_told_with_the_extra(capsys, monkeypatch, tmp_path)
     assert status == 2
     assert "pip install '.[tensorboard]'" in err
     monkeypatch.undo()
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    status, _, err = run(capsys, "demo", "--out", tmp_path / "demo", *TINY)
-    assert (status, "matplotlib is needed here" in err) == (2, True)
+    for library in ("matplotlib", "jinja2"):
+        monkeypatch.setitem(sys.modules, library, None)
+        status, _, err = run(capsys, "demo", "--out", tmp_path / "demo", *TINY)
+        assert (status, f"{library} is needed here" in err) == (2, True)
+        monkeypatch.undo()
     assert not (tmp_path / "demo").exists()
 
 

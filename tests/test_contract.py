@@ -467,3 +467,22 @@ def test_a_pass_without_a_query_has_the_dtype_of_u(backend, return_coupling):
     u, weight = torch.randn(2, 5, 3).bfloat16(), torch.randn(5, 6, 4, 3).bfloat16()
     results = capsroute.routing_pass(u, weight, None, return_coupling=return_coupling, backend=backend)
     assert {x.dtype for x in (results if return_coupling else [results])} == {torch.bfloat16}
+
+
+@pytest.fixture
+def flushed():
+    """Denormal float32 numbers count as 0."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot")
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "strided", "masked"])
+def test_small_float16_numbers_are_no_denormal_ones(backend, flushed, kind):
+    u = torch.full((2, 3, 5), 3e-5, dtype=torch.float16)  # denormal in float16 alone
+    u = torch.stack([u, u], -1)[..., 0] if kind == "strided" else u
+    mask = torch.ones(2, 3, dtype=torch.bool) if kind == "masked" else None
+    weight = torch.ones(3, 2, 4, 5, dtype=torch.float16)
+    s = capsroute.routing_pass(u, weight, None, mask=mask, backend=backend)
+    assert_close(s, (u.double().sum((1, 2)) / 2).half()[:, None, None].expand(2, 2, 4), rtol=1e-3, atol=0)

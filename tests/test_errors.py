@@ -248,3 +248,9 @@ def test_what_is_remembered_of_arguments_stays_bounded_when_threads_add_at_once(
     monkeypatch.setattr(functional, "_MOST_SIZES", 4)
     capsroute.dynamic_routing(torch.ones(1, 1, 1), 1)
     assert len(functional._sizes) == 1
+
+
+def test_sizes_that_would_overflow_are_an_error_also_where_there_is_no_input_capsule():
+    u, weight = torch.empty(1, 0, 2**57), torch.zeros(()).expand(1, 1, 2**57)
+    with pytest.raises(RuntimeError, match=r"B I D J O must be less than 2\^50"):
+        capsroute.capsule_linear(u, weight, backend="cpu")

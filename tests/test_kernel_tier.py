@@ -49,9 +49,13 @@ def test_unknown_instruction_set_is_refused():
 # What the C++ test is built with: how, and the emulator that runs it.
 BUILDS = {
     "address-16": ({"CAPSROUTE_SANITIZE": "address,undefined", "CAPSROUTE_TEST_BYTES": 16}, None),
-    "thread-32": ({"CAPSROUTE_SANITIZE": "thread", "CAPSROUTE_TEST_BYTES": 32, "CAPSROUTE_TEST_FLAGS": AVX2}, None),
-    # AVX-512's vectors, in two halves where the processor lacks it: the same lanes, tiles and tails; and its pairs
-    # of bfloat16, one after the other
+    # AVX-512's vectors, in two halves where the processor lacks it: the same lanes (here alone samples too), tiles and
+    # tails; and its pairs of bfloat16, one after the other
+    "thread-64": ({"CAPSROUTE_SANITIZE": "thread", "CAPSROUTE_TEST_BYTES": 64, "CAPSROUTE_TEST_FLAGS": AVX2}, None),
+    "address-32": (
+        {"CAPSROUTE_SANITIZE": "address,undefined", "CAPSROUTE_TEST_BYTES": 32, "CAPSROUTE_TEST_FLAGS": AVX2},
+        None,
+    ),
     "address-64": (
         {
             "CAPSROUTE_SANITIZE": "address,undefined",

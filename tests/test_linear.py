@@ -120,7 +120,7 @@ def test_lazy_capsule_linear_becomes_what_its_input_needs():
 def test_a_lazy_layer_that_was_loaded_knows_its_sizes():
     lazy = LazyCapsuleLinear(4, 5)
     lazy.load_state_dict(CapsuleLinear(7, 3, 4, 5).state_dict())
-    with pytest.raises(ValueError, match=r"weight must be \[I, J, O, D\] with I = 8 and D = 9"):
+    with pytest.raises(ValueError, match=r"u must be \[\*, I, D\] with I = 7 and D = 3, got \[2, 8, 9\]"):
         lazy(torch.randn(2, 8, 9))
     assert (lazy.in_capsules, lazy.in_features) == (7, 3)
 

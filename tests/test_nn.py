@@ -128,6 +128,17 @@ def test_capsnet_takes_any_image(image_shape, grid):
     assert output.reconstruction.shape == (2, *image_shape)
 
 
+def test_lengths_have_derivatives_of_any_order():
+    capsules = torch.cat([torch.zeros(1, 3, 4), torch.randn(1, 3, 4)]).double().requires_grad_()
+    (grad,) = torch.autograd.grad(capsule_lengths(capsules).square().sum(), capsules, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), capsules)
+    torch.testing.assert_close(grad, 2 * capsules)
+    torch.testing.assert_close(second[1], 8 * capsules[1])
+    assert not second[0].any()  # of |v| itself there is none
+    assert torch.equal(capsule_lengths(capsules), capsules.norm(dim=-1))
+    assert capsule_lengths(torch.full((2, 4), torch.nan)).isnan().all()
+
+
 @pytest.mark.parametrize("side", [28, 224, 512])
 def test_capsnet_passes_over_no_part_of_a_large_image(side):
     images = torch.rand(1, 1, side, side, requires_grad=True)

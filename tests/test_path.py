@@ -413,8 +413,15 @@ def test_a_plot_needs_the_measurement(capsys):
     assert "--plot draws what --roofline or --sweep measures" in capsys.readouterr().err
 
 
-def test_without_kernels_there_is_no_path(monkeypatch):
+def test_without_kernels_there_is_no_path(monkeypatch, capsys):
     monkeypatch.setattr("capsroute._ops._loaded", (False, "the C++ kernels were not built"))
+    for instead in (["--explain"], ["--roofline"], ["--sweep", "inputs"]):
+        assert main(["bench", *instead]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.endswith(
+            "error: --explain, --roofline and --sweep look at the CPU kernels: the C++ kernels were not built\n"
+        )
     with pytest.raises(ValueError, match="were not built"):
         planned(2, 3, 4, 5, 6)
     assert not capsroute.backends()["cpu"][0]

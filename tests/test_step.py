@@ -28,7 +28,7 @@ def in_this_process(function, *args):
 
 @pytest.fixture
 def batch(monkeypatch):
-    monkeypatch.delitem(step.BACKENDS, "compiled")  # takes a minute to compile
+    monkeypatch.delitem(step.ROUTED_BY, "compiled")  # takes a minute to compile
     monkeypatch.setattr(measure, "in_fresh_process", in_this_process)
     return torch.rand(5, 1, 10, 10), torch.arange(5) % 3
 
@@ -64,7 +64,7 @@ def test_memory_is_measured_on_as_many_threads_as_time_is(batch, monkeypatch):
 
 def test_training_steps_without_a_compiler(batch, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setitem(step.BACKENDS, "compiled", "reference")
+    monkeypatch.setitem(step.ROUTED_BY, "compiled", "reference")
     rows = step.compare_training_step(network, *batch, seconds=0)
     assert [(row["name"], row["note"]) for row in rows][-1] == ("compiled", "needs no-such-compiler")
     assert "needs no-such-compiler" in step.format_rows(rows)

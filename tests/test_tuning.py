@@ -57,3 +57,11 @@ def test_where_no_tile_fits_none_is_kept(gpu, capsys):
     assert main(["tune", "--case", "efficient"]) == 2
     assert "tune: error: efficient: no tile that is tried fits on this GPU" in capsys.readouterr().err
     assert not tuning.cache_file().exists()
+
+
+@pytest.mark.parametrize("content", ["no json", "[]"])
+def test_a_broken_file_is_named_before_anything_takes_long(gpu, capsys, content):
+    tuning.cache_file().write_text(content)
+    gpu(lambda candidate: pytest.fail("it was measured"))
+    assert main(["tune", "--case", "efficient"]) == 2
+    assert f"{tuning.cache_file()} is not what `capsroute tune` writes, delete it" in capsys.readouterr().err

@@ -55,7 +55,11 @@ def test_vmap_over_nothing(fused, mapped):
     function, tensors = detached(random_problem((3, 5, 2, 3, 4), **EVERYTHING), fused)
     dims = tuple(NAMES.index(name) % 2 if name in mapped else None for name in NAMES)
     empty = [x if dim is None else x.unsqueeze(dim).narrow(dim, 0, 0) for x, dim in zip(tensors, dims, strict=True)]
-    assert torch.vmap(function, dims)(*empty).shape == (0, *function(*tensors).shape)
+    with torch.enable_grad():
+        result = torch.vmap(function, dims)(*(x.requires_grad_() for x in empty))
+        assert result.shape == (0, *function(*tensors).shape)
+        grads = torch.autograd.grad(result.sum(), empty)
+    assert all(x.shape == grad.shape and not grad.any() for x, grad in zip(empty, grads, strict=True))
 
 
 def test_vmap_over_no_samples_in_another_dimension(fused):

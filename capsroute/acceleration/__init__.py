@@ -2,9 +2,9 @@
 
 from . import known
 from .recipes import Recipe, register
-from .swap import Entry, Report, accelerate
+from .swap import Entry, Report, accelerate, restore
 
-__all__ = ["Entry", "Recipe", "Report", "accelerate", "register"]
+__all__ = ["Entry", "Recipe", "Report", "accelerate", "register", "restore"]
 
 for _recipe in known.RECIPES:
     register(_recipe)

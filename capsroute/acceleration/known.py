@@ -94,6 +94,11 @@ def _probe_by(logical_weight: Callable[[nn.Module], Tensor]) -> Callable[[nn.Mod
     return probe
 
 
+def _serves_any(weight: Tensor) -> str | None:
+    """Why a weight [I, J, O, D] is refused, or None."""
+    return "its weight has one input capsule, and may serve any number of them" if weight.shape[0] == 1 else None
+
+
 def _as_original(v: Tensor) -> Tensor:
     """v in the dtype of the originals under autocast, which is that of their logits, torch.zeros."""
     return v.to(torch.promote_types(v.dtype, torch.get_default_dtype())) if _autocast.is_on(v) else v
@@ -114,7 +119,9 @@ def _gram_forward(self: nn.Module, x: Tensor) -> Tensor:
 
 
 def _gram_refuses(self: nn.Module) -> str | None:
-    return None if hasattr(self, "route_weights") else "it has no route_weights (primary capsules are a convolution)"
+    if not hasattr(self, "route_weights"):
+        return "it has no route_weights (primary capsules are a convolution)"
+    return _serves_any(_gram_weight(self))
 
 
 GRAM = Recipe("CapsuleLayer", _gram_forward, _probe_by(_gram_weight), _gram_refuses)
@@ -129,7 +136,10 @@ def _detached(layer: str, weight: str, layout: str, iterations: str) -> Recipe:
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         return _as_original(capsule_linear(x, logical_weight(self), getattr(self, iterations), detach_coupling=True))
 
-    return Recipe(layer, forward, _probe_by(logical_weight))
+    def refuses(self: nn.Module) -> str | None:
+        return _serves_any(logical_weight(self))
+
+    return Recipe(layer, forward, _probe_by(logical_weight), refuses)
 
 
 # XifengGuo/CapsNet-Pytorch and danielhavir/capsule-network

@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import itertools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 
 from .. import _autocast
+from . import attributes
+from .attributes import watched
 from .recipes import Recipe, find
 
 PROBES = 3
@@ -47,8 +51,11 @@ def accelerate(module: nn.Module, *, quiet: bool = False) -> Report:
 
     A layer is swapped only when, with random parameters and inputs, in training and in evaluation, the fused forward
     gives the same outputs, the same gradients of every parameter and input, and leaves the buffers and the random
-    generator in the same state. The layer stays the same object, an instance of its class, with its parameters, hooks,
-    attributes and ``state_dict`` keys; only its forward changes. Subclasses of known layers are left alone.
+    generator in the same state; and when the layer's own forward takes no more arguments, sets no attributes, and calls
+    no modules that the fused one leaves out. The layer stays the same object, an instance of its class, with its
+    parameters, hooks, attributes and ``state_dict`` keys; only its forward changes. An attribute that its own forward
+    reads and the fused one does not must keep its value: a forward after a change raises RuntimeError. Subclasses of
+    known layers are left alone.
 
     Args:
         module: the model; itself a known layer, or with such layers anywhere inside.
@@ -69,20 +76,31 @@ def accelerate(module: nn.Module, *, quiet: bool = False) -> Report:
             entries.append(Entry(name, _swapped_class(original).__name__, True, "already swapped"))
         elif recipe := find(original):
             own = "forward" in vars(layer)
-            reason = "the instance overrides forward" if own else _objection(layer, recipe)
+            reason, fixed = ("the instance overrides forward", {}) if own else _probed(layer, recipe)
             if reason is None:
                 layer.__class__ = _accelerated(original, recipe)
+                layer._accelerated_with = fixed
             shown = f"not swapped: {reason}" if reason else "swapped: the same outputs and gradients on a probe"
             entries.append(Entry(name, original.__name__, reason is None, shown))
         else:
             parent = next((base for base in original.__mro__[1:] if issubclass(base, nn.Module) and find(base)), None)
             if parent:
                 reason = f"not swapped: a subclass of {parent.__name__} may compute something else; register it"
+                if is_parametrized(layer):
+                    reason = "not swapped: it is parametrized; accelerate it before that"
                 entries.append(Entry(name, original.__name__, False, reason))
     report = Report(tuple(entries))
     if not quiet:
         print(report)
     return report
+
+
+def restore(module: nn.Module) -> None:
+    """Give the layers of a model that :func:`capsroute.accelerate` swapped their own forward back, in place."""
+    for layer in module.modules():
+        if isinstance(layer, _Accelerated):
+            layer.__class__ = _swapped_class(type(layer))
+            del layer._accelerated_with
 
 
 class _Accelerated:
@@ -111,18 +129,60 @@ def _restore(original: type[nn.Module]) -> nn.Module:
 
 @functools.cache
 def _accelerated(original: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
+    parameters = list(inspect.signature(original.forward).parameters.values())[1:]
+    names = [x.name for x in parameters if x.kind is x.POSITIONAL_OR_KEYWORD]
+
     @functools.wraps(original.forward)
     def forward(self, *args, **kwargs):
-        if reason := recipe.refuses(self):  # an option was changed since the swap
+        reason = recipe.refuses(self)  # an option was changed since the swap, or what the recipe knows nothing of
+        for name, value in self._accelerated_with.items():
+            if getattr(self, name) != value:
+                reason = f"{name} is {getattr(self, name)!r}, and was {value!r}"
+        if reason:
             raise RuntimeError(f"accelerate swapped this {original.__name__}, but now {reason}")
+        for name in names[len(args) :]:  # which the recipe may call otherwise
+            if name not in kwargs:
+                break
+            args += (kwargs.pop(name),)
         return recipe.forward(self, *args, **kwargs)
 
     body = {"forward": forward, "__doc__": original.__doc__, "__module__": original.__module__}
     return type(f"Accelerated{original.__name__}", (_Accelerated, original), body)
 
 
-def _objection(layer: nn.Module, recipe: Recipe) -> str | None:
-    """Why the recipe refuses the layer, or where the two differ on probes, or None."""
+def _probed(layer: nn.Module, recipe: Recipe) -> tuple[str | None, dict[str, Any]]:
+    """Why the layer is not swapped, or None; and its attributes that must stay, as its own forward alone reads them."""
+    read: set[str] = set()
+    known: set[str] = set()
+    reason = _unready(layer) or _objection(layer, recipe, read, known) or _takes_more(layer, recipe)
+    if reason:
+        return reason, {}
+    unseen, values = attributes.fixed(layer, read - known)
+    return (f"its forward reads {unseen}, which the fused one leaves out" if unseen else None), values
+
+
+def _unready(layer: nn.Module) -> str | None:
+    """Why the layer cannot be probed, or None."""
+    if any(x.is_meta for x in layer.parameters()):
+        return "its parameters are on the meta device; accelerate it when they have values"
+    made = [name for name, x in vars(layer).items() if isinstance(x, Tensor) and not x.is_leaf]
+    if made:
+        return f"{made[0]} is made of other tensors, as torch.nn.utils.prune does; accelerate it before that"
+    return None
+
+
+def _takes_more(layer: nn.Module, recipe: Recipe) -> str | None:
+    own, known = (inspect.signature(forward).parameters for forward in (type(layer).forward, recipe.forward))
+    more = list(own)[len(known) :]
+    takes_any = any(x.kind is x.VAR_POSITIONAL for x in known.values())
+    return f"its forward also takes {', '.join(more)}" if more and not takes_any else None
+
+
+def _objection(layer: nn.Module, recipe: Recipe, read: set[str], known: set[str]) -> str | None:
+    """Why the recipe refuses the layer, or where the two differ on probes, or None.
+
+    The names that the layer's own forward reads of it are added to `read`, those that the recipe reads to `known`.
+    """
     tensors = *layer.parameters(), *layer.buffers()
     devices = sorted({x.device.index for x in tensors if x.is_cuda})
     with (
@@ -143,12 +203,13 @@ def _objection(layer: nn.Module, recipe: Recipe) -> str | None:
                     nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5 if parameter.dim() else 1.0)
                 arguments = recipe.probe(probed)
                 expected, found = (
-                    _run(forward, copy.deepcopy(probed), arguments, seed, devices)  # of its own: buffers may change
-                    for forward in (type(layer).forward, recipe.forward)
+                    _run(forward, watched(copy.deepcopy(probed), names), arguments, seed, devices)  # buffers may change
+                    for forward, names in ((type(layer).forward, read), (recipe.forward, known))
                 )
                 if reason := _difference(found, expected):
                     mode = "training" if training else "evaluation"
                     return reason if training == layer.training else f"in {mode} mode, {reason}"
+                recipe.refuses(watched(probed, known))
         except Exception as error:  # whatever a foreign layer does on its probe, the model must live on
             return f"the probe failed with {type(error).__name__}: {error}"
     return None
@@ -161,9 +222,10 @@ def _seed(seed: int, devices: list[int]) -> None:
 
 
 def _run(forward, layer: nn.Module, arguments: tuple, seed: int, devices: list[int]) -> dict[str, Any]:
-    """The state of the generators and the buffers after one run, outputs, and gradients by name."""
+    """The state of the generators, the attributes and the buffers after one run, outputs, and gradients by name."""
     _seed(seed, devices)
     inputs = [x.detach().requires_grad_() if _is_float(x) else x for x in arguments]
+    before = attributes.state(layer)
     outputs = [x for x in tree_leaves(forward(layer, *inputs)) if isinstance(x, Tensor)]
     states = torch.cat([torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)])
     wanted = {f"argument {k}": x for k, x in enumerate(inputs) if _is_float(x)}
@@ -174,7 +236,7 @@ def _run(forward, layer: nn.Module, arguments: tuple, seed: int, devices: list[i
         # not randn_like, which would give the same numbers to other places of an output with other strides
         cotangents = [torch.randn(x.shape, dtype=x.dtype, device=x.device) for x in differentiable]
         grads = torch.autograd.grad(differentiable, list(wanted.values()), cotangents, allow_unused=True)
-    results = {"generators": states}
+    results = {"generators": states, "attributes": attributes.changed(before, attributes.state(layer))}
     results |= {f"output {k}": x.detach() for k, x in enumerate(outputs)}
     results |= {f"buffer {name}": x.detach() for name, x in layer.named_buffers()}
     return results | {f"gradient of {name}": grad for name, grad in zip(wanted, grads, strict=True)}
@@ -189,6 +251,9 @@ def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
         if want is None or have is None:
             if want is not have:
                 return f"{name}: only {'the fused forward' if want is None else 'the layer'} returns one"
+        elif name == "attributes":
+            if have != want:
+                return f"its forward sets {', '.join(want or have)}"
         elif name == "generators":
             if not torch.equal(have, want):
                 return "it draws different random numbers"

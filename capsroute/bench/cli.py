@@ -248,7 +248,11 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--save, --compare and --memory are for implementations, not for {instead}")
         if args.device == "cuda" and not args.traffic:
             raise ValueError("--explain, --roofline and --sweep are for the CPU kernels, got --device cuda")
-    if args.sweep == "batch" and len(args.batches) > 1:
+    if args.explain or args.roofline or args.sweep:
+        can, why = _ops.cpu_library()
+        if not can:
+            raise ValueError(f"--explain, --roofline and --sweep look at the CPU kernels: {why}")
+    if args.sweep == "batch" and args.batches:
         raise ValueError(
             f"--sweep batch goes through all batches itself, got --batch {' '.join(map(str, args.batches))}"
         )
@@ -360,5 +364,6 @@ def _library() -> bytes:
 
 
 def _processor() -> str:
-    name = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return name[1] if name else "unknown processor"
+    told = Path("/proc/cpuinfo")  # on Linux
+    name = re.search(r"^model name\s*: (.+)$", told.read_text(), re.MULTILINE) if told.exists() else None
+    return name[1] if name else platform.processor() or "unknown processor"

@@ -7,6 +7,7 @@ import ctypes
 import multiprocessing
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -18,7 +19,9 @@ import torch
 from torch import Tensor
 
 MIN_ROUNDS = 3
-KILLED = "its process was killed"  # the note of a result without memory
+PROC = Path("/proc/self/clear_refs")  # where a process can have its peak memory told
+KILLED = "its process was killed"  # the notes of a result without memory
+UNTOLD = "memory is told on Linux alone"
 T = TypeVar("T")
 
 
@@ -97,9 +100,11 @@ def alternate(
 
 
 def available_memory() -> int:
-    """Bytes that can be allocated: on the GPU, or without swapping, as Linux estimates them."""
+    """Bytes that can be allocated: on the GPU, or without swapping, as Linux estimates them. Elsewhere: no end."""
     if on_gpu():
         return torch.cuda.mem_get_info()[0]
+    if not PROC.exists():
+        return sys.maxsize
     return _kibibytes("/proc/meminfo", "MemAvailable")
 
 
@@ -134,7 +139,9 @@ def in_fresh_process(function: Callable[..., T], *args: object) -> T:
 
 
 def with_memory(result: Result, weigh: Callable[..., int], *args: object) -> Result:
-    """The result with its peak memory, weigh(*args) in a fresh process, or a note that this was killed."""
+    """The result with its peak memory, weigh(*args) in a fresh process, or a note why it has none."""
+    if not (on_gpu() or PROC.exists()):
+        return result._replace(note=UNTOLD)
     try:
         return result._replace(peak_bytes=in_fresh_process(weigh, *args))
     except BrokenProcessPool:

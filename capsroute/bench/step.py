@@ -13,7 +13,7 @@ from .compare import TOLERANCE, check_equal
 from .measure import Result, alternate, peak_growth, with_memory
 from .registry import compiled, no_compiler
 
-BACKENDS = {"fused": "auto", "reference": "reference", "compiled": "reference"}
+ROUTED_BY = {"fused": "auto", "reference": "reference", "compiled": "reference"}
 MIXED = 4  # times what rounding explains of one operator: in mixed precision every layer rounds its results
 
 SCALE = 1024.0  # of the loss in float16, whose small gradients would be lost; AdamW does not mind
@@ -25,7 +25,7 @@ class _Step:
     """A network with its optimizer; a call trains it one step."""
 
     def __init__(self, name: str, model_factory: ModelFactory, images: Tensor, labels: Tensor):
-        self.model = model_factory(BACKENDS[name])
+        self.model = model_factory(ROUTED_BY[name])
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters)
         self.scale = 1.0
@@ -68,7 +68,7 @@ def compare_training_step(
         DisagreementError: if a loss or gradient differs from the reference's.
     """
     reason = no_compiler()
-    names = [name for name in BACKENDS if not (reason and name == "compiled")]
+    names = [name for name in ROUTED_BY if not (reason and name == "compiled")]
     with torch.random.fork_rng(devices=[]):  # leave the caller's random state as it is
         steps = {name: _Step(name, model_factory, images, labels) for name in names}
     for step in steps.values():
@@ -88,7 +88,7 @@ def compare_training_step(
         threads = torch.get_num_threads()
         result = with_memory(Result(name, *timing), _step_memory, name, model_factory, *batch, threads)
         rows.append(result._asdict())
-    return rows + [Result(name, note=reason)._asdict() for name in BACKENDS if name not in names]
+    return rows + [Result(name, note=reason)._asdict() for name in ROUTED_BY if name not in names]
 
 
 def format_rows(rows: list[dict]) -> str:

@@ -36,13 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Tune each case, and print the results."""
-    from .._triton import load
+    from .._triton import load, tuning
 
     if not torch.cuda.is_available():
         raise ValueError("there is nothing to tune: torch sees no GPU here")
     can, why = load()
     if not can:
         raise ValueError(why)
+    tuning.measured()  # a file that is none of ours says so before anything takes long
     results = []
     with torch.device("cuda"):
         for name in args.cases:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _backends
 from .._checks import check_sizes
 from ..functional import capsule_linear, squash
 from .decoder import capsule_lengths, one_hot
@@ -66,6 +67,7 @@ class CapsuleLayer(nn.Module):
             out_channels=out_channels,
             num_iterations=num_iterations,
         )
+        _backends.check_name(backend)
         self.num_route_nodes, self.num_iterations, self.num_capsules = num_route_nodes, num_iterations, num_capsules
         self.backend = backend
         factory = {"device": device, "dtype": dtype}

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .. import _autocast, _checks
+from .. import _autocast, _backends, _checks
 from ._windows import Windows, route_windows
 from .linear import even_pass_gain, first_pass_gain
 
@@ -40,6 +40,7 @@ class CapsuleConv(nn.Module):
     ):
         super().__init__()
         _checks.check_options(iterations, coupling, leaky, detach_coupling, eps)
+        _backends.check_name(backend)
         _checks.check_flag("bias", bias)
         _checks.check_sizes(
             in_types=in_types,

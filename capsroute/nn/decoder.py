@@ -78,9 +78,11 @@ class Decoder(nn.Module):
 def capsule_lengths(capsules: Tensor) -> Tensor:
     """|v| ``[*, J]`` of ``[*, J, O]``: how sure a capsule is that what it stands for is there.
 
-    In float32 for low precision; its gradient is 0 at v = 0.
+    In float32 for low precision; its derivatives, of any order, are 0 at v = 0.
     """
-    return torch.linalg.vector_norm(capsules, dim=-1, dtype=accumulation_dtype(capsules.dtype))
+    none = (capsules == 0).all(-1)  # there torch's second derivative of a norm is NaN
+    some = capsules.masked_fill(none.unsqueeze(-1), 1)
+    return torch.linalg.vector_norm(some, dim=-1, dtype=accumulation_dtype(capsules.dtype)).masked_fill(none, 0)
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:

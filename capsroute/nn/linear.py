@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from .. import _checks
+from .. import _backends, _checks
 from ..functional import capsule_linear
 from .layout import from_layout
 
@@ -131,6 +131,7 @@ class CapsuleLinear(WeightOwner):
     ):
         super().__init__()
         _checks.check_options(iterations, coupling, leaky, detach_coupling, eps)
+        _backends.check_name(backend)
         check_shared(shared)
         _checks.check_flag("bias", bias)
         if in_capsules is not None or shared is None:
@@ -173,11 +174,16 @@ class CapsuleLinear(WeightOwner):
             TypeError, ValueError: if an argument has the wrong type, dtype, shape or value; the message names it.
             RuntimeError: if a named backend cannot serve the call; the message says why.
         """
+        _checks.check_input(u)
+        weight = self.logical_weight()
+        if u.size(-1) != weight.size(-1) or (self.shared is None and u.size(-2) != weight.size(0)):
+            known = f"I = {weight.size(0)} and D" if self.shared is None else "D"
+            raise ValueError(f"u must be [*, I, D] with {known} = {weight.size(-1)}, got {list(u.shape)}")
         if self.shared == "pairs" and logits is not None:
             logits = for_outputs(logits, self.out_capsules)
         return capsule_linear(
             u,
-            self.logical_weight(),
+            weight,
             self.iterations,
             bias=self.bias,
             logits=logits,

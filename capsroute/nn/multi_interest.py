@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _autocast, _checks
+from .. import _autocast, _backends, _checks
 from ..functional import capsule_linear, routing_pass, squash
 from ..reference import accumulation_dtype
 from .linear import WeightOwner, check_shared, first_pass_gain, for_outputs
@@ -83,6 +83,7 @@ class MultiInterest(WeightOwner):
     ):
         super().__init__()
         _checks.check_options(iterations, coupling, False, detach_coupling, eps)
+        _backends.check_name(backend)
         _checks.check_sizes(length=length, in_features=in_features, interests=interests, out_features=out_features)
         _checks.check_flag("adaptive", adaptive)
         prior_std = _checks.check_positive("prior_std", prior_std)

@@ -57,7 +57,8 @@ def write_report(
             says nothing.
     """
     disagreement = None
-    optional("matplotlib")  # before anything takes long
+    for library in ("matplotlib", "jinja2"):  # before anything takes long
+        optional(library)
     with alone_in(run_dir):
         loaded, dataset = load_run(args, run_dir, backend)
         options = loaded.options

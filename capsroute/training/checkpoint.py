@@ -153,6 +153,8 @@ def _write(path: str | Path, kind: str, tensors: dict[str, Tensor], content: dic
 
 def _read(path: str | Path, kind: str, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict]:
     safetensors = optional("safetensors")
+    if Path(path).is_dir():  # of which safetensors says less
+        raise IsADirectoryError(f"{path} is a directory, not the file of a checkpoint")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -227,7 +227,7 @@ def load_run(args: argparse.Namespace, run_dir: Path, backend: str) -> tuple[che
         raise ValueError(
             f"{path} is for images {expected[0]} of {expected[1]} classes, {dataset.name} has {found[0]} of {found[1]}"
         )
-    known = loaded.info.get("checksum")  # an older file holds none
+    known = loaded.info.get("checksum")  # none in a file that checkpoint.save wrote by itself
     if not args.data_dir and known not in (None, dataset.checksum()):
         raise ValueError(f"{dataset.name}: these are not the images that {path} was trained on: give --data-dir")
     return loaded, dataset

@@ -63,7 +63,7 @@ struct BackwardPlan {
   }
 
   // Whether pass k compares rows with a query q^(k-1). That is zero for k = 1, unless it was given.
-  bool queried(int64_t k) const { return k > first_queried() - 1; }
+  bool queried(int64_t k) const { return k >= first_queried(); }
   int64_t first_queried() const { return given ? 1 : 2; }
   // Indices among the terms of dh: e^1 .. e^R, then q^(first_queried() - 1) .. q^(R-1).
   int64_t e(int64_t k) const { return k - 1; }

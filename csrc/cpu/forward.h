@@ -54,8 +54,14 @@ class ForwardStream {
         steps_(layout.p.R + (layout.p.over_inputs && out.coupling)),
         state_(layout.sums() + (layout.p.over_inputs ? 2 * pad<A>(layout.p.J) : 0)),
         stream_(layout,
-                {layout.p.B, steps_, state_, layout.sums(), steps_ == layout.p.R, static_cast<A*>(out.votes), out.room,
-                 false},
+                {.batch = layout.p.B,
+                 .passes = steps_,
+                 .sums = state_,
+                 .joined = layout.sums(),
+                 .by_samples = steps_ == layout.p.R,
+                 .votes = static_cast<A*>(out.votes),
+                 .room = out.room,
+                 .has_votes = false},
                 carver, parallel) {
     const Schedule& schedule = stream_.schedule;
     total_ = carver.take<A>(schedule.slots * schedule.tile * state_);
@@ -87,7 +93,7 @@ class ForwardStream {
     A *sum = partial_ + partial * stream_.schedule.tile * state_, *c = scratch.coupling;
     A* logits = out_.logits && step == p_.R - 1 ? scratch.logits : nullptr;
     if (step < p_.R) clear(sum, tile.count);
-    if (stream_.way.by_samples) return group_of_samples(tile, step, group, queries, logits, sum, scratch);
+    if (stream_.way.by_samples()) return group_of_samples(tile, step, group, queries, logits, sum, scratch);
     const bool alike = step == 0 && is_uniform();
     if (alike && stream_.way.product_first) return stream_.add_votes(tile, group, share(), scratch, sum);
     stream_.for_blocks(tile, group, step == 0, scratch, [&](int64_t n, int64_t i0, const Block<A>& block) {
@@ -105,8 +111,7 @@ class ForwardStream {
           add_block(block, c, J, F, sum + n * state_);
         });
       }
-      const int64_t inputs = minimum(W<A>, p_.I - i0);
-      write_pairs(tile.first + n, 1, i0, inputs, step, c, logits);
+      write_pairs(tile.first + n, 1, i0, block.count, step, c, logits);
     });
   }
 
@@ -155,7 +160,6 @@ class ForwardStream {
       scratch.sums.clear();
       for (int64_t j = 0; p_.over_inputs && j < J; ++j)
         store(online_lanes(scratch).highest + j * W<A>, all(kForbidden<A>));
-      const A* q = queries ? scratch.q : nullptr;
       auto visit = [&](int64_t i, int64_t l, const auto& block, const A* q, const A*) {
         A* own = c + l * lanes;
         with_features<A>(layout_.F, [&](auto F) {
@@ -174,7 +178,7 @@ class ForwardStream {
       if (sums_alone)
         stream_.add_sample_votes(tile, m, group, share(), scratch);
       else
-        stream_.for_inputs(tile, m, group, q, nullptr, scratch, visit, add);
+        stream_.for_inputs(tile, m, group, queries ? scratch.q : nullptr, nullptr, scratch, visit, add);
       from_lanes(scratch.sums.total, state_, sum + m * state_, state_, count);
     }
   }

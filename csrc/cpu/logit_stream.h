@@ -18,9 +18,16 @@ class LogitStream {
         bias_(layout_.p.over_inputs ? widen_bias(layout_, carver) : nullptr),
         sums_((layout_.shared ? 2 : 1) * layout_.sums() + (plan.logit_sums ? pad<A>(plan.p.J) : 0)),
         stream_(layout_,
-                {plan.chunk, plan.p.R - plan.last_pass + 1, sums_, sums_, !(plan.logits_by_row || plan.p.over_inputs),
-                 const_cast<A*>(static_cast<const A*>(plan.out.votes)), plan.out.room, plan.out.room > 0,
-                 divide_up(plan.p.B, maximum(1, plan.chunk)), plan.keep_pairs ? 1 : 2},
+                {.batch = plan.chunk,
+                 .passes = plan.p.R - plan.last_pass + 1,
+                 .sums = sums_,
+                 .joined = sums_,
+                 .by_samples = !(plan.logits_by_row || plan.p.over_inputs),
+                 .votes = const_cast<A*>(static_cast<const A*>(plan.out.votes)),
+                 .room = plan.out.room,
+                 .has_votes = plan.out.room > 0,
+                 .times = divide_up(plan.p.B, maximum(1, plan.chunk)),
+                 .reads = plan.keep_pairs ? 1 : 2},
                 carver, parallel) {
     const Schedule& schedule = stream_.schedule;
     dV_ = carver.take<A>(schedule.slots * schedule.tile * layout_.outputs());
@@ -63,7 +70,7 @@ class LogitStream {
     const int64_t k = p_.R - step;
     const typename Stream<X>::Scratch scratch = stream_.scratch(part);
     A* sums = partial_ + partial * stream_.schedule.tile * sums_;
-    if (stream_.way.by_samples) return group_of_samples(tile, step, group, sums, scratch);
+    if (stream_.way.by_samples()) return group_of_samples(tile, step, group, sums, scratch);
     set_zero(sums, tile.count * sums_);
     stream_.for_blocks(tile, group, step == 0, scratch, [&](int64_t n, int64_t i0, const Block<A>& block) {
       A* pairs = plan_.keep_pairs ? kept_.pair(tile.first + n, i0) : nullptr;

@@ -208,4 +208,17 @@ CAPSROUTE_INLINE void combine_panel(A* y, int64_t y_stride, const Coefficient<A>
     for (int c = 0; c < C; ++c) store(y + n * y_stride + c * W<A>, sum[n][c]);
 }
 
+// total = partial, or total += partial
+template <class A>
+CAPSROUTE_INLINE void fold_sum(A* total, const A* partial, int64_t count, bool first) {
+  for (int64_t k = 0; k < count; k += W<A>)
+    store(total + k, first ? load(partial + k) : load(total + k) + load(partial + k));
+}
+
+// total += scale * partial
+template <class A>
+CAPSROUTE_INLINE void add_scaled(A* total, const A* partial, A scale, int64_t count) {
+  for (int64_t k = 0; k < count; k += W<A>) store(total + k, load(total + k) + load(partial + k) * scale);
+}
+
 }  // namespace capsroute::CAPSROUTE_ISA

@@ -98,7 +98,8 @@ struct Parallel {
 };
 
 // The way in which a call is computed: it follows from sizes, options, dtype and instruction set. The number of
-// threads decides `by_group`, `scratch` and how long a long tile is, and the bits depend on none of them.
+// threads decides how long a long tile is, and with it `tiles`, `by_group`, `copied`, `as_read` and `scratch`: the bits
+// depend on none of them.
 struct Plan {
   int64_t scratch;        // bytes
   int64_t vector_bytes;   // those of Kernels, or half as many where rows fill such vectors and not whole ones

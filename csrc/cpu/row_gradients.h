@@ -14,16 +14,6 @@ inline constexpr int64_t kSubLanes = W<A> < 4 ? W<A> : 4;
 // Else only as many capsules are taken as share such a load, and twice the samples to read W and dW less often.
 constexpr int64_t kOwnedWeights = int64_t(256) << 10, kLongSubBatch = 2 * kSubBatch;
 
-template <class A>
-CAPSROUTE_INLINE void write_as(void* to, DType dtype, int64_t at, A value) {
-  switch (dtype) {
-    case DType::float32: static_cast<float*>(to)[at] = float(value); break;
-    case DType::float64: static_cast<double*>(to)[at] = double(value); break;
-    case DType::bfloat16: static_cast<BFloat16*>(to)[at] = from_acc<BFloat16>(float(value)); break;
-    case DType::float16: static_cast<Half*>(to)[at] = from_acc<Half>(float(value)); break;
-  }
-}
-
 template <class X>
 class RowGradients {
  public:
@@ -230,7 +220,7 @@ class RowGradients {
                      const Scratch& scratch) const {
     const int64_t sums = layout_.sums(), size = kept_.block_pairs();
     Coefficient<A>* coefficient = scratch.coefficient;
-    const bool by_samples = plan_.keep_pairs && logits_.stream().way.by_samples;
+    const bool by_samples = plan_.keep_pairs && logits_.stream().way.by_samples();
     const int64_t next = by_samples ? size : 1;
     for (int64_t l = 0; l < lanes.count; l += kSubLanes<A>) {
       for (int64_t n = 0; n < samples; ++n) {

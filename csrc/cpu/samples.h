@@ -9,8 +9,8 @@
 
 namespace capsroute::CAPSROUTE_ISA {
 
-// Sums that are made together, in 32 or 16 registers, beside their factors.
-constexpr int kSums = CAPSROUTE_VECTOR_BYTES == 64 ? 16 : 8;
+// Sums that are made together, in 32 registers, beside their factors.
+constexpr int kSums = 16;
 
 // y[k][n] = x_n[k]: `count` numbers of `samples` <= W samples, `stride` apart, to lanes; the other lanes are 0.
 template <class A>
@@ -174,9 +174,7 @@ struct SampleSums {
   }
   void clear() const { __builtin_memset(total, 0, count * W<A> * sizeof(A)); }
   // What a block gave is added to the total, for the first of the numbers.
-  void join(A scale, int64_t first) const {
-    for (int64_t k = 0; k < first * W<A>; k += W<A>) store(total + k, load(total + k) + load(block + k) * scale);
-  }
+  void join(A scale, int64_t first) const { add_scaled(total, block, scale, first * W<A>); }
 };
 
 }  // namespace capsroute::CAPSROUTE_ISA

@@ -12,9 +12,11 @@ CAPSROUTE_INLINE float to_acc(float x) { return x; }
 CAPSROUTE_INLINE double to_acc(double x) { return x; }
 CAPSROUTE_INLINE float to_acc(BFloat16 x) { return bits_as<float>(uint32_t(x.bits) << 16); }
 CAPSROUTE_INLINE float to_acc(Half x) {
-  // Exponent and mantissa moved into a float's place, rescaled by 2^(127-15); denormals come right.
+  // Exponent and mantissa moved into a float's place, and its bias made a float's. A denormal gets a leading 1, which
+  // is taken away again: no float is denormal, which torch.set_flush_denormal has the processor read as 0.
   const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
-  float value = bits_as<float>(magnitude) * 0x1p112f;
+  float value = bits_as<float>(magnitude + 0x38000000);
+  if (magnitude < 0x00800000) value = bits_as<float>(magnitude + 0x38800000) - 0x1p-14f;
   if (magnitude >= 0x0f800000) value = bits_as<float>(magnitude | 0x7f800000);  // inf and NaN
   return bits_as<float>(bits_as<uint32_t>(value) | uint32_t(x.bits & 0x8000) << 16);
 }
@@ -256,6 +258,17 @@ template <class X>
   requires(!std::is_same_v<X, double>)
 CAPSROUTE_INLINE void narrow(X* out, const double* in, int64_t n) {
   for (int64_t k = 0; k < n; ++k) out[k] = from_acc<X>(float(in[k]));
+}
+
+// One value, as a dtype that is known when it runs.
+template <class A>
+CAPSROUTE_INLINE void write_as(void* to, DType dtype, int64_t at, A value) {
+  switch (dtype) {
+    case DType::float32: static_cast<float*>(to)[at] = float(value); break;
+    case DType::float64: static_cast<double*>(to)[at] = double(value); break;
+    case DType::bfloat16: static_cast<BFloat16*>(to)[at] = from_acc<BFloat16>(float(value)); break;
+    case DType::float16: static_cast<Half*>(to)[at] = from_acc<Half>(float(value)); break;
+  }
 }
 
 }  // namespace capsroute::CAPSROUTE_ISA

@@ -31,7 +31,7 @@ class Stream {
     plan.kept_inputs = way.kept_inputs, plan.tile = schedule.tile, plan.tiles = schedule.tiles,
     plan.groups = schedule.groups;
     plan.by_group = schedule.by_group, plan.chunk = schedule.batch;
-    plan.by_samples = way.by_samples, plan.product_first = way.product_first, plan.handed = way.handed;
+    plan.by_samples = way.by_samples(), plan.product_first = way.product_first, plan.handed = way.handed;
     plan.copied = weights.copied, plan.as_read = weights.as_read;
     return plan;
   }
@@ -55,7 +55,7 @@ class Stream {
         rows(layout, weights),
         votes_first(makes_votes_first(use, parallel)),
         use_(use) {
-    if (way.by_samples && way.keep && schedule.tiles > schedule.parts) weights.make_whole(carver, parallel);
+    if (way.by_samples() && way.keep && schedule.tiles > schedule.parts) weights.make_whole(carver, parallel);
     if (way.keep) kept_ = way.handed ? use.votes : carver.take<A>(schedule.slots * kept_size());
     const int64_t parts = votes_first ? minimum(parallel.threads, schedule.tiles * p.I) : schedule.parts;
     scratch_ = take_shares(carver, parts, [this](Carver& own) { carve_scratch(own); });
@@ -83,7 +83,7 @@ class Stream {
     s.rows = Rows<X>::Scratch::carve(layout, weights, divide_up(schedule.tile, kSamples) + (use_.reads > 1), carver);
     s.coupling = carver.take<A>(way.run * layout.lanes());
     s.logits = carver.take<A>(way.run * layout.lanes());
-    if (!way.by_samples) return s;
+    if (!way.by_samples()) return s;
     s.samples = Rows<X>::SampleScratch::carve(layout, weights, way.keep ? 0 : way.run, carver);
     s.q = carver.take<A>(layout.sums() * W<A>);
     s.e = carver.take<A>(layout.sums() * W<A>);
@@ -122,7 +122,7 @@ class Stream {
         rows.make_votes(tile.sample + m, samples, i0, count, m > 0, kept_block(tile, i0), scratch.rows, total);
       else
         rows.sum_votes(tile.sample + m, samples, i0, m > 0, total, scratch.rows);
-      for (int64_t k = 0; k < samples * layout.sums(); k += W<A>) store(to + k, load(to + k) + load(total + k) * share);
+      add_scaled(to, total, share, samples * layout.sums());
     });
   }
 
@@ -202,7 +202,7 @@ class Stream {
 
  private:
   bool makes_votes_first(const Use<A>& use, const Parallel& parallel) const {
-    const bool in_first_step = way.kept_inputs == p.I && !way.by_samples && !way.product_first;
+    const bool in_first_step = way.keep && way.kept_inputs == p.I && !way.by_samples() && !way.product_first;
     const bool has_votes = way.handed && use.has_votes;
     return p.form == Weight::pair && in_first_step && !has_votes && schedule.tiles * layout.groups < parallel.threads;
   }
@@ -212,7 +212,7 @@ class Stream {
   int64_t reads_weights(const Use<A>& use) const {
     const int64_t kept = way.handed && use.has_votes ? 0 : way.kept_inputs;
     const int64_t passes = kept + (p.I - way.kept_inputs) * use.passes;
-    return use.times * ((way.by_samples ? divide_up(use.batch, W<A>) : schedule.tiles) * passes + p.I * use.reads);
+    return use.times * ((way.by_samples() ? divide_up(use.batch, W<A>) : schedule.tiles) * passes + p.I * use.reads);
   }
 
   // The votes of a group, to be kept, where a lane is a sample: of twice W samples at a time.
@@ -267,8 +267,8 @@ class Stream {
   }
 
   int64_t kept_size() const {
-    return way.by_samples ? schedule.tile * p.I * layout.sums()
-                          : divide_up(way.kept_inputs, W<A>) * way.together * layout.block_size();
+    return way.by_samples() ? schedule.tile * p.I * layout.sums()
+                            : divide_up(way.kept_inputs, W<A>) * way.together * layout.block_size();
   }
 
   // to_nj = matrix_j from_nj; a matrix is read once for kSamples n, or, if it is one for all j, n and j.
@@ -296,12 +296,5 @@ class Stream {
   A* kept_ = nullptr;  // [slots][blocks][together][W, row], or by samples [slots][tile / W][I][J, F][W]
   Shares scratch_;
 };
-
-// total = partial, or total += partial
-template <class A>
-CAPSROUTE_INLINE void fold_sum(A* total, const A* partial, int64_t count, bool first) {
-  for (int64_t k = 0; k < count; k += W<A>)
-    store(total + k, first ? load(partial + k) : load(total + k) + load(partial + k));
-}
 
 }  // namespace capsroute::CAPSROUTE_ISA

@@ -31,11 +31,7 @@ struct TermOf<BFloat16> {
   using type = Pair;
 };
 
-CAPSROUTE_INLINE Vec32 load(const Pair* p) {
-  Vec32 x;
-  __builtin_memcpy(&x, p, sizeof(x));
-  return x;
-}
+CAPSROUTE_INLINE Vec32 load(const Pair* p) { return bits_at<Vec32>(p); }
 
 CAPSROUTE_INLINE void store(Pair* p, Vec32 x) { __builtin_memcpy(p, &x, sizeof(x)); }
 
@@ -86,9 +82,8 @@ CAPSROUTE_INLINE void load_terms(const BFloat16* w, int64_t w_stride, bool last,
   int c = 0;
 #pragma GCC unroll 8
   for (; c + 2 <= C; c += 2) {
-    Numbers first, second{};
-    __builtin_memcpy(&first, w + c * 16, 64);
-    if (!last) __builtin_memcpy(&second, w + c * 16 + w_stride, 64);
+    const auto first = bits_at<Numbers>(w + c * 16),
+               second = last ? Numbers{} : bits_at<Numbers>(w + c * 16 + w_stride);
     terms[c] = bits_as<Vec32>(__builtin_shuffle(first, second, low));
     terms[c + 1] = bits_as<Vec32>(__builtin_shuffle(first, second, low + 16));
   }

@@ -54,19 +54,21 @@ struct Way {
     const bool again = pair && (passes > 1 || handed);
     const bool near = kWide && layout.sums() * W<A> * int64_t(sizeof(A)) <= kNearVotes;
     const Keep rule = again ? rule_of(layout, near) : Keep::none;
-    by_samples = pair && near && may && batch >= W<A> && rule != Keep::tile;
+    by_samples_ = pair && near && may && batch >= W<A> && rule != Keep::tile;
     product_first = pair && rule == Keep::none;
-    together = by_samples ? W<A> : minimum(kSamples, maximum(1, batch));
+    together = by_samples() ? W<A> : minimum(kSamples, maximum(1, batch));
     const int64_t block = together * layout.block_size() * int64_t(sizeof(A)), votes = layout.blocks * block;
     int64_t most = rule == Keep::none ? 0 : rule == Keep::tile && near ? kKeptOfTile : votes;
     if (again && few) most = handed ? room : kKeptOfFew;
     kept_inputs = votes <= most ? layout.p.I : most / block * W<A> / kGroup * kGroup;
     keep = kept_inputs > 0;
-    run = !by_samples ? 1 : keep || layout.p.over_inputs ? W<A> : 4;
+    run = !by_samples() ? 1 : keep || layout.p.over_inputs ? W<A> : 4;
     tile = tile_size(layout, batch, threads);
   }
 
-  bool by_samples;      // a lane is a sample, not a feature or an input capsule
+  // A lane is a sample, not a feature or an input capsule. For other vectors the compiler leaves it all out.
+  bool by_samples() const { return kWide && by_samples_; }
+
   bool product_first;   // a first pass that couples all alike sums u with W, in one product, and not the votes: where
                         // none are kept. That does not depend on the batch, for its sums have bits of their own
   int64_t together;     // samples whose votes are made together
@@ -77,6 +79,8 @@ struct Way {
   int64_t tile;         // samples that read the weight together
 
  private:
+  bool by_samples_;
+
   enum class Keep { none, lanes, tile };  // votes of as many samples as a lane could be, or of a tile of kSamples
 
   // Whose votes are kept, of a batch that is not few: by sizes alone, as the bits of a first pass depend on it.
@@ -93,7 +97,7 @@ struct Way {
   // weight of a group is taken to be as long as kSamples samples are; where threads share out the groups of a tile,
   // rather than tiles, each step waits for the last of them, and its sums are added up: taken to be an eighth more.
   int64_t tile_size(const Layout<X>& layout, int64_t batch, int64_t threads) const {
-    const int64_t some = by_samples ? W<A> : kSamples, samples = maximum(1, batch);
+    const int64_t some = by_samples() ? W<A> : kSamples, samples = maximum(1, batch);
     const int64_t longest = longest_tile(layout, some), fewest = divide_up(samples, longest);
     int64_t best = 0, least = 0;
     for (int64_t tiles = fewest; tiles < fewest + 2 * threads; ++tiles) {
@@ -111,7 +115,7 @@ struct Way {
   // Where votes are kept in the cache, as many samples as they are made of together; else as many as keep V and sums
   // there, so that the weight comes from memory as seldom as can be.
   int64_t longest_tile(const Layout<X>& layout, int64_t some) const {
-    if (layout.p.form != Weight::pair || keep) return by_samples ? 2 * some : some;
+    if (layout.p.form != Weight::pair || keep) return by_samples() ? 2 * some : some;
     const int64_t most = kTileStates / (2 * layout.outputs() * int64_t(sizeof(A)));
     return minimum(kLongTile, maximum(kShortTile, most / some * some));
   }

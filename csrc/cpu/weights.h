@@ -134,7 +134,7 @@ class Weights {
   Matrix<X> as_it_lies(int64_t i) const {
     const Problem& p = layout_.p;
     const int64_t* stride = p.weight.stride;
-    const int64_t each = maximum(1, p.D * p.O * int64_t(sizeof(X))), all = maximum(1, p.J) * each;  // bytes
+    const int64_t each = p.D * p.O * int64_t(sizeof(X)), all = p.J * each;  // bytes
     const bool turned = !lies_in_rows(), one = turned && features_follow();
     // Of a later W_i, or, if that is far, of a later j.
     const int64_t ahead = all <= 4 * kAheadInOrder ? maximum(1, kAheadInOrder / all) * stride[0]

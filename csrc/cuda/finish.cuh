@@ -16,7 +16,7 @@ int64_t finish_shared_bytes(const Layout& layout) {
   return (2 * maximum(layout.row_padded, layout.out_padded) + 3) * kLanes * int64_t(sizeof(Acc<X>));
 }
 
-// One tile and one output capsule of a shared weight: W_j [O, D] from columns to columns.
+// One tile and one output capsule; of a shared weight also W_j [O, D], from columns to columns.
 template <class X>
 class Capsule {
  public:

@@ -7,6 +7,8 @@
 
 namespace capsroute::cuda {
 
+static_assert(most_features(DType::CAPSROUTE_DTYPE) == kMaxSlices * kFeatures<Acc<CAPSROUTE_STORAGE>>);
+
 const Kernels CAPSROUTE_JOIN(kernels_, CAPSROUTE_DTYPE) = {forward<CAPSROUTE_STORAGE>, backward<CAPSROUTE_STORAGE>};
 
 }  // namespace capsroute::cuda

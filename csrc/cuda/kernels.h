@@ -26,7 +26,7 @@ inline const Kernels& kernels_of(DType dtype) {
 // Of B, I, D and J, at most: counters of single dimensions are 32 bits wide, offsets 64.
 constexpr int64_t kMostIndices = int64_t(1) << 30;
 
-// Features of a row (O, or D of a shared weight) and of an output capsule, at most: 8 slices of 64 bytes.
-inline int64_t most_features(DType dtype) { return dtype == DType::float64 ? 64 : 128; }
+// Features of a row (O, or D of a shared weight) and of an output capsule, at most. capsroute/_backends.py says so too.
+constexpr int64_t most_features(DType dtype) { return dtype == DType::float64 ? 64 : 128; }
 
 }  // namespace capsroute::cuda

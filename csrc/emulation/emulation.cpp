@@ -3,7 +3,6 @@
 #include "emulation.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>

@@ -60,6 +60,7 @@ class Dataset(NamedTuple):
 
     def checksum(self) -> int:
         """A checksum of every image and label, so that a training is not resumed on other data."""
+        optional("numpy")
         value = 0
         for split in filter(None, (self.train, self.test, self.validation)):
             for x in (split.images, split.labels):

@@ -1,0 +1,54 @@
+"""What a forward reads and sets of its layer, beside parameters, buffers and modules."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def watched(layer: nn.Module, names: set[str]) -> nn.Module:
+    """The layer, which from now on adds the names of what is read of it."""
+
+    def read(self, name):
+        names.add(name)
+        return super(made, self).__getattribute__(name)
+
+    made = type(type(layer).__name__, (type(layer),), {"__getattribute__": read})
+    layer.__class__ = made
+    return layer
+
+
+def state(layer: nn.Module) -> dict[str, tuple[Any, int]]:
+    """Its own attributes, and how often those that are tensors were written to."""
+    return {
+        name: (x, x._version if isinstance(x, Tensor) and not x.is_inference() else 0)
+        for name, x in vars(layer).items()
+        if name not in vars(nn.Module())
+    }
+
+
+def changed(before: dict[str, tuple[Any, int]], after: dict[str, tuple[Any, int]]) -> list[str]:
+    """The names of what was made, set, written to or deleted."""
+
+    def stays(name):
+        return name in before and name in after and all(x is y for x, y in zip(before[name], after[name], strict=True))
+
+    return sorted(name for name in before.keys() | after.keys() if not stays(name))
+
+
+def fixed(layer: nn.Module, names: set[str]) -> tuple[str | None, dict[str, Any]]:
+    """Of attributes that must stay as they are, the values; or the name of one of which a change would not be seen."""
+    values = {name: x for name, (x, _) in state(layer).items() if name in names}
+    unseen = [name for name, _ in layer.named_children() if name in names]
+    unseen += [name for name, x in values.items() if isinstance(x, Tensor) or not _compares(x)]
+    return next(iter(unseen), None), values
+
+
+def _compares(x: object) -> bool:
+    """Whether == says that a copy, which a copied layer has, is the same."""
+    try:
+        return (x == copy.deepcopy(x)) is True
+    except Exception:  # of a foreign class
+        return False
