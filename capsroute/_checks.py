@@ -160,7 +160,8 @@ def check_parameter(name: str, value: Tensor, letters: str, u: Tensor) -> None:
     """bias and logits: the dtype of the input capsules, or float32."""
     check_tensor(name, value, letters)
     if value.dtype not in (u.dtype, torch.float32):
-        raise TypeError(f"{name} must be float32 or {u.dtype}, the dtype of the input capsules, got {value.dtype}")
+        others = "float32" if u.dtype == torch.float32 else f"float32 or {u.dtype}"
+        raise TypeError(f"{name} must be {others}, the dtype of the input capsules, got {value.dtype}")
     check_device(name, value, u)
 
 

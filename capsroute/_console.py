@@ -57,6 +57,13 @@ def number(kind: type, least: float = 0, *, above: bool = False, most: float = 2
     return parse
 
 
+def given_path(text: str) -> Path:
+    """An argparse type: a path; nothing, as of a variable that was not set, is not the current directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(text)
+
+
 def add_backend(parser: argparse.ArgumentParser, default: str | None = "auto") -> None:
     """Add --backend; pass its value through :func:`checked_backend`."""
     parser.add_argument("--backend", choices=("auto", *backends()), default=default, help="default: auto")

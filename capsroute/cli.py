@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ._backends import backends
-from ._console import add_backend, complain, emit, number, rank, say
+from ._console import add_backend, complain, emit, given_path, number, rank, say
 from ._optional import optional
 from ._version import __version__
 
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command("info", _info, "Print versions, threads, and which backends can run here.")
     demo = command("demo", _demo, "Train on scikit-learn's digits, compare with plain PyTorch, write the report.")
-    demo.add_argument("--out", type=Path, default=Path("demo"), metavar="RUN_DIR", help="default: %(default)s")
+    demo.add_argument("--out", type=given_path, default=Path("demo"), metavar="RUN_DIR", help="default: %(default)s")
     demo.set_defaults(data_dir=None, image_size=None)
     training.add_training(demo)
     add_backend(demo)

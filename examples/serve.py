@@ -4,6 +4,7 @@ AOTInductor makes a package of the model: its weights and compiled code, which c
 serve.cpp loads both. It is compiled here with the headers and libraries of the installed torch.
 """
 
+import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -33,7 +34,8 @@ with tempfile.TemporaryDirectory() as directory:
     libraries = [word for path in cpp_extension.library_paths() for word in (f"-L{path}", f"-Wl,-rpath,{path}")]
     names = ["-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
     subprocess.run(["g++", "-std=c++20", *includes, SOURCE, "-o", program, *libraries, *names], check=True)
-    subprocess.run([program, LIBRARY, package, inputs, outputs], check=True)
+    checking = {**os.environ, "AOTI_RUNTIME_CHECK_INPUTS": "1"}  # the package does not by itself
+    subprocess.run([program, LIBRARY, package, inputs, outputs], env=checking, check=True)
     interests = torch.load(outputs)
 
 torch.testing.assert_close(interests, model(clicks, lengths=lengths))

@@ -82,4 +82,4 @@ def torch_easyrec(h: Tensor, real: Tensor, b: Tensor, active: Tensor, scale: flo
 
 def interests(length: int, most: int) -> int:
     """Li et al. 2019, 3.3.3, rounded down."""
-    return max(1, min(most, math.floor(math.log2(length)))) if length else 1
+    return max(1, min(most, math.floor(math.log2(length)))) if length > 0 else 1

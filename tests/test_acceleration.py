@@ -365,6 +365,15 @@ def test_a_layer_that_was_parametrized_since_is_still_swapped():
     assert again.entries[0] == ("", "CapsuleNetwork", True, "already swapped")
 
 
+def test_a_layer_is_pruned_after_the_swap():
+    layer, u = DenseCapsule(), torch.randn(2, 6, 3)
+    capsroute.accelerate(layer, quiet=True)
+    torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5)
+    fused = layer(u)
+    acceleration.restore(layer)
+    assert_close(fused, layer(u))
+
+
 def test_our_own_layers_need_no_swap():
     model = nn.Sequential(capsroute.nn.classic.CapsuleLayer(4, 6, 3, 5), capsroute.nn.CapsuleLinear(6, 3, 4, 5))
     assert capsroute.accelerate(model, quiet=True).entries == ()

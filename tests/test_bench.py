@@ -556,3 +556,8 @@ def test_one_case_of_the_benchmarks_can_be_chosen():
 def test_command_refuses_wrong_arguments(arguments):
     with pytest.raises(SystemExit):
         bench(*arguments)
+
+
+def test_an_order_of_no_weight_is_an_error(capsys):
+    assert bench("--case", "mind", "--order", "JIOD") == 2
+    assert "no case asked for has one, got --order JIOD" in capsys.readouterr().err

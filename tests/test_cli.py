@@ -422,3 +422,22 @@ def test_of_several_processes_the_first_one_draws_the_demo(capsys, monkeypatch, 
     monkeypatch.setenv("RANK", "1")
     assert run(capsys, "demo", "--out", trained_elsewhere) == (0, "", "")
     assert not (trained_elsewhere / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("train", "--out", ""), ("train", "--data-dir", ""), ("report", ""), ("bench", "--save", "")],
+    ids=" ".join,
+)
+def test_nothing_is_not_the_current_directory(capsys, words):
+    """As of a variable that was not set."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(list(words))
+    assert stopped.value.code == 2
+    assert "must not be empty" in capsys.readouterr().err
+
+
+def test_a_refused_training_leaves_no_directory(capsys, tmp_path):
+    status, _, err = run(capsys, "train", "--out", tmp_path / "run", *TINY, "--validation", "0.0001")
+    assert (status, "cannot be held out" in err) == (2, True)
+    assert not (tmp_path / "run").exists()

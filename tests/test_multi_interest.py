@@ -341,7 +341,7 @@ def test_any_leading_dimensions(lead):
 
 @pytest.mark.parametrize("most", [1, 2, 4, 70])
 def test_interests_by_length(most):
-    lengths = [0, 1, 2, 3, 4, 7, 8, 15, 16, 17, 2**20, 2**40 - 1, 2**40]
+    lengths = [-3, 0, 1, 2, 3, 4, 7, 8, 15, 16, 17, 2**20, 2**40 - 1, 2**40]
     active = active_interests(torch.tensor(lengths), most)
     assert active.sum(-1).tolist() == [recommenders.interests(n, most) for n in lengths]
     assert torch.equal(active, active.sort(-1, descending=True).values)  # the first ones
@@ -590,3 +590,16 @@ def test_the_page_serves_no_interest_that_a_history_does_not_have():
     for scores, interests, length in zip(names["scores"], names["interests"], names["lengths"], strict=True):
         own = interests[active_interests(length, 4)]
         assert_close(scores, (own @ names["items"].weight.T).amax(0))
+
+
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_one_traced_graph_takes_histories_of_any_length(name):
+    module, u = layer(shared=None, backend=name).eval(), histories().detach()
+    traced = torch.jit.trace(module, u)
+    for length in (1, 2, CLICKS):
+        assert_close(traced(u[:, :length]), module(u[:, :length]))
+
+
+def test_a_program_keeps_no_generator():
+    with pytest.raises(ValueError, match="generator must be None in an exported program, which would keep it"):
+        torch.export.export(layer().train(), (histories().detach(),), {"generator": torch.Generator()})

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .. import _checks, _ops
-from .._console import check_writable, complain, emit, number, say
+from .._console import check_writable, complain, emit, given_path, number, say
 from .._files import write_atomically
 from .._optional import optional
 from .._version import __version__
@@ -48,10 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_what(parser)
     _add_how(parser)
     _add_instead(parser)
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the report to FILE, for --compare")
+    parser.add_argument("--save", type=given_path, metavar="FILE", help="write the report to FILE, for --compare")
     parser.add_argument(
         "--compare",
-        type=Path,
+        type=given_path,
         metavar="FILE",
         help="compare with the report in FILE; exit with 1 on any regression",
     )
@@ -155,7 +155,7 @@ def _add_instead(parser: argparse.ArgumentParser) -> None:
         "--sweep", choices=sweep.MOST, help="instead, how the time of the CPU kernels grows with B, I or J"
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="with --roofline or --sweep: also draw it, as PNG, PDF or SVG"
+        "--plot", type=given_path, metavar="FILE", help="with --roofline or --sweep: also draw it, as PNG, PDF or SVG"
     )
 
 
@@ -256,6 +256,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--sweep batch goes through all batches itself, got --batch {' '.join(map(str, args.batches))}"
         )
+    if args.order != ORDER and all(case.form != "pair" for case in _named(args)):
+        raise ValueError(f"--order is of weights [I, J, O, D], and no case asked for has one, got --order {args.order}")
     _check_sizes(args)
     if args.device == "cuda" and not args.traffic and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here")

@@ -53,7 +53,8 @@ class WeightOwner(nn.Module):
         weight = self.weight
         # The gradient of a cut, whole or not, is a copy as large as what was cut, in the order of that. A graph for any
         # number of inputs must not ask whether there are fewer.
-        if inputs is not None and (torch.compiler.is_compiling() or inputs < len(weight)):
+        in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if inputs is not None and (in_graph or inputs < len(weight)):
             weight = weight[:inputs]
         return weight.permute(0, 2, 3, 1)
 

@@ -274,7 +274,7 @@ def active_interests(lengths: Tensor, interests: int) -> Tensor:
     _check_lengths(lengths, lengths.shape if isinstance(lengths, Tensor) else ())
     _checks.check_sizes(interests=interests)
     # floor(log2 n) > j  <=>  n >= 2^(j+1): exact, where a logarithm is not. No history has 2^62 clicks.
-    least = [0] + [2 ** min(j + 1, 62) for j in range(1, interests)]
+    least = [-(2**63)] + [2 ** min(j + 1, 62) for j in range(1, interests)]
     return lengths.unsqueeze(-1).long() >= torch.tensor(least, device=lengths.device)
 
 
@@ -287,6 +287,8 @@ def _direction(x: Tensor) -> Tensor:
 def _check_generator(generator: object) -> None:
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    if generator is not None and torch.compiler.is_exporting():
+        raise ValueError("generator must be None in an exported program, which would keep it: give logits")
 
 
 def _check_lengths(lengths: object, lead: torch.Size) -> None:

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .._console import add_backend, checked_backend, complain, emit, number, say
+from .._console import add_backend, checked_backend, complain, emit, given_path, number, say
 from .._optional import optional
 from ..bench.compare import DisagreementError
 from ..bench.step import format_rows
@@ -21,7 +21,7 @@ from .curves import confusion
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `capsroute report`."""
     parser.add_argument(
-        "path", type=Path, metavar="RUN_DIR", help="a directory of `train`; report.html is written there"
+        "path", type=given_path, metavar="RUN_DIR", help="a directory of `train`; report.html is written there"
     )
     parser.add_argument("--no-speed", action="store_true", help="do not compare the training step with plain PyTorch")
     parser.add_argument(

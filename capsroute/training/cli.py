@@ -8,7 +8,7 @@ import os
 import time
 from pathlib import Path
 
-from .._console import add_backend, checked_backend, emit, number, say
+from .._console import add_backend, checked_backend, emit, given_path, number, say
 from . import checkpoint, data, distributed
 from .options import AMP_DTYPES, SCHEDULES, TrainingOptions
 from .run import MODEL, TRAINING, RunError, Stored, image_shape, run_training, source_of, stored
@@ -26,7 +26,7 @@ def add_data(
     """Add the options that choose the images."""
     parser.add_argument(
         "--data-dir",
-        type=Path,
+        type=given_path,
         help="IDX files (MNIST and its kin), CIFAR-10's binary files, or folders of images, one a class "
         f"(default: {default})",
     )
@@ -76,7 +76,9 @@ def add_training(parser: argparse.ArgumentParser) -> None:
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `capsroute train`."""
-    parser.add_argument("--out", type=Path, metavar="RUN_DIR", help="directory to write to (default: runs/DATE_TIME)")
+    parser.add_argument(
+        "--out", type=given_path, metavar="RUN_DIR", help="directory to write to (default: runs/DATE_TIME)"
+    )
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
         "--resume",
@@ -197,7 +199,7 @@ def train_as_asked(
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `capsroute eval`."""
-    parser.add_argument("path", type=Path, help=f"a RUN_DIR of `train`, or its {MODEL}")
+    parser.add_argument("path", type=given_path, help=f"a RUN_DIR of `train`, or its {MODEL}")
     add_data(parser)
     add_backend(parser)
     add_device(parser)

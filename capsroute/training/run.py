@@ -149,7 +149,7 @@ def run_training(
         FloatingPointError: if the loss is no longer finite.
     """
     options.check()
-    device, writes = torch.device(device), rank() == 0
+    device, writes, splits = torch.device(device), rank() == 0, _splits(dataset, options)
     if writes:  # before training: a bad place should cost no time. The others may have another, which has the time
         run_dir.mkdir(parents=True, exist_ok=True)
     optional("safetensors.torch")  # nor should what is not installed
@@ -166,7 +166,6 @@ def run_training(
             source = known.get("source") if source is None else source
         else:
             training = Training.begin(model, options, backend, device)
-        splits = _splits(dataset, options)
         share = stack.enter_context(distributed.processes(device))
         stack.callback(training.leave_processes)
         keep = partial(save_training, run_dir / TRAINING, info={**info, "source": source}) if writes else None
