@@ -62,7 +62,7 @@ struct Way {
     if (again && few) most = handed ? room : kKeptOfFew;
     kept_inputs = votes <= most ? layout.p.I : most / block * W<A> / kGroup * kGroup;
     keep = kept_inputs > 0;
-    run = !by_samples() ? 1 : keep || layout.p.over_inputs ? W<A> : 4;
+    run = !by_samples() ? 1 : keep || layout.p.over_inputs ? W<A> : 2;
     tile = tile_size(layout, batch, threads);
   }
 
