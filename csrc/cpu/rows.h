@@ -9,6 +9,9 @@ namespace capsroute::CAPSROUTE_ISA {
 // Where a lane is a sample and the weight must be widened, this is done for a whole group at once, if the result is no
 // larger than that.
 constexpr int64_t kGroupWeight = int64_t(512) << 10;
+// The weight of a block that samples in turn multiply, kSamples at a time, for as many features of each row as stay in
+// the second-level cache.
+constexpr int64_t kPartWeight = int64_t(256) << 10, kFewestVectors = 8;
 
 // Up to W input capsules of one sample. Lanes past them and masked ones are not live: these have rows of zeros, those
 // none.
@@ -141,17 +144,28 @@ class Rows {
     }
   }
 
-  // Weight::pair: y_n = sum over the block's i of h_ij, [J, F], for which no single vote is needed.
-  void sum_votes(int64_t b, int64_t samples, int64_t i0, bool again, A* y, const Scratch& scratch) const {
+  // Weight::pair: y_n = sum over the block's i of h_ij, [J, F], for which no single vote is needed; `size` numbers of
+  // it from f on.
+  void sum_votes(int64_t b, int64_t samples, int64_t i0, bool again, int64_t f, int64_t size, A* y,
+                 const Scratch& scratch) const {
     const int64_t count = minimum(W<A>, p_.I - i0), votes = layout_.sums();
     const Term<X>* u = input_terms(b, samples, i0, count, scratch);
     const int64_t some = p_.D % kTerm<X> || weights_.as_read ? 1 : count;  // a term is of one input capsule
     for (int64_t l = 0; l < count; l += some) {
       const Term<X>* x[kSamples];
       A* to[kSamples];
-      for (int64_t n = 0; n < samples; ++n) x[n] = u + (n * count + l) * terms(), to[n] = y + n * votes;
-      apply(weight_of(i0 + l, l, again, scratch), x, some * p_.D, to, samples, l == 0);
+      for (int64_t n = 0; n < samples; ++n) x[n] = u + (n * count + l) * terms(), to[n] = y + n * votes + f;
+      Matrix<X> weight = weight_of(i0 + l, l, again, scratch);
+      if (size < votes) weight.at += f, weight.size = size, weight.ahead = again ? 0 : size;  // the next ones
+      apply(weight, x, some * p_.D, to, samples, l == 0);
     }
+  }
+
+  // How many numbers of [J, F] of such sums are made at a time for `samples` samples.
+  int64_t part_of_sums(int64_t samples) const {
+    if (samples <= kSamples || weights_.as_read) return layout_.sums();
+    const int64_t vector = W<A> * W<A> * p_.D * int64_t(sizeof(X));  // bytes of the weight of a block, for W numbers
+    return minimum(layout_.sums(), maximum(kFewestVectors, kPartWeight / vector) * W<A>);
   }
 
   // What is multiplied for the features of an input capsule: so many terms.

@@ -101,7 +101,7 @@ class Stream {
                there = !first || votes_first || (way.handed && use_.has_votes);
     const bool makes = p.form == Weight::pair && !(keeps && there);
     Block<A> lanes{};
-    for_samples(tile, group, [&](int64_t m, int64_t samples, int64_t i0) {
+    for_samples(tile, group, layout.sums(), [&](int64_t m, int64_t samples, int64_t i0, int64_t) {
       const int64_t b = tile.sample + m;
       A* staged = keeps ? kept_block(tile, i0) : scratch.rows.staged;
       if (makes) rows.make_votes(b, samples, i0, minimum(W<A>, p.I - i0), m > 0, staged, scratch.rows);
@@ -115,14 +115,15 @@ class Stream {
   // sums[n] += share * sum over a group's i of h_ij for every sample n of a tile: a pass whose coupling is constant.
   // Votes that are kept are made too.
   void add_votes(const Tile& tile, int64_t group, A share, const Scratch& scratch, A* sums) const {
-    for_samples(tile, group, [&](int64_t m, int64_t samples, int64_t i0) {
-      const int64_t count = minimum(W<A>, p.I - i0);
-      A *to = sums + m * layout.sums(), *total = scratch.rows.staged;
+    const int64_t all = layout.sums(), part = way.kept_inputs > 0 ? all : rows.part_of_sums(tile.count);
+    for_samples(tile, group, part, [&](int64_t m, int64_t samples, int64_t i0, int64_t f) {
+      const int64_t count = minimum(W<A>, p.I - i0), size = minimum(part, all - f);
+      A *to = sums + m * all + f, *total = scratch.rows.staged;
       if (i0 < way.kept_inputs)
         rows.make_votes(tile.sample + m, samples, i0, count, m > 0, kept_block(tile, i0), scratch.rows, total);
       else
-        rows.sum_votes(tile.sample + m, samples, i0, m > 0, total, scratch.rows);
-      add_scaled(to, total, share, samples * layout.sums());
+        rows.sum_votes(tile.sample + m, samples, i0, m > 0, f, size, total, scratch.rows);
+      for (int64_t n = 0; n < samples; ++n) add_scaled(to + n * all, total + n * all + f, share, size);
     });
   }
 
@@ -237,12 +238,14 @@ class Stream {
       }
   }
 
-  // Calls visit(m, samples, i0) for every block of a group and up to kSamples samples m, .. of a tile at a time.
+  // Calls visit(m, samples, i0, f) for every block of a group, every `part` numbers of its sums, from f on, and up to
+  // kSamples samples m, .. of a tile at a time.
   template <class Visit>
-  void for_samples(const Tile& tile, int64_t group, const Visit& visit) const {
+  void for_samples(const Tile& tile, int64_t group, int64_t part, const Visit& visit) const {
     const int64_t end = minimum(p.I, (group + 1) * kGroup);
     for (int64_t i0 = group * kGroup; i0 < end; i0 += W<A>)
-      for (int64_t m = 0; m < tile.count; m += kSamples) visit(m, minimum(kSamples, tile.count - m), i0);
+      for (int64_t f = 0; f < layout.sums(); f += part)
+        for (int64_t m = 0; m < tile.count; m += kSamples) visit(m, minimum(kSamples, tile.count - m), i0, f);
   }
 
   // The same where no weight is read: sample by sample, so that what one is compared with, and its sums, stay near.
