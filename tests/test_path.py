@@ -348,18 +348,28 @@ def test_a_backward_under_the_roof_counts_its_forward():
     assert point.path == explain(case, paths[1], True)
 
 
-def test_the_roof_is_of_the_fastest_that_the_machine_did(monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "convolving", "flops"),
+    [
+        (torch.float32, 9.0, 2 * 8**3 / 0.5),  # the product is faster
+        (torch.float32, 0.25, 2 * 3 * 3 * 2 * 2 * 9 / 0.25),
+        (torch.float64, 0.125, 2 * 3 * 3 * 2 * 2 * 9 / 0.125 / 2),
+    ],
+    ids=str,
+)
+def test_the_roof_is_of_the_fastest_that_the_machine_did(monkeypatch, dtype, convolving, flops):
     calls = {}
 
     def timed(given, _):
         calls.update(given)
-        return dict.fromkeys(given, Timing(1.0, 0.5, 2.0, 3))
+        return {name: Timing(9.0, convolving if name == "conv" else 0.5, 9.0, 3) for name in given}
 
-    monkeypatch.setattr(roofline, "SIZE", 8)
-    monkeypatch.setattr(roofline, "BYTES", 64)
+    for name, size in {"SIZE": 8, "CHANNELS": 3, "SIDE": 4, "BYTES": 64}.items():
+        monkeypatch.setattr(roofline, name, size)
     monkeypatch.setattr(roofline, "alternate", timed)
-    assert roofline.measure_machine() == Machine(2 * 8**3 / 0.5, 64 / 0.5, "float32")
+    assert roofline.measure_machine(dtype) == Machine(flops, 64 / 0.5, str(dtype).removeprefix("torch."))
     assert calls["sum"].args[0].nbytes == 64
+    assert calls["conv"]().shape == (1, 3, 2, 2)
 
 
 def test_roofline_measures_and_draws(capsys, tmp_path, monkeypatch):

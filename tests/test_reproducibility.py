@@ -9,6 +9,8 @@ import torch
 from judge import Results, results
 from problems import FORMS, LARGE, Problem, cotangent, fit, random_problem
 
+import capsroute
+
 # Enough samples, groups of input capsules and output capsules for every kernel to split its work.
 SIZES = (13, 300, 8, 10, 16)
 
@@ -64,6 +66,17 @@ def test_same_bits_where_threads_have_no_group_and_share_out_the_making_of_votes
     for count in (2, 3, 8):
         threads(count)
         assert_same_bits(results(problem, cpu), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_sample_has_the_same_bits_alone_where_sums_are_made_by_parts(cpu, dtype):
+    """Of a batch, as its weight leaves the cache; of a sample the weight is read once, and there are no parts."""
+    problem = random_problem((6, 66, 8, 400, 16), dtype=dtype)
+    u, weight = problem.tensors["u"], problem.tensors["weight"]
+    weight = weight.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)  # lies as the kernels read it
+    v = capsroute.capsule_linear(u, weight, backend=cpu)
+    for n in range(len(u)):
+        assert torch.equal(capsroute.capsule_linear(u[n], weight, backend=cpu), v[n])
 
 
 def test_same_bits_where_more_threads_make_the_coupling_anew_than_stream(cpu, threads):
