@@ -155,7 +155,7 @@ class Rows {
       const Term<X>* x[kSamples];
       A* to[kSamples];
       for (int64_t n = 0; n < samples; ++n) x[n] = u + (n * count + l) * terms(), to[n] = y + n * votes + f;
-      Matrix<X> weight = weight_of(i0 + l, l, again, scratch);
+      Matrix<X> weight = weight_of(i0 + l, l, again || f > 0, scratch);
       if (size < votes) weight.at += f, weight.size = size, weight.ahead = again ? 0 : size;  // the next ones
       apply(weight, x, some * p_.D, to, samples, l == 0);
     }
@@ -163,7 +163,7 @@ class Rows {
 
   // How many numbers of [J, F] of such sums are made at a time for `samples` samples.
   int64_t part_of_sums(int64_t samples) const {
-    if (samples <= kSamples || weights_.as_read) return layout_.sums();
+    if (samples <= (weights_.as_read ? kFewProducts : 1) * kSamples) return layout_.sums();
     const int64_t vector = W<A> * W<A> * p_.D * int64_t(sizeof(X));  // bytes of the weight of a block, for W numbers
     return minimum(layout_.sums(), maximum(kFewestVectors, kPartWeight / vector) * W<A>);
   }
