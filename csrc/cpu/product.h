@@ -5,8 +5,10 @@
 
 namespace capsroute::CAPSROUTE_ISA {
 
-constexpr int64_t kRows = 8;           // of a weight, that are read together
-constexpr int64_t kNear = 256 * 1024;  // bytes that are asked for ahead: at 512 KiB it was a loss
+constexpr int64_t kRows = 8;  // of a weight, that are read together
+// Bytes that are asked for ahead: the same place of what follows, or, if that is farther away, along the rows, which as
+// many as are read together a processor does not fetch early enough by itself.
+constexpr int64_t kNear = 256 * 1024, kAlong = 2048;
 
 // A matrix w as it lies in memory: `parts` of D rows, of `size` features each, whole vectors; or, `turned`, of as many
 // rows as features, of D numbers each.
@@ -62,14 +64,15 @@ CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const Term<X>* c
     for (int c = 0; c < C; ++c) store(to[n] + c * W<A>, sum[n][c]);
 }
 
-// The same for the features f and on of a part, the first of which is at w; of whole vectors.
+// The same for the features f and on of a part, the first of which is at w; of whole vectors. Of rows that are far
+// apart two vectors at a time come sooner.
 template <int N, class X, class A, class Size>
 void apply_rows(const X* w, const Matrix<X>& matrix, const Term<X>* const* x, Size D, A* const* y, int64_t f,
-                bool first, int64_t ahead) {
+                bool first, int64_t ahead, bool far) {
   // N C sums, C rows and a scale in 16 registers, or in 32; pairs are woven for two vectors at a time
   constexpr int C = N > 2 ? (kTerm<X> > 1 ? 4 : 3) : N > 1 ? 4 : 10;
   const int64_t row = matrix.row, end = f + matrix.whole();
-  for (; f + C * W<A> <= end; f += C * W<A>, w += C * W<A>) apply_panel<N, C>(w, row, x, D, y, f, first, ahead);
+  for (; !far && f + C * W<A> <= end; f += C * W<A>, w += C * W<A>) apply_panel<N, C>(w, row, x, D, y, f, first, ahead);
   for (; f + 2 * W<A> <= end; f += 2 * W<A>, w += 2 * W<A>) apply_panel<N, 2>(w, row, x, D, y, f, first, ahead);
   if (f < end) apply_panel<N, 1>(w, row, x, D, y, f, first, ahead), f += W<A>, w += W<A>;
 }
@@ -152,13 +155,15 @@ CAPSROUTE_INLINE void apply_part(const X* w, const Matrix<X>& matrix, const Term
     return rest ? apply_turned_rest<N>(w, matrix, x, D, y, f) : void();
   }
   const int64_t row = matrix.row, next = kRows * row;
-  const int64_t ahead = matrix.ahead ? matrix.ahead : next * int64_t(sizeof(X)) > kNear ? 0 : next;
+  constexpr int64_t size = sizeof(X);
+  const bool is_far = next * size > kNear, far = is_far && N == kSamples;
+  const int64_t ahead = matrix.ahead ? matrix.ahead : far ? kAlong / size : is_far ? 0 : next;
   for (int64_t d = 0; d < D; d += kRows, w += next) {
     const Term<X>* part[N];
     for (int n = 0; n < N; ++n) part[n] = x[n] + d / kTerm<X>;
     const auto multiply = [&](auto rows) {
       const int64_t whole = matrix.whole();
-      if (whole) apply_rows<N>(w, matrix, part, rows, y, f, first && d == 0, ahead);
+      if (whole) apply_rows<N>(w, matrix, part, rows, y, f, first && d == 0, ahead, far);
       if (matrix.missing)
         apply_panel<N, 1>(w + whole, row, part, rows, y, f + whole, first && d == 0, ahead, W<A> - matrix.missing);
     };

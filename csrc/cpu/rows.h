@@ -156,7 +156,7 @@ class Rows {
       A* to[kSamples];
       for (int64_t n = 0; n < samples; ++n) x[n] = u + (n * count + l) * terms(), to[n] = y + n * votes + f;
       Matrix<X> weight = weight_of(i0 + l, l, again || f > 0, scratch);
-      if (size < votes) weight.at += f, weight.size = size, weight.ahead = again ? 0 : size;  // the next ones
+      if (size < votes) weight.at += f, weight.size = size;
       apply(weight, x, some * p_.D, to, samples, l == 0);
     }
   }
