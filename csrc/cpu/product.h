@@ -6,8 +6,8 @@
 namespace capsroute::CAPSROUTE_ISA {
 
 constexpr int64_t kRows = 8;  // of a weight, that are read together
-// Bytes that are asked for ahead: the same place of what follows, or, if that is farther away, along the rows, which as
-// many as are read together a processor does not fetch early enough by itself.
+// Bytes that are asked for ahead: the same place of what follows, or, if that is farther away and kSamples samples
+// share a load, along the rows. Two vectors at a time are faster then than three, together 0.69 of the time.
 constexpr int64_t kNear = 256 * 1024, kAlong = 2048;
 
 // A matrix w as it lies in memory: `parts` of D rows, of `size` features each, whole vectors; or, `turned`, of as many
@@ -64,8 +64,8 @@ CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const Term<X>* c
     for (int c = 0; c < C; ++c) store(to[n] + c * W<A>, sum[n][c]);
 }
 
-// The same for the features f and on of a part, the first of which is at w; of whole vectors. Of rows that are far
-// apart two vectors at a time come sooner.
+// The same for the features f and on of a part, the first of which is at w; of whole vectors: two at a time
+// if rows are `far` apart.
 template <int N, class X, class A, class Size>
 void apply_rows(const X* w, const Matrix<X>& matrix, const Term<X>* const* x, Size D, A* const* y, int64_t f,
                 bool first, int64_t ahead, bool far) {
