@@ -115,6 +115,7 @@ def backends() -> dict[str, Verdict]:
 
 
 def check_name(name: str) -> None:
+    """Raise ValueError unless it is "auto" or the name of a backend, whether or not that can run here."""
     if not isinstance(name, str) or (name != "auto" and name not in BACKENDS):
         expected = ", ".join(f'"{known}"' for known in ("auto", *BACKENDS))
         raise ValueError(f"backend must be one of {expected}, got {name!r}")
