@@ -70,8 +70,8 @@ def test_same_bits_where_threads_have_no_group_and_share_out_the_making_of_votes
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_each_sample_has_the_same_bits_alone_where_sums_are_made_by_parts(cpu, dtype):
-    """Of a batch, as its weight leaves the cache; of a sample the weight is read once, and there are no parts."""
-    problem = random_problem((6, 66, 8, 400, 16), dtype=dtype)
+    """Of a batch, as its weight leaves the cache, and its rows are asked for along themselves: not of one sample."""
+    problem = random_problem((6, 66, 8, 1100, 16), dtype=dtype)
     u, weight = problem.tensors["u"], problem.tensors["weight"]
     weight = weight.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)  # lies as the kernels read it
     v = capsroute.capsule_linear(u, weight, backend=cpu)
