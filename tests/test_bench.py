@@ -484,11 +484,11 @@ def test_every_case_under_the_roof_has_its_own_marker(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("dtype", "peak"), [("bfloat16", "float32"), ("float64", "float64")])
 def test_the_roof_says_of_which_dtype_it_is(dtype, peak, monkeypatch, capsys):
-    for name, value in (("SIZE", 64), ("BYTES", 1 << 20), ("SECONDS", 0.0)):
+    for name, value in (("SIZE", 64), ("SIDE", 8), ("BYTES", 1 << 20), ("SECONDS", 0.0)):
         monkeypatch.setattr(roofline, name, value)
     assert bench("--roofline", "--case", "efficient", "--dtype", dtype, "--seconds", "0", "--pass", "forward") == 0
     out = capsys.readouterr().out
-    assert f"(a product of {peak} matrices)" in out
+    assert f" GFLOP/s in {peak} (a product of matrices or a convolution), " in out
     assert f"| of {peak}'s peak |" in out
 
 
