@@ -97,8 +97,7 @@ def _loop(op, count, arguments, dims):
 
 
 def _ones(name, x, dim, count):
-    """x of each call; of an empty dimension zeros, from which the shapes of the results follow,
-    and their place in the graph."""
+    """x of each call; of an empty dimension zeros that have a place in the graph, for the shapes of the results."""
     if dim is None:
         return [x] * count
     if x.shape[dim] == 0:

@@ -407,7 +407,7 @@ class Edited(nn.Module):
 
     def __init__(self, inputs=7):
         super().__init__()
-        self.routings, self.temperature, self.names = 3, 1.0, ["cat"]
+        self.routings, self.temperature, self.names, self.scales = 3, 1.0, ["cat"], [1.0]
         self.weight = nn.Parameter(torch.randn(4, inputs, 6, 5))
 
     def forward(self, inputs):
@@ -415,7 +415,7 @@ class Edited(nn.Module):
         logits = torch.zeros(votes.shape[:3])
         for k in range(self.routings):
             last = k == self.routings - 1
-            c = (self.temperature * logits).softmax(1)
+            c = (self.temperature * self.scales[0] * logits).softmax(1)
             v = unit(torch.einsum("bji,bjio->bjo", c, votes if last else votes.detach()))
             logits = logits + torch.einsum("bjio,bjo->bji", votes.detach(), v.detach())
         self.see(c)
@@ -490,6 +490,9 @@ def test_what_the_fused_forward_does_not_read_must_stay(edited):
         layer(torch.randn(2, 7, 5))
         layer.temperature = 5.0
         with pytest.raises(RuntimeError, match=r"swapped this Edited, but now temperature is 5.0, and was 1.0"):
+            layer(torch.randn(2, 7, 5))
+        layer.temperature, layer.scales[0] = 1.0, 2.0
+        with pytest.raises(RuntimeError, match=r"but now scales is \[2.0\], and was \[1.0\]"):
             layer(torch.randn(2, 7, 5))
 
 

@@ -39,11 +39,11 @@ def changed(before: dict[str, tuple[Any, int]], after: dict[str, tuple[Any, int]
 
 
 def fixed(layer: nn.Module, names: set[str]) -> tuple[str | None, dict[str, Any]]:
-    """Of attributes that must stay as they are, the values; or the name of one of which a change would not be seen."""
+    """Copies of attributes that must stay as they are, or the name of one of which a change would not be seen."""
     values = {name: x for name, (x, _) in state(layer).items() if name in names}
     unseen = [name for name, _ in layer.named_children() if name in names]
     unseen += [name for name, x in values.items() if isinstance(x, Tensor) or not _compares(x)]
-    return next(iter(unseen), None), values
+    return (unseen[0], {}) if unseen else (None, copy.deepcopy(values))
 
 
 def _compares(x: object) -> bool:
