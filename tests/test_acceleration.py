@@ -611,8 +611,9 @@ def test_a_file_needs_its_recipe():
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(TypeError, match=r"module must be a torch.nn.Module, got list"):
-        capsroute.accelerate([])
+    for function in (capsroute.accelerate, acceleration.restore):
+        with pytest.raises(TypeError, match=r"module must be a torch.nn.Module, got list"):
+            function([])
     with pytest.raises(TypeError, match="recipe must be a Recipe for a subclass of"):
         register(Recipe(int, fused_mean, probe))
 

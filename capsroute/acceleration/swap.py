@@ -67,8 +67,7 @@ def accelerate(module: nn.Module, *, quiet: bool = False) -> Report:
     Raises:
         TypeError: if ``module`` is not a :class:`torch.nn.Module`.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    _check_module(module)
     entries = []
     for name, layer in module.named_modules():
         original = type(layer)
@@ -96,11 +95,21 @@ def accelerate(module: nn.Module, *, quiet: bool = False) -> Report:
 
 
 def restore(module: nn.Module) -> None:
-    """Give the layers of a model that :func:`capsroute.accelerate` swapped their own forward back, in place."""
+    """Give the layers of a model that :func:`capsroute.accelerate` swapped their own forward back, in place.
+
+    Raises:
+        TypeError: if ``module`` is not a :class:`torch.nn.Module`.
+    """
+    _check_module(module)
     for layer in module.modules():
         if isinstance(layer, _Accelerated):
             layer.__class__ = _swapped_class(type(layer))
             del layer._accelerated_with
+
+
+def _check_module(module: object) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
 
 
 class _Accelerated:

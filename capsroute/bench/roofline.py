@@ -59,8 +59,8 @@ def measure_machine(dtype: torch.dtype = torch.float32) -> Machine:
     """By torch's own product of matrices or convolution, and by adding up more than a cache holds: the lower quartile.
 
     The dtype is the one to accumulate in: kernels with instructions for bfloat16 may go beyond the peak of float32.
-    On AMD's processors MKL, which makes the product, leaves AVX-512 out, and oneDNN, which convolves, does not. That
-    knows no float64, of which a vector holds half as many numbers.
+    On an AMD EPYC MKL, which makes the product, left AVX-512 out, and oneDNN, which convolves, did not. That knows no
+    float64, of which a vector holds half as many numbers.
     """
     a, b = torch.randn(SIZE, SIZE, dtype=dtype), torch.randn(SIZE, SIZE, dtype=dtype)
     image, kernels = torch.randn(1, CHANNELS, SIDE, SIDE), torch.randn(CHANNELS, CHANNELS, 3, 3)
