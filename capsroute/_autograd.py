@@ -59,6 +59,11 @@ def _is_transformed() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
 
 
+def _is_batched() -> bool:
+    """Whether gradients are taken side by side, `is_grads_batched=True`: by a vmap that is not torch.func's."""
+    return torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")
+
+
 def _may_be_differentiated(arguments) -> bool:
     # torch.jit.trace checks that the graph is the same without gradients
     return torch.jit.is_tracing() or (torch.is_grad_enabled() and (_is_transformed() or _requires_grad(arguments)))
@@ -120,7 +125,7 @@ def _has_tangent(x: Tensor) -> bool:
 def _call(name, namespace, *arguments):
     """An op from Python; outside transforms without the dispatch to autograd, whose time small calls notice."""
     op = _op(namespace, name)
-    if _is_transformed() or in_forward_mode():
+    if _is_transformed() or in_forward_mode() or _is_batched():
         return op(*arguments)
     if torch.is_grad_enabled() and _requires_grad(arguments):
         # tensors that a transform saved stay wrapped after it ends, and plain autograd does not unwrap them
@@ -139,7 +144,9 @@ def _run_below(op, keyset, arguments):
 
 def _run_recorded(op, keyset, arguments):
     """The same in a Function, where grad mode is off; the levels of torch.func below, which come next, need it."""
-    with torch.set_grad_enabled(keyset is not None):
+    if keyset is None:
+        return _run_below(op, None, arguments)
+    with torch.enable_grad():
         return _run_below(op, keyset, arguments)
 
 
@@ -165,6 +172,7 @@ class _Route(_Recorded):
     @staticmethod
     def backward(ctx, grad_v, *_):
         *tensors, mask, s, norm, last_logits, votes = ctx.saved_tensors
+        s, norm, votes = s.contiguous(), norm.contiguous(), votes.contiguous()  # hooks may have changed their order
         iterations, *scalars, save = ctx.scalars
         needs = list(ctx.needs_input_grad[2:6])
         if save == 0:
@@ -208,7 +216,8 @@ class _RoutingPass(_Recorded):
         if not ctx.save:
             raise RuntimeError("routing_pass has no gradient with save=False, which keeps nothing for it")
         *tensors, s, norm = ctx.saved_tensors
-        s = grad_s.contiguous() if s is None else s  # of its shape; the numbers have no effect
+        s = (grad_s if s is None else s).contiguous()  # grad_s has its shape; then the numbers have no effect
+        norm = norm.contiguous()
         needs = ctx.needs_input_grad[2:6]
         grads = _call("routing_pass_backward", ctx.namespace, grad_s, s, norm, *tensors, *ctx.scalars, False, *needs)
         return None, None, *_where(needs, grads), *[None] * 5

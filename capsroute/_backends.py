@@ -72,7 +72,10 @@ def _cuda_fits(u: Tensor, weight: Tensor | None) -> Verdict:
 
 
 def _triton_serves(u: Tensor, weight: Tensor | None) -> Verdict:
-    """Whether W_ij, each of its sizes padded to a power of two, is a tile that Triton takes, and where u lies."""
+    """Whether W_ij, its sizes padded to powers of two, is a tile that Triton takes, and W_i has addresses of 32 bits.
+
+    And where u lies.
+    """
     most = 2**20
     if weight is not None and weight.dim() == 4:
         rows, columns = weight.shape[-2:]
@@ -81,6 +84,8 @@ def _triton_serves(u: Tensor, weight: Tensor | None) -> Verdict:
             _checks.is_known((rows > 1 << n) | (columns > most >> n)) for n in range(most.bit_length())
         ):
             return False, f"its kernels take O x D, each padded to a power of two, up to 2^20, got {rows} x {columns}"
+        if _checks.is_known(weight.shape[1] * rows * columns >= 2**31):
+            return False, f"its kernels take J x O x D below 2^31, got {weight.shape[1]} x {rows} x {columns}"
     return _triton.serves(u)
 
 

@@ -168,8 +168,9 @@ def check_parameter(name: str, value: Tensor, letters: str, u: Tensor) -> None:
 def check_bias(bias: Tensor, out_capsules: int | None, out_features: int, u: Tensor) -> int:
     """J, which the bias decides where nothing else does."""
     check_parameter("bias", bias, "[J, O]", u)
-    known = f"O = {out_features}" if out_capsules is None else f"J = {out_capsules} and O = {out_features}"
     if bias.dim() != 2 or bias.shape[1] != out_features or bias.shape[0] != (out_capsules or bias.shape[0]):
+        # not before: to put a size into words makes dynamo compile for that one alone
+        known = f"O = {out_features}" if out_capsules is None else f"J = {out_capsules} and O = {out_features}"
         raise ValueError(f"bias must be [J, O] with {known}, got {list(bias.shape)}")
     if bias.shape[0] == 0:
         raise ValueError(f"bias must be [J, O] with J >= 1, got {list(bias.shape)}")

@@ -81,7 +81,7 @@ def checked_backend(name: str, device: torch.device | str = "cpu") -> str:
         raise ValueError(f"--backend must be one of {', '.join(('auto', *BACKENDS))}, got {name!r}")
     can, why = BACKENDS[name].here()
     if can:
-        can, why = BACKENDS[name].serves(torch.empty(0, 1, 1, device=device), None)
+        can, why = BACKENDS[name].serves(torch.empty(1, 1, 1, 1, device=device), None)
     if not can:
         raise ValueError(f"--backend {name} cannot run here: {why}")
     return name

@@ -29,7 +29,8 @@ def capsule_linear(
     r"""A layer of capsules with routing by agreement, from input capsules and a weight.
 
     The votes :math:`h_{ij} = W_{ij} u_i` are routed as in Procedure 1 of Sabour, Frosst and Hinton,
-    "Dynamic Routing Between Capsules", 2017. The CPU kernels hold at most 12 MiB of them per thread::
+    "Dynamic Routing Between Capsules", 2017. The CPU kernels hold those of a few samples: per thread at most
+    12 MiB that are kept between passes, or of 4 samples and 16 input capsules what is made anew in each::
 
         b_ij = logits_ij
         repeat `iterations` times
@@ -45,8 +46,8 @@ def capsule_linear(
             or float16.
         weight: ``[I, J, O, D]``, or shared by all input capsules ``[J, O, D]``, or by all pairs
             ``[O, D]`` (then J comes from ``logits``, else from ``bias``). Any strides; the memory
-            order I, D, J, O is read in place where O fills whole vectors, others are brought into it in
-            every call. Its gradient lies as it does. The dtype of ``u``.
+            order I, D, J, O is read in place where O fills whole vectors; others are multiplied as they
+            lie for few samples, else brought into it in every call. Its gradient lies as it does. The dtype of ``u``.
         iterations: R, the number of softmax / weighted-sum passes, at least 1.
         bias: ``[J, O]``, added to s in every pass; the dtype of ``u`` or float32.
         logits: prior logits, broadcast to ``[*, I, J]``; differentiable unless ``detach_coupling``; ``-inf``

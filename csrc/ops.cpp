@@ -22,7 +22,7 @@ Parallel torch_threads() {
 }
 
 // More bytes than kNewMemory the C library takes from the system anew in every call (glibc keeps none so large). New
-// memory costs a page fault, about 2 us, for every 4 KiB, and reading much of it a walk through the tables of pages,
+// memory costs a page fault for every 4 KiB, and reading much of it a walk through the tables of pages,
 // unless the system is asked for pages of 2 MiB. Not for more than kMostLarge: a virtual machine that reports free
 // large pages to its host, and so loses them, pays up to 5 ms for each when it needs many again.
 constexpr int64_t kNewMemory = int64_t(32) << 20, kMostLarge = int64_t(64) << 20;
@@ -58,7 +58,7 @@ bool is_new([[maybe_unused]] void* start, int64_t bytes) {
 }
 
 // Scratch is kept by the calling thread for its next call: fresh memory would cost a page fault for
-// every 4 KiB. More than kKeptScratch is given back at once; the backward of 1000 output capsules takes 76 MiB.
+// every 4 KiB. More than kKeptScratch is given back at once; the backward of 1000 output capsules of 16 features takes up to 80 MiB.
 constexpr int64_t kLine = 64, kKeptScratch = int64_t(96) << 20;
 
 struct Scratch {

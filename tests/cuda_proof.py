@@ -3,7 +3,7 @@
 python tests/cuda_proof.py emulate    the suite of the other backends through the emulated kernels, all of it
 python tests/cuda_proof.py sanitize   the emulated kernels under Thread-, Address- and UndefinedBehaviorSanitizer
 python tests/cuda_proof.py mutate     each meeting left out, each bound loosened: some case fails
-python tests/cuda_proof.py compile    every kernel for every target: registers, shared memory, no spills;
+python tests/cuda_proof.py compile    every kernel for every target: registers, nothing in local memory;
                                       writes docs/cuda-kernels.md
 """
 
@@ -132,19 +132,23 @@ def emulate() -> list[str]:
 
 
 def compile_for(storage: str, target: int, folder: Path) -> list[tuple]:
-    """(kernel, target, registers, bytes spilled) of every kernel of a storage type."""
+    """(kernel, target, registers, bytes of local memory) of every kernel of a storage type.
+
+    What is spilled lies there, and what no register can hold: an object with a pointer into itself, an array with an
+    index that is not known.
+    """
     command = ["nvcc", "-std=c++17", "-cubin", f"-arch=sm_{target}", "-Xptxas", "-v"]
     command += [f"-DCAPSROUTE_STORAGE={STORAGE[storage]}", f"-DCAPSROUTE_DTYPE={storage}"]
     done = run(*command, "-o", folder / f"{storage}-{target}.cubin", CUDA / "kernels.cu")
     assert done.returncode == 0, done.stderr
     text = subprocess.run(["c++filt"], input=done.stderr, capture_output=True, text=True, check=True).stdout
     kernels = re.findall(
-        r"Compiling entry function '(?:void )?([^']*>)\([^']*'.*?(\d+) bytes spill stores.*?Used (\d+) registers",
+        r"Compiling entry function '(?:void )?([^']*>)\([^']*'.*?(\d+) bytes stack frame.*?Used (\d+) registers",
         text,
         re.DOTALL,
     )
     plain = re.compile(r"capsroute::(cuda::)?")
-    return [(plain.sub("", name), target, int(used), int(spilled)) for name, spilled, used in kernels]
+    return [(plain.sub("", name), target, int(used), int(local)) for name, local, used in kernels]
 
 
 def readable(kernel: str) -> str:
@@ -171,13 +175,13 @@ def compile_all() -> list[str]:
     with ThreadPoolExecutor(2) as pool:
         rows = [row for part in pool.map(lambda job: compile_for(*job), jobs) for row in part]
     table: dict[str, dict[int, tuple[int, int]]] = {}
-    for kernel, target, used, spilled in rows:
-        table.setdefault(readable(kernel), {})[target] = used, spilled
+    for kernel, target, used, local in rows:
+        table.setdefault(readable(kernel), {})[target] = used, local
     failed = []
     lines = [
         "# The CUDA kernels, as compiled",
         "",
-        "Registers of a thread (and bytes spilled, where any are), by target, from `ptxas -v` of nvcc "
+        "Registers of a thread (and bytes that lie in local memory, where any do), by target, from `ptxas -v` of nvcc "
         + re.search(r"release ([\d.]+)", run("nvcc", "--version").stdout)[1]
         + ". Made by `python tests/cuda_proof.py compile`.",
         "Nothing here was run: no GPU has been at hand. Blocks: how many blocks of the largest size the registers of a "
@@ -188,10 +192,10 @@ def compile_all() -> list[str]:
     ]
     for kernel, by_target in sorted(table.items()):
         threads = most_threads(kernel)
-        cells = [f"{used} ({spilled} B)" if spilled else str(used) for used, spilled in by_target.values()]
-        for target, (used, spilled) in by_target.items():
-            if used * threads > 65536 or (spilled and target not in SPILLS_ALLOWED):
-                failed.append(f"{kernel} on sm_{target}: {used} registers, {spilled} bytes spilled")
+        cells = [f"{used} ({local} B)" if local else str(used) for used, local in by_target.values()]
+        for target, (used, local) in by_target.items():
+            if used * threads > 65536 or (local and target not in SPILLS_ALLOWED):
+                failed.append(f"{kernel} on sm_{target}: {used} registers, {local} bytes of local memory")
         blocks = min(65536 // (-(-used // 8) * 8 * threads) for used, _ in by_target.values())
         lines.append(f"| `{kernel}` | {threads} | " + " | ".join(cells) + f" | {blocks} |")
     PAGE.write_text("\n".join(lines) + "\n")

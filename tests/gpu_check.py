@@ -25,10 +25,20 @@ PYTEST = (sys.executable, "-m", "pytest", "--device", "cuda", "-q", "--no-header
 def steps() -> Iterator[tuple[str, list[str]]]:
     yield "tests", [*PYTEST, "tests", *(f"--ignore=tests/test_{name}.py" for name in ON_CPU)]
     yield "benchmarks", [sys.executable, "-m", "capsroute", "bench", "--device", "cuda", "--case", "all", "--memory"]
-    for tool in ("memcheck", "racecheck", "initcheck") if shutil.which("compute-sanitizer") else ():
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck") if shutil.which("compute-sanitizer") else ():
         few = [*PYTEST, "tests/test_triton.py", "tests/test_routing.py", "-x"]
         few += ["-k", "edge or several or (every_option and cuda and all)"]
-        yield f"compute-sanitizer {tool}", ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *few]
+        # each tensor in memory of its own: what leaves one must not lie in another
+        command = [
+            "env",
+            "PYTORCH_NO_CUDA_MEMORY_CACHING=1",
+            "compute-sanitizer",
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "1",
+        ]
+        yield f"compute-sanitizer {tool}", [*command, *few]
 
 
 def main() -> int:

@@ -227,6 +227,16 @@ def test_triton_serves_no_matrix_beyond_its_tiles(monkeypatch, rows, columns, ca
     assert (f"up to 2^20, got {rows} x {columns}" in why) == (not can)
 
 
+def test_triton_serves_no_weight_of_an_input_capsule_beyond_32_bits(monkeypatch):
+    monkeypatch.setattr(_triton, "load", lambda: (True, "hidden by the test"))
+    with FakeTensorMode():
+        u = torch.empty(2, 1, 64, device="cuda")
+        weights = [torch.empty(1, J, 64, 64, device="cuda") for J in (2**19 - 1, 2**19)]
+        found = [_backends.BACKENDS["triton"].serves(u, weight) for weight in weights]
+    assert [can for can, _ in found] == [True, False]
+    assert f"below 2^31, got {2**19} x 64 x 64" in found[1][1]
+
+
 @pytest.mark.parametrize(
     "make",
     [

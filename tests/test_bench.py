@@ -257,7 +257,7 @@ def test_available_memory_is_less_than_the_machine_has():
 
 def test_where_memory_is_not_told_times_are_all_there_is(monkeypatch, tmp_path):
     """On macOS and Windows, which have no /proc."""
-    monkeypatch.setattr(measure, "PROC", tmp_path / "none")
+    monkeypatch.setattr(measure, "CLEAR_REFS", tmp_path / "none")
     (result,) = compare.compare(TINY, False, ["reference"], dtype=torch.float32, seconds=0, memory=True)
     assert (result.rounds, result.peak_bytes, result.note) == (3, None, "memory is told on Linux alone")
 

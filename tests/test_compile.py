@@ -352,6 +352,22 @@ def test_export_with_dynamic_batch(fused):
         assert_close(x, y)
 
 
+@pytest.mark.parametrize("name", ["bias", "logits"])
+def test_export_of_any_layer(fused, name):
+    class Routing(torch.nn.Module):
+        def forward(self, u, weight, given):
+            return layer(u, weight, fused, **{name: given})
+
+    def arguments(B, I, D, J, O):
+        return torch.randn(B, I, D), torch.randn(I, J, O, D), torch.randn(*{"bias": (J, O), "logits": (I, J)}[name])
+
+    given = arguments(3, 5, 4, 6, 2)
+    any_size = tuple({dim: torch.export.Dim.DYNAMIC for dim in range(x.dim())} for x in given)
+    exported = torch.export.export(Routing(), given, dynamic_shapes=any_size, strict=True).module()
+    others = arguments(2, 7, 3, 5, 4)
+    assert_close(exported(*others), Routing()(*others))
+
+
 def test_iterations_may_be_symbolic():
     class Routing(torch.nn.Module):
         def forward(self, u, weight, iterations):

@@ -384,7 +384,19 @@ def test_a_bias_starts_at_zero():
 
 def test_a_transposed_layer_starts_by_what_a_position_sees():
     layer = CapsuleConvTranspose2d(8, 3, 2, 4, 4, 2, 1)  # 2 x 2 x 8 capsules on average
-    assert layer.weight.std().item() == pytest.approx(2 / 32**0.5 / 4**0.5, rel=0.1)
+    assert layer.weight.std().item() == pytest.approx(2 * 2 / 32**0.5 / 4**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("types", [4, 16])
+def test_a_stack_does_not_start_silent(types, iterations):
+    torch.manual_seed(0)
+    x = PrimaryCapsules(1, types, 8, 3, padding=1, flatten=False)(torch.rand(2, 1, 12, 12))
+    layers = [CapsuleConv2d(types, 8, types, 8, 3, padding=1, iterations=iterations) for _ in range(5)]
+    v = torch.nn.Sequential(*layers)(x)
+    assert v.norm(dim=-1).median() > 0.5
+    (grad,) = torch.autograd.grad((v * torch.randn_like(v)).sum() / v.numel() ** 0.5, layers[0].weight)
+    assert grad.norm() > 0.01
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_small_problems_take_one_launch():
 # Compilation
 
 
-def test_float32_kernels_compile_without_spills(tmp_path):
+def test_float32_kernels_compile_without_local_memory(tmp_path):
     if not shutil.which("nvcc"):
         pytest.skip("nvcc was not found: the CUDA kernels are not compiled here")
     kernels = cuda_proof.compile_for("float32", 90, tmp_path)

@@ -38,6 +38,34 @@ def test_jacrev_equals_a_loop(fused):
     assert len(made.results["route_backward"]) == 1  # not one for each row
 
 
+@pytest.mark.parametrize(
+    "options", [{"bias": True}, {"query": "BJO"}, {"coupling": "in"}, {"detach_coupling": True}], ids=str
+)
+def test_gradients_side_by_side_keep_their_graph(fused, options):
+    problem = random_problem((2, 3, 2, 2, 3), **options)
+    second = []
+    for backend in (fused, "reference"):
+        function, leaves = problem.as_function(backend)
+        v = function(*leaves)
+        cotangents = torch.eye(v.numel(), dtype=v.dtype).reshape(-1, *v.shape)
+        first = torch.autograd.grad(v, leaves, cotangents, is_grads_batched=True, create_graph=True)
+        second.append(torch.autograd.grad(sum(x.square().sum() for x in first), leaves))
+    for found, expected in zip(*second, strict=True):
+        assert_close(found, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"query": "BJO"}], ids=str)
+def test_saved_tensors_may_come_back_in_another_order(fused, options):
+    function, leaves = random_problem((2, 3, 2, 2, 3), **options).as_function(fused)
+    expected = torch.autograd.grad(function(*leaves).square().sum(), leaves)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: x.transpose(0, -1).contiguous(), lambda x: x.transpose(0, -1)
+    ):
+        v = function(*leaves)
+    for x, y in zip(torch.autograd.grad(v.square().sum(), leaves), expected, strict=True):
+        assert_close(x, y)
+
+
 @pytest.mark.parametrize("options", [{"bias": True}, {"query": "BJO"}], ids=str)
 def test_autograd_of_a_pullback_after_its_transformation_ended(fused, options):
     problem = random_problem((2, 3, 2, 2, 3), **options)
@@ -229,6 +257,15 @@ def test_a_traced_call_has_gradients(fused, options):
 
 
 @pytest.mark.filterwarnings("ignore:.*jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_call_traced_above_autograd_has_gradients(fused):
+    function, leaves = random_problem((3, 5, 2, 3, 3)).as_function(fused)
+    traced = make_fx(function, pre_dispatch=True)(*leaves)
+    v = traced(*leaves)
+    assert torch.is_grad_enabled()
+    for x, y in zip(*(torch.autograd.grad(x.sum(), leaves) for x in (v, function(*leaves))), strict=True):
+        assert_close(x, y)
+
+
 def test_a_traced_call_takes_another_batch(fused):
     problem = random_problem((4, 9, 3, 3, 5), bias=True)
     function, tensors = detached(problem, fused)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -175,10 +175,10 @@ def between(p: Problem, parts: Tensor, s: Tensor, dV: Tensor, chain: Chain, k: i
 def rows_of(p: Problem, chain: Chain, k: int) -> list[Step]:
     """The statistics of pass k over all j: those of each tile, then of all."""
     static, grid, warps = p.backward()
-    static = replace(static, given=chain.given)
+    static = static.but(given=chain.given)
     parts = p.scratch("rows of tiles", grid[1], 3, p.B, p.I)
     traffic = p.read_bytes(grid) + parts.nbytes + grid[2] * chain.read_bytes(p, k)
-    of_tile = replace(static, leaky=False)
+    of_tile = static.but(leaky=False)
     args = (p.u, p.pair_weight, p.logits, p.mask, chain.queries, chain.slopes, parts, k, p.B, p.I, p.strides, of_tile)
     return [
         Launch(kernels.rows, grid, args, warps, traffic),
@@ -189,7 +189,7 @@ def rows_of(p: Problem, chain: Chain, k: int) -> list[Step]:
 def stream(p: Problem, chain: Chain, k: int, of_weight: KeyWeight | None) -> tuple[list[Step], Tensor]:
     """The stream of pass k, and sum over i of db_ij h_ij in parts [groups, B, J, X]."""
     static, grid, warps = p.backward()
-    static = replace(static, need_weight=of_weight is not None, given=chain.given)
+    static = static.but(need_weight=of_weight is not None, given=chain.given)
     parts = p.scratch("parts", grid[2], p.B, p.J, p.X)
     sums = p.scratch("sums", *parts.shape) if of_weight is not None else None
     traffic = p.read_bytes(grid) + grid[2] * chain.read_bytes(p, k) + parts.nbytes * (1 if sums is None else 2)
@@ -226,7 +226,7 @@ class KeyWeight(NamedTuple):
             products.append((chain.V, self.sum_db))
         static = p.between()[0]
         J = p.J if p.form == "output" else 1  # one weight for all j: they are rows as samples are
-        static = replace(static, J=J, OB=min(static.OB, 32), DB=min(static.DB, 32))
+        static = static.but(J=J, OB=min(static.OB, 32), DB=min(static.DB, 32))
         across = ceil(p.D, static.DB), ceil(p.O, static.OB)
         counts = [x.numel() // (J * p.O) for x, _ in products]
         share = tuning.share(p.tuning, counts[0], J * across[0] * across[1])
@@ -259,12 +259,14 @@ def last_stream(p: Problem, chain: Chain, needs: Needs, results) -> list[Step]:
         return []
     tile = gradient_tile(p)
     tiles = max(1, ceil(p.I, tile.rows)), ceil(p.J, tile.outputs)
-    share = tuning.share(p.tuning, p.B, tiles[0] * tiles[1])
-    grid = (*tiles, ceil(p.B, share))
     kept = "".join(letter for letter, n in zip("bi", dlogits.shape[:2], strict=True) if n != 1) if needs.logits else ""
     kept = kept or ("j" if needs.logits else "")
-    static = replace(
-        p.backward()[0], TB=tile.rows, JB=tile.outputs, XB=tile.features, tiled=p.tiled(tile),
+    if of_pairs or kept in ("i", "j"):
+        share = tuning.share(p.tuning, p.B, tiles[0] * tiles[1])
+    else:  # nothing is summed over samples: shares cost no more memory, and more programs fill a GPU
+        share = max(min(p.tuning.fewest, p.B), ceil(p.B, tuning.MOST))
+    grid = (*tiles, ceil(p.B, share))
+    static = p.backward()[0].but(TB=tile.rows, JB=tile.outputs, XB=tile.features, tiled=p.tiled(tile),
         held=1 if p.D <= EACH else p.backward()[0].DB,
         near=False, given=chain.given, moves=chain.R > 1 or chain.given or needs.logits,
         need_u=needs.u, need_weight=of_pairs, need_logits=kept,

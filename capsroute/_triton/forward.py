@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -27,7 +26,9 @@ class Pairs(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """Of the softmax over i: the maximum of the logits and the sum of exp(logit - maximum), each [R, B, J]."""
+    """Of the softmax over i: the maximum of the logits and the sum of exp(logit - maximum), each [saved, B, J] or, of
+    one pass, [B, J].
+    """
 
     tops: Tensor
     totals: Tensor
@@ -128,6 +129,7 @@ def one_pass(
 def whole(p: Problem, R: int, eps: float, v: Tensor, s: Tensor, norm: Tensor, wanted: Pairs) -> Launch:
     """All passes in one launch."""
     static, grid, warps = p.forward(wanted.logits is not None)
+    static = static.but(unrolled=False)  # it spilled
     traffic = R * p.read_bytes(grid) + sum(x.nbytes for x in (v, s, norm, *wanted) if x is not None)
     traffic += grid[0] * p.bias.nbytes if p.bias is not None else 0
     turned = p.empty(2, p.B, p.J, p.D) if p.keys else None
@@ -143,7 +145,7 @@ def whole(p: Problem, R: int, eps: float, v: Tensor, s: Tensor, norm: Tensor, wa
 def stream(p: Problem, V: Tensor | None, wanted: Pairs) -> tuple[list[Step], Parts]:
     """The stream itself, with the two steps before it where a softmax over j spans several tiles."""
     static, grid, warps = p.forward(wanted.logits is not None)
-    static = replace(static, query=V is not None)
+    static = static.but(query=V is not None)
     steps, rows = rows_of(p, static, grid, warps, V) if static.tiled else ([], (None, None))
     online = p.scratch("online", 2, grid[2], p.B, p.J) if p.over_inputs else None
     parts = Parts(p.scratch("parts", grid[2], p.B, p.J, p.X), online)
@@ -159,7 +161,7 @@ def rows_of(p: Problem, static: Static, grid: Grid, warps: int, V: Tensor | None
     parts = p.scratch("rows of tiles", grid[1], 2, p.B, p.I)
     traffic = p.pair_bytes(grid[1]) + parts.nbytes
     traffic += p.vote_bytes(grid[1], grid[0]) + grid[2] * p.state_bytes if V is not None else 0
-    of_tile = replace(static, leaky=False)
+    of_tile = static.but(leaky=False)
     args = (p.u, p.pair_weight, p.logits, p.mask, V, parts, p.B, p.I, p.strides, of_tile)
     rows = list(p.scratch("rows", 2, p.B, p.I))
     return [Launch(kernels.rows, grid, args, warps, traffic), merge_rows(p, static, parts, [*rows, None])], rows
@@ -168,7 +170,7 @@ def rows_of(p: Problem, static: Static, grid: Grid, warps: int, V: Tensor | None
 def merge_rows(p: Problem, static: Static, parts: Tensor, rows: list[Tensor | None]) -> Launch:
     """The statistics of all tiles from those of each, parts [tiles, 2 or 3, B, I]."""
     count, kinds = p.B * p.I, parts.shape[1]
-    static = replace(static, means=kinds == 3, query=True)
+    static = static.but(means=kinds == 3, query=True)
     traffic = parts.nbytes * (kinds + 1) // kinds + kinds * count * p.itemsize
     grid = (max(1, ceil(count, static.width)), 1, 1)
     return Launch(kernels.merge_rows, grid, (parts, *rows, count, len(parts), static), 4, traffic)
@@ -178,7 +180,7 @@ def finish(p: Problem, parts: Parts, s: Tensor | None, norm: Norm | None, squash
     """s from its parts, and what follows."""
     static, grid, warps = p.between()
     groups = len(parts.s)
-    static = replace(static, query=squash is not None and not squash.first)
+    static = static.but(query=squash is not None and not squash.first)
     last = squash is not None and squash.last
     traffic = parts.s.nbytes + (0 if s is None else s.nbytes) + grid[0] * p.key_weight_bytes
     traffic += grid[0] * p.bias.nbytes if p.bias is not None else 0
@@ -199,7 +201,7 @@ def column_coupling(p: Problem, V: Tensor | None, norm: Norm, coupling: Tensor) 
     """The coupling where the softmax runs over i, from its totals."""
     warps, per_thread = p.tuning.loaded
     static, grid, warps = p.stream((warps, per_thread // 2))  # with as many as the stream it spilled
-    static = replace(static, query=V is not None)
+    static = static.but(query=V is not None)
     traffic = p.pair_bytes(grid[1]) + coupling.nbytes + 2 * grid[2] * norm.tops.nbytes
     traffic += p.vote_bytes(grid[1], grid[0]) + grid[2] * p.state_bytes if V is not None else 0
     args = (p.u, p.pair_weight, p.logits, p.mask, V, *norm, coupling, p.B, p.I, p.strides, static)

@@ -6,6 +6,7 @@ those that a cache would serve included, and supposes that nothing is masked or 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from .kernels.stream import Static
 
 ACCUMULATION = {torch.float32: tl.float32, torch.float64: tl.float64}
 Grid = tuple[int, int, int]
+UNROLLED = 16  # features of an input capsule up to which the loop over them may be
 
 
 class Launch(NamedTuple):
@@ -97,6 +99,66 @@ def ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
+class Kind(NamedTuple):
+    """What tiles and compiled kernels follow from."""
+
+    tuning: tuning.Tuning
+    form: str
+    B: int
+    I: int
+    D: int
+    J: int
+    O: int
+    X: int
+    dtype: torch.dtype  # that sums are made in
+    over_inputs: bool
+    leaky: bool
+    mask: bool
+    logits: bool
+    of_samples: int  # numbers from one sample, or output capsule, to the next, at most
+    of_outputs: int
+
+
+@functools.lru_cache(1024)
+def _stream(kind: Kind, shape: tuple[int, int], unrolled: bool) -> tuple[Static, Grid, int]:
+    pair, J = kind.form == "pair", kind.J
+    group = tuning.group(kind.tuning, kind.I, J, kind.X, kind.D if pair else 1)
+    groups = max(1, ceil(kind.I, group))
+    tile = tuning.tile(kind.tuning, shape, kind.B, J, kind.X, kind.dtype.itemsize, groups)
+    static = Static(
+        acc=ACCUMULATION[kind.dtype],
+        J=J,
+        O=kind.O,
+        D=kind.D,
+        X=kind.X,
+        TB=tile.rows,
+        JB=tile.outputs,
+        XB=tile.features,
+        OB=tuning.power_of_two(kind.O),
+        DB=tuning.power_of_two(max(kind.D, 1)),
+        group=group,
+        pair=pair,
+        keys=kind.form in ("output", "single"),
+        over_inputs=kind.over_inputs,
+        leaky=kind.leaky,
+        mask=kind.mask,
+        logits=kind.logits,
+        tiled=tile.outputs < J and not kind.over_inputs,
+        unrolled=pair and kind.D <= UNROLLED and unrolled,
+        near=max(tile.rows * kind.of_samples, J * kind.of_outputs) < 2**31,
+    )
+    return static, (ceil(kind.B, tile.rows), ceil(J, tile.outputs), groups), tile.warps
+
+
+@functools.lru_cache(1024)
+def _between(kind: Kind) -> tuple[Static, Grid, int]:
+    static, _, _ = _stream(kind, kind.tuning.backward, True)
+    of_outputs = replace(kind.tuning, row=static.OB)
+    tile = tuning.tile(of_outputs, kind.tuning.between, kind.B, kind.J, kind.O, kind.dtype.itemsize, 1)
+    static = static.but(TB=tile.rows, JB=tile.outputs, tiled=False, logits=False, mask=False, leaky=False)
+    return static, (ceil(kind.B, tile.rows), ceil(kind.J, tile.outputs), 1), tile.warps
+
+
 @dataclass
 class Problem:
     """The tensors in the order that the kernels read, and the sizes."""
@@ -170,7 +232,7 @@ class Problem:
             return ()
         return tuple(self.weight.shape[1:] if self.form == "single" else self.weight.shape)
 
-    @property
+    @functools.cached_property
     def dtype(self) -> torch.dtype:
         """That sums are made in."""
         return accumulation_dtype(self.u.dtype)
@@ -179,7 +241,7 @@ class Problem:
     def itemsize(self) -> int:
         return self.dtype.itemsize
 
-    @property
+    @functools.cached_property
     def strides(self) -> tuple[int, ...]:
         """Of mask [b, i], logits [b, i, j] and u [b, i, j], 0 where they broadcast."""
         mask, logits = (
@@ -209,58 +271,36 @@ class Problem:
         """What a forward stream is compiled for, its grid and its warps."""
         if self.keys or self.X > 64:  # products with W in the same launch, or rows so long that they spilled
             return self.stream(self.tuning.between)
-        if leaves:  # logits: their addresses take registers, so twice the warps hold as much
-            warps, per_thread = self.tuning.loaded
-            return self.stream((2 * warps, per_thread // 2))
-        more = self.mask is not None or self.logits is not None or self.over_inputs
-        more = more or tuning.tiled(self.tuning, self.J, self.X)
+        warps, per_thread = self.tuning.loaded
+        if self.logits is not None and not leaves:  # their addresses take registers: half the warps have twice as many
+            return self.stream((warps // 2, 2 * per_thread), unrolled=False)
+        more = self.mask is not None or self.over_inputs or leaves or tuning.tiled(self.tuning, self.J, self.X)
         return self.stream(self.tuning.loaded if more else self.tuning.forward)
 
     def backward(self) -> tuple[Static, Grid, int]:
         """Likewise of a pass of the backward."""
         return self.stream(self.tuning.backward)
 
-    def stream(self, shape: tuple[int, int]) -> tuple[Static, Grid, int]:
+    def stream(self, shape: tuple[int, int], unrolled: bool = True) -> tuple[Static, Grid, int]:
         """Of a stream over i in tiles of samples."""
-        group = tuning.group(self.tuning, self.I, self.J, self.X, self.D if self.form == "pair" else 1)
-        groups = max(1, ceil(self.I, group))
-        tile = tuning.tile(self.tuning, shape, self.B, self.J, self.X, self.itemsize, groups)
-        of_samples = max(self.strides[0], self.strides[2], self.strides[5], self.I * self.J)
-        static = Static(
-            acc=ACCUMULATION[self.dtype],
-            J=self.J,
-            O=self.O,
-            D=self.D,
-            X=self.X,
-            TB=tile.rows,
-            JB=tile.outputs,
-            XB=tile.features,
-            OB=tuning.power_of_two(self.O),
-            DB=tuning.power_of_two(max(self.D, 1)),
-            group=group,
-            pair=self.form == "pair",
-            keys=self.keys,
-            over_inputs=self.over_inputs,
-            leaky=self.leaky,
-            mask=self.mask is not None,
-            logits=self.logits is not None,
-            tiled=self.tiled(tile),
-            near=max(tile.rows * of_samples, self.J * max(self.strides[4], self.strides[7])) < 2**31,
-        )
-        return static, (ceil(self.B, tile.rows), ceil(self.J, tile.outputs), groups), tile.warps
+        return _stream(self.kind, shape, unrolled)
+
+    def between(self) -> tuple[Static, Grid, int]:
+        """Likewise for what runs between two streams, on V alone."""
+        return _between(self.kind)
+
+    @functools.cached_property
+    def kind(self) -> Kind:
+        strides = self.strides
+        return Kind(
+            self.tuning, self.form, self.B, self.I, self.D, self.J, self.O, self.X, self.dtype, self.over_inputs,
+            self.leaky, self.mask is not None, self.logits is not None,
+            max(strides[0], strides[2], strides[5], self.I * self.J), max(strides[4], strides[7]),
+        )  # fmt: skip
 
     def tiled(self, tile: tuning.Tile) -> bool:
         """Whether a softmax over j spans several tiles."""
         return tile.outputs < self.J and not self.over_inputs
-
-    def between(self) -> tuple[Static, Grid, int]:
-        """Likewise for what runs between two streams, on V alone."""
-        static, _, _ = self.backward()
-        tile = tuning.tile(
-            replace(self.tuning, row=static.OB), self.tuning.between, self.B, self.J, self.O, self.itemsize, 1
-        )
-        static = replace(static, TB=tile.rows, JB=tile.outputs, tiled=False, logits=False, mask=False, leaky=False)
-        return static, (ceil(self.B, tile.rows), ceil(self.J, tile.outputs), 1), tile.warps
 
     # Bytes
 

@@ -344,7 +344,7 @@ def describe_machine(dtype: torch.dtype) -> dict[str, object]:
         "machine": f"{platform.system()} {platform.machine()}, {_processor()}, {os.cpu_count()} logical processors",
         "gpu": _gpu(),
         "threads": torch.get_num_threads(),
-        "fused": f"{fused_backend(torch.empty(0, 1, 1, dtype=dtype))} ({_ops.cpu_library()[1]})",
+        "fused": f"{fused_backend(torch.empty(1, 1, 1, 1, dtype=dtype))} ({_ops.cpu_library()[1]})",
         "torch": f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}",
         "python": platform.python_version(),
         "capsroute": __version__,

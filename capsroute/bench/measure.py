@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 MIN_ROUNDS = 3
-PROC = Path("/proc/self/clear_refs")  # where a process can have its peak memory told
+CLEAR_REFS = Path("/proc/self/clear_refs")  # where a process can have its peak memory told
 KILLED = "its process was killed"  # the notes of a result without memory
 UNTOLD = "memory is told on Linux alone"
 T = TypeVar("T")
@@ -103,7 +103,7 @@ def available_memory() -> int:
     """Bytes that can be allocated: on the GPU, or without swapping, as Linux estimates them. Elsewhere: no end."""
     if on_gpu():
         return torch.cuda.mem_get_info()[0]
-    if not PROC.exists():
+    if not CLEAR_REFS.exists():
         return sys.maxsize
     return _kibibytes("/proc/meminfo", "MemAvailable")
 
@@ -121,7 +121,7 @@ def peak_growth(warm_up: Callable[[], object], work: Callable[[], list[Tensor]])
         results = work()
         return max(torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in results), 0)
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again at what is resident now
+    CLEAR_REFS.write_text("5")  # the peak begins again at what is resident now
     before = _kibibytes("/proc/self/status", "VmRSS")
     results = work()
     peak = _kibibytes("/proc/self/status", "VmHWM")
@@ -140,7 +140,7 @@ def in_fresh_process(function: Callable[..., T], *args: object) -> T:
 
 def with_memory(result: Result, weigh: Callable[..., int], *args: object) -> Result:
     """The result with its peak memory, weigh(*args) in a fresh process, or a note why it has none."""
-    if not (on_gpu() or PROC.exists()):
+    if not (on_gpu() or CLEAR_REFS.exists()):
         return result._replace(note=UNTOLD)
     try:
         return result._replace(peak_bytes=in_fresh_process(weigh, *args))

@@ -113,7 +113,7 @@ def operations(case: Case, path: Plan, backward: bool) -> int:
         # the first pass couples all alike: its sums may be a product of their own
         alike = path.product_first and case.coupling == "out"
         made = kept * (1 + alike) + (1 - kept) * R
-        return round(made * votes) + (R - alike) * (row + products) + (R - 1) * (row + products)
+        return round(made * votes) + (2 * R - 1 - alike) * (row + products)
     if case.detach_coupling:
         R = 1
     passes = streamed(case, backward)

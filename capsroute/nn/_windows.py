@@ -135,8 +135,10 @@ class _InChunks(torch.autograd.Function):
             tensors = x_part, weight, bias
 
             def route(*values, tensors=tensors, mask=mask_part):
-                x, weight, bias = (dict(enumerate(tensors)) | dict(zip(wanted, values, strict=True))).values()
-                return _route(x, mask, weight, bias, windows, options)
+                every = list(tensors)
+                for k, value in zip(wanted, values, strict=True):
+                    every[k] = value
+                return _route(every[0], mask, *every[1:], windows, options)
 
             with _autocast.off(x):
                 parts = _autograd.vjp(route, [tensors[k] for k in wanted], grad_v[images, y])

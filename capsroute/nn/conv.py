@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import _autocast, _backends, _checks
 from ._windows import Windows, route_windows
-from .linear import even_pass_gain, first_pass_gain
+from .linear import even_pass_gain
 
 
 class CapsuleConv(nn.Module):
@@ -79,12 +79,13 @@ class CapsuleConv(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the weight anew and set the bias to 0."""
         inputs, outputs = self._window_capsules(), self.out_types + self.leaky
-        if self.iterations > 1:
-            gain = first_pass_gain(inputs, outputs, self.coupling)
-        else:
-            # Nothing is routed, so votes may be long, and such layers are stacked: |s| = 3 |u| makes 0.87 the length
-            # that squash maps to itself. At |s| = |u| a few layers would squash everything to 0.
+        # Such layers are stacked: at |s| = |u| squash, which makes 0.04 of 0.2, would leave nothing after a few. Where
+        # nothing is routed |s| = 3 |u| makes 0.87 the length that it maps to itself. Routing makes s longer, since votes
+        # that agree weigh more, so 2 |u| do, and votes beyond 3 |u| would let it fill every output capsule.
+        if self.iterations == 1:
             gain = even_pass_gain(3, inputs, outputs, self.coupling)
+        else:
+            gain = min(even_pass_gain(2, inputs, outputs, self.coupling), 3)
         nn.init.normal_(self.weight, std=gain / math.sqrt(self.out_features))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -123,7 +124,8 @@ class CapsuleConv2d(CapsuleConv):
 
     Dynamic routing as in Sabour, Frosst and Hinton 2017 (Procedure 1) over the windows of Hinton, Sabour and Frosst,
     "Matrix capsules with EM routing", 2018, where all positions share the weight. With ``iterations=1`` nothing
-    is routed: a convolution by the weight / J and squash, as in Rajasegaran et al., "DeepCaps", 2019.
+    is routed: a convolution by the weight / J (unless told otherwise) and squash, as in Rajasegaran et al.,
+    "DeepCaps", 2019.
 
     The capsules of a window beyond the border count as 0, and take no part where ``coupling="in"``. At most the votes
     of a few positions, and ``chunk_bytes`` of unfolded input (or one row of windows), are held at a time, forward or

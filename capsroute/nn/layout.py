@@ -41,11 +41,11 @@ def from_layout(weight: Tensor, layout: str, **sizes: int) -> Tensor:
         raise ValueError(f"weight must be {layout}, got {list(weight.shape)}")
     shape = []
     for axis, size in zip(axes, weight.shape, strict=True):
-        unknown = [letter for letter in axis if letter not in sizes]
-        if len(unknown) > 1:
-            raise ValueError(f"the size of {' or '.join(unknown)} must be given: {'*'.join(axis)} is {size} in weight")
+        left = [letter for letter in axis if letter not in sizes]
+        if len(left) > 1:
+            raise ValueError(f"the size of {' or '.join(left)} must be given: {'*'.join(axis)} is {size} in weight")
         known = math.prod([sizes[letter] for letter in axis if letter in sizes])
-        rest = size // known if unknown else 1
+        rest = size // known if left else 1
         if known * rest != size:
             raise ValueError(f"weight must be {layout} with {_show(sizes)}, got {list(weight.shape)}")
         shape += [sizes.get(letter, rest) for letter in axis]

@@ -90,7 +90,7 @@ class CapsNetLoss(nn.Module):
 
     Args:
         reconstruction_weight: weight of the mean squared error of a pixel, which suits every image size. The
-            paper's 0.0005 times a sum over 784 pixels would be 0.392; ten times as much draws sharper images
+            paper's 0.0005 times a sum over 784 pixels would be 0.392; about ten times as much draws sharper images
             and makes fewer errors on scikit-learn's digits.
 
     Raises:

@@ -50,8 +50,8 @@ struct BackwardPlan {
     // As if all gradients were wanted: where a batch is cut, and so the bits of sums over it, depends on sizes alone.
     const int64_t most = 2 * (R - 1 + given) + (p.logits.data && out.logits_I == p.I);
     const int64_t pairs = most * layout.blocks * layout.lanes() * int64_t(sizeof(A));
-    const int64_t numbers = p.I * p.J * p.O * int64_t(sizeof(A));  // bytes of votes of a sample, or of a W_id of all i
-    const int64_t large = minimum(kLongChunkBytes, minimum(kChunkWeights * p.D * numbers, 3 * p.B * numbers / 10));
+    const int64_t votes = p.I * p.J * p.O * int64_t(sizeof(A));  // bytes of those of a sample, or of a W_id of all i
+    const int64_t large = minimum(kLongChunkBytes, minimum(kChunkWeights * p.D * votes, 3 * p.B * votes / 10));
     const int64_t bytes = p.form == Weight::pair ? maximum(kChunkBytes, large) : kSmallChunkBytes;
     keep_pairs = (vectors + pairs) * minimum(kFewestKept, p.B) <= maximum(kChunkBytes, bytes);
     const int64_t fitting = bytes / maximum(1, vectors + (keep_pairs ? pairs : 0)) / kSubBatch * kSubBatch;
@@ -94,13 +94,13 @@ struct Kept {
   using A = Acc<X>;
 
   Kept(const BackwardPlan<X>& plan, Carver& carver)
-      : plan(plan), layout(plan.layout), sub_tiles(divide_up(plan.chunk, W<A>)) {
+      : plan(plan), layout(plan.layout), sub_tiles(divide_up(plan.chunk, L<A>)) {
     const int64_t vectors = plan.chunk * plan.terms;
     outputs = carver.take<A>(vectors * layout.outputs());
     rows = layout.shared ? carver.take<A>(vectors * layout.sums()) : outputs;
     sums = layout.shared ? carver.take<A>(vectors * layout.sums()) : nullptr;
     means = carver.take<A>(plan.chunk * plan.means);
-    pairs = plan.keep_pairs ? carver.take<A>(sub_tiles * W<A> * layout.blocks * block_pairs()) : nullptr;
+    pairs = plan.keep_pairs ? carver.take<A>(sub_tiles * L<A> * layout.blocks * block_pairs()) : nullptr;
     logit_sums = plan.logits_by_sum ? carver.take<A>(plan.chunk * pad<A>(plan.p.J)) : nullptr;
   }
 
@@ -110,9 +110,9 @@ struct Kept {
   A* sum(int64_t n, int64_t term) const { return sums + (n * plan.terms + term) * layout.sums(); }
   A* mean(int64_t n, int64_t k) const { return means + n * plan.means + 2 * (k - 1) * pad<A>(plan.p.J); }
   A* mean_error(int64_t n, int64_t k) const { return mean(n, k) + pad<A>(plan.p.J); }
-  A* pair(int64_t n, int64_t i0) const { return pairs + (i0 / W<A> * plan.chunk + n) * block_pairs(); }
+  A* pair(int64_t n, int64_t i0) const { return pairs + (i0 / L<A> * plan.chunk + n) * block_pairs(); }
   A* pair_of_samples(int64_t n, int64_t i) const {
-    return pairs + ((i / W<A> * sub_tiles + n / W<A>)*W<A> + i % W<A>)*block_pairs() + n % W<A>;
+    return pairs + ((i / L<A> * sub_tiles + n / L<A>)*L<A> + i % L<A>)*block_pairs() + n % L<A>;
   }
 
   const BackwardPlan<X>& plan;
@@ -122,7 +122,7 @@ struct Kept {
   A* rows;        // [n][term][J, F]: e^k and q^k
   A* sums;        // [n][term][J, F]: sum over i of p^k_ij u_i and of db^k_ij u_i, for a shared weight
   A* means;       // [n][k][2][J], for a softmax over i
-  A* pairs;       // [block][n][slot][J, W inputs], or by samples [block][n / W][i][slot][J, W samples]
+  A* pairs;       // [block][n][slot][J, L inputs], or by samples [block][n / L][i][slot][J, L samples]
   A* logit_sums;  // [n][J]
 };
 

@@ -154,12 +154,12 @@ class ForwardStream {
     const bool sums_alone = step == 0 && is_uniform() && stream_.way.product_first;
     A* c = scratch.coupling;
     stream_.begin_group(tile, group, step == 0, scratch);
-    for (int64_t m = 0; m < tile.count; m += W<A>) {
-      const int64_t count = minimum(W<A>, tile.count - m);
+    for (int64_t m = 0; m < tile.count; m += L<A>) {
+      const int64_t count = minimum(L<A>, tile.count - m);
       if (queries) to_lanes(queries + m * sums, sums, count, sums, scratch.q);
       scratch.sums.clear();
       for (int64_t j = 0; p_.over_inputs && j < J; ++j)
-        store(online_lanes(scratch).highest + j * W<A>, all(kForbidden<A>));
+        store(online_lanes(scratch).highest + j * L<A>, all(kForbidden<A>));
       auto visit = [&](int64_t i, int64_t l, const auto& block, const A* q, const A*) {
         A* own = c + l * lanes;
         with_features<A>(layout_.F, [&](auto F) {
@@ -185,8 +185,8 @@ class ForwardStream {
 
   // As `online`, by lanes.
   Online<A> online_lanes(const typename Stream<X>::Scratch& scratch) const {
-    A *sums = scratch.sums.total, *highest = sums + layout_.sums() * W<A>;
-    return {sums, highest, highest + pad<A>(p_.J) * W<A>};
+    A *sums = scratch.sums.total, *highest = sums + layout_.sums() * L<A>;
+    return {sums, highest, highest + pad<A>(p_.J) * L<A>};
   }
 
   // V of a tile becomes what its rows are dotted with.
@@ -223,7 +223,7 @@ class ForwardStream {
     A* norm = out_.norm && saved(step) >= 0 ? static_cast<A*>(out_.norm) + (saved(step) * p_.B + b) * p_.J : nullptr;
     for (int64_t j = 0; j < p_.J; ++j) {
       const A scale = online.total[j] == 0 ? 0 : 1 / online.total[j];
-      for (int64_t f = j * layout_.F; f < (j + 1) * layout_.F; f += W<A>)
+      for (int64_t f = j * layout_.F; f < (j + 1) * layout_.F; f += L<A>)
         store(online.sums + f, load(online.sums + f) * scale);
       if (!norm) continue;
       norm[j] = online.total[j] == 0 ? 0 : online.highest[j];
@@ -231,7 +231,7 @@ class ForwardStream {
     }
   }
 
-  // What is wanted of the pairs of a pass: [J, W], of so many samples and input capsules, one of which is 1.
+  // What is wanted of the pairs of a pass: [J, L], of so many samples and input capsules, one of which is 1.
   void write_pairs(int64_t b, int64_t samples, int64_t i0, int64_t inputs, int64_t step, const A* c,
                    const A* logits) const {
     if (logits) write_pairs(static_cast<A*>(out_.logits), b, samples, i0, inputs, logits);
@@ -243,7 +243,7 @@ class ForwardStream {
     to += (b * p_.I + i0) * p_.J;
     const int64_t next = (samples > 1 ? p_.I : 1) * p_.J;
     for (int64_t l = 0; l < samples * inputs; ++l)
-      for (int64_t j = 0; j < p_.J; ++j) to[l * next + j] = from_acc<To>(pairs[j * W<A> + l]);
+      for (int64_t j = 0; j < p_.J; ++j) to[l * next + j] = from_acc<To>(pairs[j * L<A> + l]);
   }
 
   const Forward& out_;

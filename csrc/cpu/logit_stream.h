@@ -86,10 +86,10 @@ class LogitStream {
     const int64_t k = p_.R - step, sums = layout_.sums(), outputs = layout_.outputs();
     A *s = s_ + tile.slot * outputs, *v = of_tile(v_, tile, layout_.outputs());
     for (int64_t n = 0; n < tile.count; ++n) {
-      const A *logit_sum = total(tile, n), *coupled = logit_sum + sums;
+      const A *moved = total(tile, n), *coupled = moved + sums;
       if (p_.over_inputs && plan_.logits_move) correct_sums(tile, n, k, s);
       if (layout_.shared) {
-        if (plan_.queried(k)) fold_sum(kept_.sum(tile.first + n, plan_.q(k - 1)), logit_sum, sums, true);
+        if (plan_.queried(k)) fold_sum(kept_.sum(tile.first + n, plan_.q(k - 1)), moved, sums, true);
         fold_sum(kept_.sum(tile.first + n, plan_.e(k)), coupled, sums, true);
       }
       if (plan_.logits_by_sum) {
@@ -132,7 +132,7 @@ class LogitStream {
       couple_backward(block, c, e, J, F, db);
     if (sums && plan_.queried(k)) add_block(block, db, J, F, sums);
     if (sums && plan_.logit_sums)
-      for (int64_t j = 0; j < J; ++j) sums[sums_ - pad<A>(J) + j] += sum_lanes(load(db + j * W<A>));
+      for (int64_t j = 0; j < J; ++j) sums[sums_ - pad<A>(J) + j] += sum_lanes(load(db + j * L<A>));
     if (pairs && plan_.logits_by_row) fold_sum(pairs + plan_.logits_slot() * lanes, db, lanes, k == p_.R);
   }
 
@@ -151,8 +151,8 @@ class LogitStream {
                         const typename Stream<X>::Scratch& scratch) const {
     const int64_t k = p_.R - step, rows = layout_.sums(), stride = plan_.terms * rows;
     stream_.begin_group(tile, group, step == 0, scratch);
-    for (int64_t m = 0; m < tile.count; m += W<A>) {
-      const int64_t n = tile.first + m, count = minimum(W<A>, tile.count - m);
+    for (int64_t m = 0; m < tile.count; m += L<A>) {
+      const int64_t n = tile.first + m, count = minimum(L<A>, tile.count - m);
       if (plan_.queried(k)) to_lanes(kept_.row(n, plan_.q(k - 1)), stride, count, rows, scratch.q);
       to_lanes(kept_.row(n, plan_.e(k)), stride, count, rows, scratch.e);
       scratch.sums.clear();
@@ -173,17 +173,17 @@ class LogitStream {
         if (queried)
           add_run(sums, run, p_.J, layout_.F, first);
         else if (first)
-          set_zero(sums, rows * W<A>);
-        if (plan_.logit_sums) add_logits(sums + rows * W<A>, run, first);
+          set_zero(sums, rows * L<A>);
+        if (plan_.logit_sums) add_logits(sums + rows * L<A>, run, first);
       };
       stream_.for_inputs(tile, m, group, queried ? scratch.q : nullptr, scratch.e, scratch, visit, add);
       from_lanes(scratch.sums.total, sums_, to + m * sums_, sums_, count);
     }
   }
 
-  // sums [J][W] += sum over the run of db
+  // sums [J][L] += sum over the run of db
   void add_logits(A* sums, const Run<A>& run, bool first) const {
-    if (first) set_zero(sums, pad<A>(p_.J) * W<A>);
+    if (first) set_zero(sums, pad<A>(p_.J) * L<A>);
     for (int64_t l = 0; l < run.count; ++l) fold_sum(sums, run.c + l * run.c_next, layout_.lanes(), false);
   }
 
@@ -202,10 +202,10 @@ class LogitStream {
 
   // Takes the mean's error x_j from sum over i of db_ij h_ij, and keeps it for the db_ij themselves.
   void correct_sums(const Tile& tile, int64_t n, int64_t k, A* s) const {
-    A *sums = total(tile, n), *x = sums + sums_ - pad<A>(p_.J), *coupled = sums + layout_.sums();
-    if (!layout_.shared) read_coupled(tile.first + n, k, coupled = s);
+    A *sums = total(tile, n), *x = sums + sums_ - pad<A>(p_.J), *coupled = layout_.shared ? sums + layout_.sums() : s;
+    if (!layout_.shared) read_coupled(tile.first + n, k, s);
     for (int64_t j = 0; j < p_.J; ++j)
-      for (int64_t f = j * layout_.F; f < (j + 1) * layout_.F; f += W<A>)
+      for (int64_t f = j * layout_.F; f < (j + 1) * layout_.F; f += L<A>)
         store(sums + f, load(sums + f) - rounded<A>(x[j] * load(coupled + f)));  // as db_ij h_ij are
     fold_sum(kept_.mean_error(tile.first + n, k), x, pad<A>(p_.J), true);
     set_zero(x, pad<A>(p_.J));
@@ -214,7 +214,7 @@ class LogitStream {
   // s^k - bias = sum over i of p^k_ij h_ij
   void read_coupled(int64_t n, int64_t k, A* s) const {
     read_s(n, k, s);
-    for (int64_t o = 0; bias_ && o < layout_.outputs(); o += W<A>) store(s + o, load(s + o) - load(bias_ + o));
+    for (int64_t o = 0; bias_ && o < layout_.outputs(); o += L<A>) store(s + o, load(s + o) - load(bias_ + o));
   }
 
   void read_s(int64_t n, int64_t k, A* s) const {
@@ -266,7 +266,7 @@ class LogitStream {
     read_coupled(n, k, s);
     for (int64_t j = 0; j < p_.J; ++j) {
       Vec<A> sum = all<A>(0);
-      for (int64_t o = j * layout_.O; o < (j + 1) * layout_.O; o += W<A>) sum += load(s + o) * load(ds + o);
+      for (int64_t o = j * layout_.O; o < (j + 1) * layout_.O; o += L<A>) sum += load(s + o) * load(ds + o);
       kept_.mean(n, k)[j] = sum_lanes(sum);
     }
   }

@@ -1,5 +1,5 @@
 // The inner loops. Feature axes (f) are padded to whole vectors; a lane is a feature, or, after
-// sum_each, one of W input capsules. Every sum runs in an order that does not depend on how many
+// sum_each, one of L input capsules. Every sum runs in an order that does not depend on how many
 // samples are handled together, so a sample's bits are its own.
 #pragma once
 
@@ -16,10 +16,10 @@ using Known = std::integral_constant<int64_t, n>;
 // Calls visit(size) with a number of padded features, the commonest as known ones.
 template <class A, class Visit>
 CAPSROUTE_INLINE void with_features(int64_t F, const Visit& visit) {
-  switch (F / W<A>) {
-    case 1: return visit(Known<W<A>>());
-    case 2: return visit(Known<2 * W<A>>());
-    case 4: return visit(Known<4 * W<A>>());
+  switch (F / L<A>) {
+    case 1: return visit(Known<L<A>>());
+    case 2: return visit(Known<2 * L<A>>());
+    case 4: return visit(Known<4 * L<A>>());
     default: return visit(F);
   }
 }
@@ -102,7 +102,7 @@ CAPSROUTE_INLINE Vec<A> dot_some_rows(const A* const* row, const A* q, Size F) {
 #pragma GCC unroll 16
     for (int64_t l = 0; l < N; ++l) sum[l] = rounded<A>(load(row[l]) * query);
   }
-  for (int64_t f = W<A>; f < F; f += W<A>) {
+  for (int64_t f = L<A>; f < F; f += L<A>) {
     const Vec<A> query = load(q + f);
 #pragma GCC unroll 16
     for (int64_t l = 0; l < N; ++l) sum[l] += load(row[l] + f) * query;
@@ -120,10 +120,10 @@ CAPSROUTE_INLINE Vec<A> dot_last_rows(const A* rows, int64_t row_stride, int64_t
   return dot_some_rows<N>(row, q, F);
 }
 
-// The same for `count` <= W rows.
+// The same for `count` <= L rows.
 template <class A, class Size>
 CAPSROUTE_INLINE Vec<A> dot_rows(const A* rows, int64_t row_stride, int64_t count, const A* q, Size F) {
-  constexpr int all_rows = W<A>, few = all_rows >= 8 ? all_rows / 4 : 1;
+  constexpr int all_rows = L<A>, few = all_rows >= 8 ? all_rows / 4 : 1;
   if (count <= few) return dot_last_rows<few>(rows, row_stride, count, q, F);
   if (count < all_rows) return dot_last_rows<all_rows>(rows, row_stride, count, q, F);
   const A* row[all_rows];
@@ -135,7 +135,7 @@ CAPSROUTE_INLINE Vec<A> dot_rows(const A* rows, int64_t row_stride, int64_t coun
 // c_k[l], or what all k and l share.
 template <class A>
 CAPSROUTE_INLINE Vec<A> factor(const A* c, int64_t k, int64_t l) {
-  return all<A>(c[k * W<A> + l]);
+  return all<A>(c[k * L<A> + l]);
 }
 template <class A>
 CAPSROUTE_INLINE Vec<A> factor(Vec<A> share, int64_t, int64_t) {
@@ -149,7 +149,7 @@ CAPSROUTE_INLINE void add_panel(A* s, int64_t s_stride, const A* rows, int64_t r
   for (int64_t l = 0; l < count; ++l) {
     Vec<A> row[C];
 #pragma GCC unroll 2
-    for (int v = 0; v < C; ++v) row[v] = load(rows + l * row_stride + v * W<A>);
+    for (int v = 0; v < C; ++v) row[v] = load(rows + l * row_stride + v * L<A>);
 #pragma GCC unroll 4
     for (int k = 0; k < K; ++k) {
       const Vec<A> scale = factor<A>(c, k, l);
@@ -161,7 +161,7 @@ CAPSROUTE_INLINE void add_panel(A* s, int64_t s_stride, const A* rows, int64_t r
   for (int k = 0; k < K; ++k)
 #pragma GCC unroll 2
     for (int v = 0; v < C; ++v) {
-      A* to = s + k * s_stride + v * W<A>;
+      A* to = s + k * s_stride + v * L<A>;
       store(to, load(to) + sum[k][v]);
     }
 }
@@ -170,14 +170,14 @@ CAPSROUTE_INLINE void add_panel(A* s, int64_t s_stride, const A* rows, int64_t r
 template <int K, class A, class Count, class Size, class Factors>
 CAPSROUTE_INLINE void add_rows(A* s, const A* rows, int64_t row_stride, Count count, Factors c, Size F) {
   int64_t f = 0;
-  for (; f + 2 * W<A> <= F; f += 2 * W<A>) add_panel<K, 2>(s + f, F, rows + f, row_stride, count, c);
-  for (; f < F; f += W<A>) add_panel<K, 1>(s + f, F, rows + f, row_stride, count, c);
+  for (; f + 2 * L<A> <= F; f += 2 * L<A>) add_panel<K, 2>(s + f, F, rows + f, row_stride, count, c);
+  for (; f < F; f += L<A>) add_panel<K, 1>(s + f, F, rows + f, row_stride, count, c);
 }
 
-// A coefficient for each of W input capsules l and each j, of one sample.
+// A coefficient for each of L input capsules l and each j, of one sample.
 template <class A>
 struct Coefficient {
-  const A* at;   // at[l * next + j * W]
+  const A* at;   // at[l * next + j * L]
   int64_t next;  // 1 where a lane is an input capsule
 };
 
@@ -189,11 +189,11 @@ CAPSROUTE_INLINE void combine_panel(A* y, int64_t y_stride, const Coefficient<A>
   Vec<A> sum[N][C] = {};
   for (int64_t t = 0; t < terms; ++t) {
     const int64_t next = coefficient[t].next;
-    const A* own = coefficient[t].at + lane * next + j0 * W<A>;
-    for (int64_t j = 0; j < J; ++j, vector += vector_stride, own += W<A>) {
+    const A* own = coefficient[t].at + lane * next + j0 * L<A>;
+    for (int64_t j = 0; j < J; ++j, vector += vector_stride, own += L<A>) {
       Vec<A> row[C];
 #pragma GCC unroll 2
-      for (int c = 0; c < C; ++c) row[c] = load(vector + c * W<A>);
+      for (int c = 0; c < C; ++c) row[c] = load(vector + c * L<A>);
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) {
         const Vec<A> scale = all<A>(own[n * next]);
@@ -205,20 +205,20 @@ CAPSROUTE_INLINE void combine_panel(A* y, int64_t y_stride, const Coefficient<A>
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n)
 #pragma GCC unroll 2
-    for (int c = 0; c < C; ++c) store(y + n * y_stride + c * W<A>, sum[n][c]);
+    for (int c = 0; c < C; ++c) store(y + n * y_stride + c * L<A>, sum[n][c]);
 }
 
 // total = partial, or total += partial
 template <class A>
 CAPSROUTE_INLINE void fold_sum(A* total, const A* partial, int64_t count, bool first) {
-  for (int64_t k = 0; k < count; k += W<A>)
+  for (int64_t k = 0; k < count; k += L<A>)
     store(total + k, first ? load(partial + k) : load(total + k) + load(partial + k));
 }
 
 // total += scale * partial
 template <class A>
 CAPSROUTE_INLINE void add_scaled(A* total, const A* partial, A scale, int64_t count) {
-  for (int64_t k = 0; k < count; k += W<A>) store(total + k, load(total + k) + load(partial + k) * scale);
+  for (int64_t k = 0; k < count; k += L<A>) store(total + k, load(total + k) + load(partial + k) * scale);
 }
 
 }  // namespace capsroute::CAPSROUTE_ISA

@@ -39,7 +39,7 @@ class PairGradient {
     // A whole batch in one write: nothing of dW is needed again.
     const bool once = p_.B <= sub_batch, aligned = uintptr_t(out.weight) % CAPSROUTE_VECTOR_BYTES == 0;
     const bool same = std::is_same_v<X, A>;
-    const bool whole = p_.D % W<A> == 0;
+    const bool whole = p_.D % L<A> == 0;
     straight_ = features_last_ && (whole || p_.B <= (halves() ? kFewForHalves : kFewForParts));
     if (!wanted_) return;
     // Where rows of what one j gives are far apart and do not fill vectors they are better put together first.
@@ -124,7 +124,7 @@ class PairGradient {
   }
 
   // Whether rows of D features are made of halves of vectors.
-  bool halves() const { return kHasHalves && p_.D % W<A> != 0 && p_.D % (W<A> / 2) == 0; }
+  bool halves() const { return kHasHalves && p_.D % L<A> != 0 && p_.D % (L<A> / 2) == 0; }
 
   void put_last(const X* piece, X* to) const { transpose_rows(piece, piece_ / p_.D, p_.D, piece_ / p_.D, to, p_.D); }
 

@@ -6,7 +6,7 @@
 
 namespace capsroute::CAPSROUTE_ISA {
 
-// h_ij . q_j for the block's lanes; q is [J, F], and [J, F][W] where lanes are samples.
+// h_ij . q_j for the block's lanes; q is [J, F], and [J, F][L] where lanes are samples.
 template <class A, class Size>
 CAPSROUTE_INLINE Vec<A> dot(const Block<A> block, const A* q, int64_t j, Size F) {
   return dot_rows(block.rows + j * block.column, block.row, block.count, q + j * F, F);
@@ -14,12 +14,12 @@ CAPSROUTE_INLINE Vec<A> dot(const Block<A> block, const A* q, int64_t j, Size F)
 
 template <class A, class Size>
 CAPSROUTE_INLINE Vec<A> dot(const SampleBlock<A> block, const A* q, int64_t j, Size F) {
-  return dot_samples(block.rows + j * F * W<A>, q + j * F * W<A>, F);
+  return dot_samples(block.rows + j * F * L<A>, q + j * F * L<A>, F);
 }
 
 template <class A, class Size>
 CAPSROUTE_INLINE Vec<A> dot(const DottedBlock<A>, const A* dots, int64_t j, Size) {
-  return load(dots + j * W<A>);
+  return load(dots + j * L<A>);
 }
 
 // logits_ij + h_ij . q_j, and -inf for a forbidden pair, whatever q_j is.
@@ -27,7 +27,7 @@ template <class Lanes, class A, class Size>
 CAPSROUTE_INLINE Vec<A> logit_of(const Lanes block, const A* q, int64_t j, Size F) {
   Vec<A> logit = q ? dot(block, q, j, F) : all<A>(0);
   if (!block.prior) return logit;
-  const Vec<A> prior = load(block.prior + j * W<A>);
+  const Vec<A> prior = load(block.prior + j * L<A>);
   logit += prior;
   return block.forbids ? (prior == all(kForbidden<A>) ? prior : logit) : logit;
 }
@@ -45,30 +45,30 @@ void couple(const Lanes block, const A* q, int64_t J, Size F, bool leaky, A* c, 
   const Mask<A> live = block.live != 0;
   if (!q && !block.prior && !logits) {
     const Vec<A> uniform = live ? all(equal_share<A>(J, leaky)) : all<A>(0);
-    for (int64_t j = 0; j < J; ++j) store(c + j * W<A>, uniform);
+    for (int64_t j = 0; j < J; ++j) store(c + j * L<A>, uniform);
     return;
   }
   Vec<A> highest = all<A>(leaky ? A(0) : kForbidden<A>);
   for (int64_t j = 0; j < J; ++j) {
     Vec<A> logit = logit_of(block, q, j, F);
     highest = highest > logit ? highest : logit;  // the next logit replaces a NaN here, but the sum becomes NaN
-    store(c + j * W<A>, logit);
+    store(c + j * L<A>, logit);
   }
-  if (logits) __builtin_memcpy(logits, c, J * W<A> * sizeof(A));
+  if (logits) __builtin_memcpy(logits, c, J * L<A> * sizeof(A));
   if (block.forbids) highest = highest == kForbidden<A> ? all<A>(0) : highest;
   Vec<A> sum = leaky ? exp_negative<A>(-highest) : all<A>(0);
   for (int64_t j = 0; j < J; ++j) {
-    const Vec<A> share = exp_negative<A>(load(c + j * W<A>) - highest);
+    const Vec<A> share = exp_negative<A>(load(c + j * L<A>) - highest);
     sum += share;
-    store(c + j * W<A>, share);
+    store(c + j * L<A>, share);
   }
   const Mask<A> used = live & (sum != 0);  // a lane whose pairs are all forbidden couples with 0
   const Vec<A> scale = used ? 1 / sum : all<A>(0);
   for (int64_t j = 0; j < J; ++j) {
-    Vec<A> share = load(c + j * W<A>);
+    Vec<A> share = load(c + j * L<A>);
     share = used ? share * scale : all<A>(0);
-    if (block.forbids) share = load(block.prior + j * W<A>) == kForbidden<A> ? all<A>(0) : share;
-    store(c + j * W<A>, share);
+    if (block.forbids) share = load(block.prior + j * L<A>) == kForbidden<A> ? all<A>(0) : share;
+    store(c + j * L<A>, share);
   }
 }
 
@@ -97,8 +97,8 @@ CAPSROUTE_INLINE Vec<A> online_logit(const Lanes block, const A* q, int64_t j, S
 // Those of a block, to c[j, lane], and also to `logits`, if wanted.
 template <class Lanes, class A, class Size>
 void online_logits(const Lanes block, const A* q, int64_t J, Size F, A* c, A* logits) {
-  for (int64_t j = 0; j < J; ++j) store(c + j * W<A>, online_logit(block, q, j, F));
-  if (logits) __builtin_memcpy(logits, c, J * W<A> * sizeof(A));
+  for (int64_t j = 0; j < J; ++j) store(c + j * L<A>, online_logit(block, q, j, F));
+  if (logits) __builtin_memcpy(logits, c, J * L<A> * sizeof(A));
 }
 
 // Softmax over i, on the way: c_ij = exp(logits_ij + h_ij . q_j - highest_j), to c[j, lane], for the largest logit up
@@ -108,45 +108,45 @@ void couple_online(const Block<A> block, const A* q, int64_t J, Size F, const On
                    A* logits = nullptr) {
   for (int64_t j = 0; j < J; ++j) {
     const Vec<A> logit = online_logit(block, q, j, F);
-    if (logits) store(logits + j * W<A>, logit);
+    if (logits) store(logits + j * L<A>, logit);
     A highest = online.highest[j];
-    for (int64_t l = 0; l < W<A>; ++l) highest = logit[l] > highest ? logit[l] : highest;
+    for (int64_t l = 0; l < L<A>; ++l) highest = logit[l] > highest ? logit[l] : highest;
     if (highest > online.highest[j]) {
       const A scale = rescale(online.highest[j], highest);
       online.highest[j] = highest, online.total[j] *= scale;
       A* sums = online.sums + j * F;
-      for (int64_t f = 0; f < F; f += W<A>) store(sums + f, load(sums + f) * scale);
+      for (int64_t f = 0; f < F; f += L<A>) store(sums + f, load(sums + f) * scale);
     }
     const Vec<A> share = exp_negative<A>(highest == kForbidden<A> ? logit : logit - highest);
     online.total[j] += sum_lanes(share);
-    store(c + j * W<A>, share);
+    store(c + j * L<A>, share);
   }
 }
 
-// The same for the input capsules of a block, [count][J, W], where a lane is a sample: their logits become c. What was
+// The same for the input capsules of a block, [count][J, L], where a lane is a sample: their logits become c. What was
 // found so far is given by lanes too.
 template <class A, class Size>
 void couple_online(A* c, int64_t count, int64_t J, Size F, const Online<A>& online) {
   for (int64_t j = 0; j < J; ++j) {
-    A *own = c + j * W<A>, *total = online.total + j * W<A>;
-    const Vec<A> before = load(online.highest + j * W<A>);
+    A *own = c + j * L<A>, *total = online.total + j * L<A>;
+    const Vec<A> before = load(online.highest + j * L<A>);
     Vec<A> highest = before;
     for (int64_t l = 0; l < count; ++l) {
-      const Vec<A> logit = load(own + l * J * W<A>);
+      const Vec<A> logit = load(own + l * J * L<A>);
       highest = logit > highest ? logit : highest;
     }
     if (any(highest > before)) {
       const Vec<A> scale = exp_negative<A>(before == highest ? all<A>(0) : before - highest);
-      store(online.highest + j * W<A>, highest), store(total, load(total) * scale);
-      A* sums = online.sums + j * F * W<A>;
-      for (int64_t f = 0; f < F; ++f) store(sums + f * W<A>, load(sums + f * W<A>) * scale);
+      store(online.highest + j * L<A>, highest), store(total, load(total) * scale);
+      A* sums = online.sums + j * F * L<A>;
+      for (int64_t f = 0; f < F; ++f) store(sums + f * L<A>, load(sums + f * L<A>) * scale);
     }
     Vec<A> sum = all<A>(0);
     for (int64_t l = 0; l < count; ++l) {
-      const Vec<A> logit = load(own + l * J * W<A>);
+      const Vec<A> logit = load(own + l * J * L<A>);
       const Vec<A> share = exp_negative<A>(highest == all(kForbidden<A>) ? logit : logit - highest);
       sum = l == 0 ? share : sum + share;
-      store(own + l * J * W<A>, share);
+      store(own + l * J * L<A>, share);
     }
     store(total, load(total) + sum);
   }
@@ -159,7 +159,7 @@ void join_online(const Online<A>& to, const Online<A>& from, int64_t J, int64_t 
     const A highest = to.highest[j] > from.highest[j] ? to.highest[j] : from.highest[j];
     const A own = rescale(to.highest[j], highest), other = rescale(from.highest[j], highest);
     to.highest[j] = highest, to.total[j] = to.total[j] * own + from.total[j] * other;
-    for (int64_t f = j * F; f < (j + 1) * F; f += W<A>)
+    for (int64_t f = j * F; f < (j + 1) * F; f += L<A>)
       store(to.sums + f, load(to.sums + f) * own + load(from.sums + f) * other);
   }
 }
@@ -170,9 +170,9 @@ void couple_inputs(const Block<A> block, const A* q, int64_t J, Size F, const A*
   const Mask<A> live = block.live != 0;
   for (int64_t j = 0; j < J; ++j) {
     const Vec<A> logit = logit_of(block, q, j, F);
-    const Mask<A> used = block.forbids ? live & (load(block.prior + j * W<A>) != kForbidden<A>) : live;
+    const Mask<A> used = block.forbids ? live & (load(block.prior + j * L<A>) != kForbidden<A>) : live;
     const A scale = total[j] == 0 ? 0 : 1 / total[j];
-    store(c + j * W<A>, used ? exp_negative<A>(logit - highest[j]) * scale : all<A>(0));
+    store(c + j * L<A>, used ? exp_negative<A>(logit - highest[j]) * scale : all<A>(0));
   }
 }
 
@@ -182,8 +182,8 @@ template <class A, class Size>
 void couple_inputs_backward(const Block<A> block, const A* c, const A* e, int64_t J, Size F, const A* mean, A* db) {
   for (int64_t j = 0; j < J; ++j) {
     const Vec<A> t = dot(block, e, j, F);
-    const Vec<A> share = load(c + j * W<A>);
-    store(db + j * W<A>, share == 0 ? all<A>(0) : share * (t - mean[j]));
+    const Vec<A> share = load(c + j * L<A>);
+    store(db + j * L<A>, share == 0 ? all<A>(0) : share * (t - mean[j]));
   }
 }
 
@@ -193,14 +193,14 @@ void couple_backward(const Lanes block, const A* c, const A* e, int64_t J, Size 
   Vec<A> mean = all<A>(0);
   for (int64_t j = 0; j < J; ++j) {
     const Vec<A> t = dot(block, e, j, F);
-    const Vec<A> share = load(c + j * W<A>);
+    const Vec<A> share = load(c + j * L<A>);
     mean = share == 0 ? mean : mean + share * t;  // not 0 * NaN
-    store(db + j * W<A>, t);
+    store(db + j * L<A>, t);
   }
   for (int64_t j = 0; j < J; ++j) {
-    const Vec<A> share = load(c + j * W<A>);
-    const Vec<A> gradient = share * (load(db + j * W<A>) - mean);
-    store(db + j * W<A>, share == 0 ? all<A>(0) : gradient);  // not live or forbidden: 0, not 0 * NaN
+    const Vec<A> share = load(c + j * L<A>);
+    const Vec<A> gradient = share * (load(db + j * L<A>) - mean);
+    store(db + j * L<A>, share == 0 ? all<A>(0) : gradient);  // not live or forbidden: 0, not 0 * NaN
   }
 }
 
@@ -209,14 +209,14 @@ template <class A, class Count, class Size>
 CAPSROUTE_INLINE void add_block(const Block<A> block, Count count, const A* c, int64_t J, Size F, A* s) {
   int64_t j = 0;
   if (block.column == 0)  // the same rows for all j
-    for (; j + 4 <= J; j += 4) add_rows<4>(s + j * F, block.rows, block.row, count, c + j * W<A>, F);
-  for (; j < J; ++j) add_rows<1>(s + j * F, block.rows + j * block.column, block.row, count, c + j * W<A>, F);
+    for (; j + 4 <= J; j += 4) add_rows<4>(s + j * F, block.rows, block.row, count, c + j * L<A>, F);
+  for (; j < J; ++j) add_rows<1>(s + j * F, block.rows + j * block.column, block.row, count, c + j * L<A>, F);
 }
 
 template <class A, class Size>
 void add_block(const Block<A> block, const A* c, int64_t J, Size F, A* s) {
-  if (block.count == W<A>)
-    add_block(block, Known<W<A>>(), c, J, F, s);
+  if (block.count == L<A>)
+    add_block(block, Known<L<A>>(), c, J, F, s);
   else
     add_block(block, block.count, c, J, F, s);
 }
@@ -224,8 +224,8 @@ void add_block(const Block<A> block, const A* c, int64_t J, Size F, A* s) {
 // The same where c_ij is a `share` for all, and rows hold [J, F] numbers that follow each other.
 template <class A>
 void add_block_alike(const Block<A> block, A share, int64_t numbers, A* s) {
-  if (block.count == W<A>)
-    add_rows<1>(s, block.rows, block.row, Known<W<A>>(), all<A>(share), numbers);
+  if (block.count == L<A>)
+    add_rows<1>(s, block.rows, block.row, Known<L<A>>(), all<A>(share), numbers);
   else
     add_rows<1>(s, block.rows, block.row, block.count, all<A>(share), numbers);
 }
@@ -234,10 +234,10 @@ void add_block_alike(const Block<A> block, A share, int64_t numbers, A* s) {
 template <class A>
 void squash(const A* s, A* v, int64_t O, double eps) {
   Vec<A> squares = all<A>(0);
-  for (int64_t o = 0; o < O; o += W<A>) squares += load(s + o) * load(s + o);
+  for (int64_t o = 0; o < O; o += L<A>) squares += load(s + o) * load(s + o);
   const A n2 = sum_lanes(squares);
   const A scale = n2 / (1 + n2) / A(__builtin_sqrt(n2 + A(eps)));
-  for (int64_t o = 0; o < O; o += W<A>) store(v + o, load(s + o) * scale);
+  for (int64_t o = 0; o < O; o += L<A>) store(v + o, load(s + o) * scale);
 }
 
 // ds = J_squash(s)^T g. With r = sqrt(n2 + eps), f = n2 / (1 + n2) / r, sh = s / r:
@@ -246,13 +246,13 @@ void squash(const A* s, A* v, int64_t O, double eps) {
 template <class A>
 void squash_backward(const A* s, const A* g, A* ds, int64_t O, double eps) {
   Vec<A> squares = all<A>(0), products = all<A>(0);
-  for (int64_t o = 0; o < O; o += W<A>) squares += load(s + o) * load(s + o);
+  for (int64_t o = 0; o < O; o += L<A>) squares += load(s + o) * load(s + o);
   const A n2 = sum_lanes(squares);
   const A r = A(__builtin_sqrt(n2 + A(eps)));
   const A f = n2 / (1 + n2) / r;
-  for (int64_t o = 0; o < O; o += W<A>) products += load(s + o) / r * load(g + o);
+  for (int64_t o = 0; o < O; o += L<A>) products += load(s + o) / r * load(g + o);
   const A along = (2 * r / (1 + n2) / (1 + n2) - f) * sum_lanes(products);
-  for (int64_t o = 0; o < O; o += W<A>) store(ds + o, load(g + o) * f + load(s + o) / r * along);
+  for (int64_t o = 0; o < O; o += L<A>) store(ds + o, load(g + o) * f + load(s + o) / r * along);
 }
 
 }  // namespace capsroute::CAPSROUTE_ISA

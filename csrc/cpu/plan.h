@@ -6,7 +6,7 @@
 namespace capsroute::CAPSROUTE_ISA {
 
 // Sums over i are added in groups of this many input capsules, then group by group: the same bits
-// whether one thread runs over all of i or many share it. A multiple of every W.
+// whether one thread runs over all of i or many share it. A multiple of every L.
 constexpr int64_t kGroup = 64;
 
 CAPSROUTE_INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -14,7 +14,7 @@ CAPSROUTE_INLINE int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 CAPSROUTE_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class A>
 CAPSROUTE_INLINE int64_t pad(int64_t n) {
-  return divide_up(n, W<A>) * W<A>;
+  return divide_up(n, L<A>) * L<A>;
 }
 
 // Hands out parts of one buffer. Run over a null base, it measures how large the buffer must be.
@@ -61,7 +61,7 @@ struct Layout {
         column(shared ? 0 : F),
         row(odd_lines(shared ? F : p.J * F)),
         groups(maximum(1, divide_up(p.I, kGroup))),
-        blocks(divide_up(p.I, W<A>)) {}
+        blocks(divide_up(p.I, L<A>)) {}
 
   const Problem& p;
   bool shared;
@@ -75,8 +75,8 @@ struct Layout {
 
   int64_t outputs() const { return p.J * O; }  // elements of V or s of one sample
   int64_t sums() const { return p.J * F; }     // elements of a sum over i of rows
-  int64_t block_size() const { return W<A> * row; }
-  int64_t lanes() const { return p.J * W<A>; }  // elements of a block's logits or coupling
+  int64_t block_size() const { return L<A> * row; }
+  int64_t lanes() const { return p.J * L<A>; }  // elements of a block's logits or coupling
 
  private:
   // Rows a multiple of 1 KiB apart would fall into few sets of the first-level cache.

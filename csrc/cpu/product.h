@@ -21,13 +21,13 @@ struct Matrix {
   bool turned = false;          // a row is a feature
   int64_t ahead = 0;            // to what is read later, if that is not simply what follows
 
-  int64_t whole() const { return missing ? size - W<Acc<X>> : size; }  // features that are all there
+  int64_t whole() const { return missing ? size - L<Acc<X>> : size; }  // features that are all there
 };
 
 // y_n[f] += sum over d of x_n[d] w[d, f], for N samples, given as terms, and C vectors of features; from 0 if this is
 // `first`. What lies `ahead` of w is asked for on the way, if that is not 0: rows this short and far apart are not what
 // a processor prefetches by itself. Of one vector only some features may be there: `count`.
-template <int N, int C, class X, class A, class Size, class Count = Known<W<A>>>
+template <int N, int C, class X, class A, class Size, class Count = Known<L<A>>>
 CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const Term<X>* const* x, Size D, A* const* y, int64_t f,
                                   bool first, int64_t ahead, Count count = {}) {
   Vec<A> sum[N][C];
@@ -36,7 +36,7 @@ CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const Term<X>* c
   for (int n = 0; n < N; ++n) {
     to[n] = y[n] + f;
 #pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) sum[n][c] = first ? all<A>(0) : load(to[n] + c * W<A>);
+    for (int c = 0; c < C; ++c) sum[n][c] = first ? all<A>(0) : load(to[n] + c * L<A>);
   }
   for (int64_t d = 0; d < D; d += kTerm<X>, w += kTerm<X> * w_stride) {
     TermVec<X> row[C];
@@ -45,7 +45,7 @@ CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const Term<X>* c
     for (int c = 0; c < C; ++c)
 #pragma GCC unroll 2
       for (int64_t k = 0; k < kTerm<X>; ++k)
-        if (ahead && c * W<A> * sizeof(X) % 64 == 0) ask_for(w + k * w_stride + ahead + c * W<A>);
+        if (ahead && c * L<A> * sizeof(X) % 64 == 0) ask_for(w + k * w_stride + ahead + c * L<A>);
     const bool last = kTerm<X> > 1 && d + 1 == D;
     if constexpr (std::is_same_v<Count, int64_t>)
       row[0] = load_some_terms(w, w_stride, last, count);
@@ -61,7 +61,7 @@ CAPSROUTE_INLINE void apply_panel(const X* w, int64_t w_stride, const Term<X>* c
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n)
 #pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) store(to[n] + c * W<A>, sum[n][c]);
+    for (int c = 0; c < C; ++c) store(to[n] + c * L<A>, sum[n][c]);
 }
 
 // The same for the features f and on of a part, the first of which is at w; of whole vectors: two at a time
@@ -72,27 +72,27 @@ void apply_rows(const X* w, const Matrix<X>& matrix, const Term<X>* const* x, Si
   // N C sums, C rows and a scale in 16 registers, or in 32; pairs are woven for two vectors at a time
   constexpr int C = N > 2 ? (kTerm<X> > 1 ? 4 : 3) : N > 1 ? 4 : 10;
   const int64_t row = matrix.row, end = f + matrix.whole();
-  for (; !far && f + C * W<A> <= end; f += C * W<A>, w += C * W<A>) apply_panel<N, C>(w, row, x, D, y, f, first, ahead);
-  for (; f + 2 * W<A> <= end; f += 2 * W<A>, w += 2 * W<A>) apply_panel<N, 2>(w, row, x, D, y, f, first, ahead);
-  if (f < end) apply_panel<N, 1>(w, row, x, D, y, f, first, ahead), f += W<A>, w += W<A>;
+  for (; !far && f + C * L<A> <= end; f += C * L<A>, w += C * L<A>) apply_panel<N, C>(w, row, x, D, y, f, first, ahead);
+  for (; f + 2 * L<A> <= end; f += 2 * L<A>, w += 2 * L<A>) apply_panel<N, 2>(w, row, x, D, y, f, first, ahead);
+  if (f < end) apply_panel<N, 1>(w, row, x, D, y, f, first, ahead), f += L<A>, w += L<A>;
 }
 
 // The same for features that are rows w of D numbers, which are turned into vectors, kTurned terms at a time.
-template <int N, int C, class X, class A, class Count = Known<W<A>>>
+template <int N, int C, class X, class A, class Count = Known<L<A>>>
 CAPSROUTE_INLINE void apply_turned_panel(const X* w, int64_t w_stride, const Term<X>* const* x, int64_t D, A* const* y,
                                          int64_t f, bool first, int64_t ahead, Count count = {}) {
-  constexpr int64_t terms = kTurned<A>, numbers = W<A> * terms * kTerm<X>, line = 64 / int64_t(sizeof(X));
+  constexpr int64_t terms = kTurned<A>, numbers = L<A> * terms * kTerm<X>, line = 64 / int64_t(sizeof(X));
   Vec<A> sum[N][C];
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n)
 #pragma GCC unroll 2
-    for (int c = 0; c < C; ++c) sum[n][c] = first ? all<A>(0) : load(y[n] + f + c * W<A>);
+    for (int c = 0; c < C; ++c) sum[n][c] = first ? all<A>(0) : load(y[n] + f + c * L<A>);
   for (int64_t term = 0, asked = ahead; term * kTerm<X> < D; term += terms) {
 #pragma GCC unroll 2
     for (int c = 0; c < C; ++c, asked += numbers) {
       for (int64_t k = 0; ahead && k < numbers; k += line) ask_for(w + asked + k);
       TermVec<X> weight[terms];
-      turn_terms(w + c * W<A> * w_stride + term * kTerm<X>, w_stride, count, weight);
+      turn_terms(w + c * L<A> * w_stride + term * kTerm<X>, w_stride, count, weight);
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n)
 #pragma GCC unroll 4
@@ -104,7 +104,7 @@ CAPSROUTE_INLINE void apply_turned_panel(const X* w, int64_t w_stride, const Ter
 #pragma GCC unroll 2
     for (int c = 0; c < C; ++c) {
       if constexpr (std::is_same_v<Count, int64_t>) sum[n][c] = first_lanes<A>(count) ? sum[n][c] : all<A>(0);
-      store(y[n] + f + c * W<A>, sum[n][c]);
+      store(y[n] + f + c * L<A>, sum[n][c]);
     }
 }
 
@@ -132,18 +132,18 @@ void apply_turned(const X* w, const Matrix<X>& matrix, const Term<X>* const* x, 
                   bool first) {
   constexpr int C = N > 2 || CAPSROUTE_VECTOR_BYTES == 64 ? 1 : 2;
   const int64_t row = matrix.row, ahead = matrix.ahead, end = f + matrix.whole();
-  for (; f + C * W<A> <= end; f += C * W<A>, w += C * W<A> * row)
+  for (; f + C * L<A> <= end; f += C * L<A>, w += C * L<A> * row)
     apply_turned_panel<N, C>(w, row, x, D, y, f, first, ahead);
-  for (; f < end; f += W<A>, w += W<A> * row) apply_turned_panel<N, 1>(w, row, x, D, y, f, first, ahead);
-  if (matrix.missing) apply_turned_panel<N, 1>(w, row, x, D, y, f, first, ahead, W<A> - matrix.missing);
+  for (; f < end; f += L<A>, w += L<A> * row) apply_turned_panel<N, 1>(w, row, x, D, y, f, first, ahead);
+  if (matrix.missing) apply_turned_panel<N, 1>(w, row, x, D, y, f, first, ahead, L<A> - matrix.missing);
 }
 
 template <int N, class X, class A>
 void apply_turned_rest(const X* w, const Matrix<X>& matrix, const Term<X>* const* x, int64_t D, A* const* y,
                        int64_t f) {
   const int64_t row = matrix.row, end = f + matrix.whole();
-  for (; f < end; f += W<A>, w += W<A> * row) add_turned_rest<N>(w, row, x, D, y, f, Known<W<A>>());
-  if (matrix.missing) add_turned_rest<N>(w, row, x, D, y, f, W<A> - matrix.missing);
+  for (; f < end; f += L<A>, w += L<A> * row) add_turned_rest<N>(w, row, x, D, y, f, Known<L<A>>());
+  if (matrix.missing) add_turned_rest<N>(w, row, x, D, y, f, L<A> - matrix.missing);
 }
 
 template <int N, class X, class A>
@@ -165,7 +165,7 @@ CAPSROUTE_INLINE void apply_part(const X* w, const Matrix<X>& matrix, const Term
       const int64_t whole = matrix.whole();
       if (whole) apply_rows<N>(w, matrix, part, rows, y, f, first && d == 0, ahead, far);
       if (matrix.missing)
-        apply_panel<N, 1>(w + whole, row, part, rows, y, f + whole, first && d == 0, ahead, W<A> - matrix.missing);
+        apply_panel<N, 1>(w + whole, row, part, rows, y, f + whole, first && d == 0, ahead, L<A> - matrix.missing);
     };
     d + kRows <= D ? multiply(Known<kRows>()) : multiply(D - d);
   }
@@ -214,8 +214,8 @@ CAPSROUTE_INLINE void apply_transposed_panel(const Matrix<X>& w, const A* const*
           for (int64_t n = 0; n < N; ++n) sum[n * K + k] += weight * load(from[n] + f);
         }
       };
-      for (int64_t f = 0; f < w.whole(); f += W<A>) add(f, [](const X* at) { return load(at); });
-      if (w.missing) add(w.whole(), [&](const X* at) { return load_some(at, W<A> - w.missing); });
+      for (int64_t f = 0; f < w.whole(); f += L<A>) add(f, [](const X* at) { return load(at); });
+      if (w.missing) add(w.whole(), [&](const X* at) { return load_some(at, L<A> - w.missing); });
     }
     const Vec<A> sums = sum_each<A, N * K>(sum);
     for (int64_t n = 0; n < N && n < samples; ++n)
@@ -232,7 +232,7 @@ CAPSROUTE_INLINE void apply_turned_back(const Matrix<X>& w, const A* y, A* x, in
     const auto add = [&](auto count) {
       const Vec<A> own = load(y);
 #pragma GCC unroll 16
-      for (int64_t l = 0; l < W<A>; ++l) ask_for(row + l * w.row + w.ahead);
+      for (int64_t l = 0; l < L<A>; ++l) ask_for(row + l * w.row + w.ahead);
 #pragma GCC unroll 16
       for (int64_t k = 0; k < K; k += kTurned<A>) {
         Vec<A> weight[kTurned<A>];
@@ -240,10 +240,10 @@ CAPSROUTE_INLINE void apply_turned_back(const Matrix<X>& w, const A* y, A* x, in
 #pragma GCC unroll 4
         for (int64_t l = 0; l < kTurned<A>; ++l) sum[k + l] += weight[l] * own;
       }
-      row += W<A> * w.row, y += W<A>;
+      row += L<A> * w.row, y += L<A>;
     };
-    for (int64_t f = 0; f < w.whole(); f += W<A>) add(Known<W<A>>());
-    if (w.missing) add(W<A> - w.missing);
+    for (int64_t f = 0; f < w.whole(); f += L<A>) add(Known<L<A>>());
+    if (w.missing) add(L<A> - w.missing);
   }
   const Vec<A> sums = sum_each<A, K>(sum);
   for (int64_t k = 0; k < K; ++k) x[d + k] = sums[k];
@@ -252,25 +252,25 @@ CAPSROUTE_INLINE void apply_turned_back(const Matrix<X>& w, const A* y, A* x, in
 template <class X, class A>
 void apply_turned_back(const Matrix<X>& w, const A* y, A* x, int64_t D) {
   int64_t d = 0;
-  for (; d + W<A> <= D; d += W<A>) apply_turned_back<W<A>>(w, y, x, d);
-  if constexpr (W<A> > 2 * kTurned<A>)
-    for (; d + W<A> / 2 <= D; d += W<A> / 2) apply_turned_back<W<A> / 2>(w, y, x, d);
+  for (; d + L<A> <= D; d += L<A>) apply_turned_back<L<A>>(w, y, x, d);
+  if constexpr (L<A> > 2 * kTurned<A>)
+    for (; d + L<A> / 2 <= D; d += L<A> / 2) apply_turned_back<L<A> / 2>(w, y, x, d);
   for (; d < D; d += kTurned<A>) apply_turned_back<kTurned<A>>(w, y, x, d + kTurned<A> <= D ? d : D - kTurned<A>);
 }
 
 // x_n[d] = sum over f of w[d, f] y_n[f]
 template <class X, class A>
 void apply_transposed(const Matrix<X>& w, const A* const* y, A* const* x, int64_t D, int64_t samples) {
-  constexpr int N = W<A> >= 8 ? 4 : 2, K = W<A> / N;
+  constexpr int N = L<A> >= 8 ? 4 : 2, K = L<A> / N;
   for (int64_t n = 0; n < samples; n += w.turned ? 1 : N)
     if (w.turned)
       apply_turned_back(w, y[n], x[n], D);
     else if (samples - n > 1)
       apply_transposed_panel<N, K>(w, y + n, x + n, D, samples - n);
-    else if (D <= W<A> / 2)
-      apply_transposed_panel<1, W<A> / 2>(w, y + n, x + n, D, 1);
+    else if (D <= L<A> / 2)
+      apply_transposed_panel<1, L<A> / 2>(w, y + n, x + n, D, 1);
     else
-      apply_transposed_panel<1, W<A>>(w, y + n, x + n, D, 1);
+      apply_transposed_panel<1, L<A>>(w, y + n, x + n, D, 1);
 }
 
 }  // namespace capsroute::CAPSROUTE_ISA

@@ -9,7 +9,7 @@ namespace capsroute::CAPSROUTE_ISA {
 // So many input capsules share a load of e^k and q^k. The dh of these and of kSubBatch samples stays in the first-level
 // cache, unless W is large.
 template <class A>
-inline constexpr int64_t kSubLanes = W<A> < 4 ? W<A> : 4;
+inline constexpr int64_t kSubLanes = L<A> < 4 ? L<A> : 4;
 // W_i and dW_i of a whole block stay in the second-level cache from one sub-batch to the next, if they fit into this.
 // Else only as many capsules are taken as share such a load, and twice the samples to read W and dW less often.
 constexpr int64_t kOwnedWeights = int64_t(256) << 10, kLongSubBatch = 2 * kSubBatch;
@@ -30,13 +30,13 @@ class RowGradients {
         lanes_(lanes_of(plan)),
         sub_batch_(few_inputs() ? kLongSubBatch : kSubBatch),
         dW_(layout_, out_, sub_batch_, plan.chunk, carver) {
-    share_ = p_.over_inputs ? W<A> : lanes_;
+    share_ = p_.over_inputs ? L<A> : lanes_;
     const int64_t parts = minimum(parallel.threads, maximum(1, divide_up(p_.I, share_)));
     if (plan.logits_by_row && out_.logits_B < p_.B) dlogits_ = carver.take<double>(layout_.blocks * layout_.lanes());
     scratch_ = take_shares(carver, parts, [this](Carver& own) { carve_scratch(own); });
   }
 
-  bool few_inputs() const { return lanes_ < W<A>; }
+  bool few_inputs() const { return lanes_ < L<A>; }
 
   // Adds what the samples first .. first + count of the batch contribute.
   void run(int64_t first, int64_t count, const Parallel& parallel) {
@@ -44,7 +44,7 @@ class RowGradients {
     if (!rows && !plan_.logits_by_row) return;
     parallel_for(parallel, divide_up(p_.I, share_), [&](int64_t index, int64_t part) {
       Carver carver = scratch_.at(part);
-      const int64_t i = index * share_, begin = i % W<A>;
+      const int64_t i = index * share_, begin = i % L<A>;
       share_gradients(first, count, {i - begin, begin, minimum(share_, p_.I - i)}, rows, carve_scratch(carver));
     });
   }
@@ -52,8 +52,8 @@ class RowGradients {
  private:
   static int64_t lanes_of(const BackwardPlan<X>& plan) {
     const int64_t weights = 2 * plan.p.D * plan.layout.sums() * int64_t(sizeof(A));  // W_i and dW_i
-    const bool few = plan.p.form == Weight::pair && plan.keep_pairs && weights * W<A> > kOwnedWeights;
-    return few ? kSubLanes<A> : W<A>;
+    const bool few = plan.p.form == Weight::pair && plan.keep_pairs && weights * L<A> > kOwnedWeights;
+    return few ? kSubLanes<A> : L<A>;
   }
 
   // Input capsules i0 + begin .. i0 + begin + count of the block at i0.
@@ -63,9 +63,9 @@ class RowGradients {
   };
 
   struct Scratch {
-    A* prior;                            // [J, W]
-    A* uniform;                          // [sub_batch][J, W]: p^1 where it has no query
-    A* pairs;                            // [sub_batch][slot][J, W], where they are not kept, and
+    A* prior;                            // [J, L]
+    A* uniform;                          // [sub_batch][J, L]: p^1 where it has no query
+    A* pairs;                            // [sub_batch][slot][J, L], where they are not kept, and
     typename Stream<X>::Scratch stream;  // what they are made with
     Coefficient<A>* coefficient;         // [terms]
     A* dh;                               // [kSubLanes][sub_batch][J, F]
@@ -73,7 +73,7 @@ class RowGradients {
     A* du;                               // [sub_batch][lanes][D]
     typename PairGradient<X>::Scratch dW;
     X* weight;   // [lanes][D, J, F], where W is brought into order as it is read
-    A* dlogits;  // [J, W]
+    A* dlogits;  // [J, L]
   };
 
   Scratch carve_scratch(Carver& carver) const {
@@ -145,7 +145,7 @@ class RowGradients {
     for (int64_t n0 = 0; n0 < samples; n0 += kSamples) {
       const int64_t some = minimum(kSamples, samples - n0);
       if (p_.form == Weight::pair)
-        stream.rows.make_votes(first + m + n0, some, i0, minimum(W<A>, p_.I - i0), m + n0 > 0, own.rows.staged,
+        stream.rows.make_votes(first + m + n0, some, i0, minimum(L<A>, p_.I - i0), m + n0 > 0, own.rows.staged,
                                own.rows);
       for (int64_t n = 0; n < some; ++n) {
         const int64_t b = first + m + n0 + n;
@@ -165,9 +165,9 @@ class RowGradients {
     for (int64_t k = 1; k <= p_.R; ++k) {
       const A *x = kept_.mean_error(n, k), *c = plan_.queried(k) ? slots + plan_.p_slot(k) * lanes : uniform;
       for (int64_t j = 0; j < p_.J; ++j) {
-        const Vec<A> share = load(c + j * W<A>), error = share == 0 ? all<A>(0) : share * x[j];  // not 0 * NaN
+        const Vec<A> share = load(c + j * L<A>), error = share == 0 ? all<A>(0) : share * x[j];  // not 0 * NaN
         for (A* db : {plan_.queried(k) ? slots + plan_.db_slot(k) * lanes : nullptr, logits})
-          if (db) store(db + j * W<A>, load(db + j * W<A>) - error);
+          if (db) store(db + j * L<A>, load(db + j * L<A>) - error);
       }
     }
   }
@@ -195,7 +195,7 @@ class RowGradients {
   // Whether any term has a coefficient other than 0 for that pair: a forbidden one has none, in any pass.
   bool couples(const Coefficient<A>* coefficient, int64_t lane, int64_t j) const {
     for (int64_t t = 0; t < plan_.terms; ++t)
-      if (coefficient[t].at[lane * coefficient[t].next + j * W<A>] != 0) return true;
+      if (coefficient[t].at[lane * coefficient[t].next + j * L<A>] != 0) return true;
     return false;
   }
 
@@ -205,9 +205,9 @@ class RowGradients {
                int64_t stride, int64_t terms, Count J, Size F) const {
     constexpr int N = kSubLanes<A>;
     int64_t f = 0;
-    for (; f + 2 * W<A> <= F; f += 2 * W<A>)
+    for (; f + 2 * L<A> <= F; f += 2 * L<A>)
       combine_panel<N, 2>(to + f, next, coefficient, lane, j0, vectors + f, stride, terms, J);
-    for (; f < F; f += W<A>) combine_panel<N, 1>(to + f, next, coefficient, lane, j0, vectors + f, stride, terms, J);
+    for (; f < F; f += L<A>) combine_panel<N, 1>(to + f, next, coefficient, lane, j0, vectors + f, stride, terms, J);
   }
 
   // Asks for a part of `count` numbers.
@@ -285,8 +285,8 @@ class RowGradients {
 
   template <class T>
   void write_logits(const T* db, int64_t row, int64_t i0) const {
-    for (int64_t l = 0; l < minimum(W<A>, p_.I - i0); ++l)
-      for (int64_t j = 0; j < p_.J; ++j) write_as(out_.logits, p_.logits.dtype, (row + l) * p_.J + j, db[j * W<A> + l]);
+    for (int64_t l = 0; l < minimum(L<A>, p_.I - i0); ++l)
+      for (int64_t j = 0; j < p_.J; ++j) write_as(out_.logits, p_.logits.dtype, (row + l) * p_.J + j, db[j * L<A> + l]);
   }
 
   const BackwardPlan<X>& plan_;
@@ -298,7 +298,7 @@ class RowGradients {
   int64_t lanes_, sub_batch_;  // of a block, and samples, that are taken together
   int64_t share_;              // of a block that one thread takes: all where its pairs are corrected in place
   PairGradient<X> dW_;
-  double* dlogits_ = nullptr;  // [block][J, W], summed over the batch
+  double* dlogits_ = nullptr;  // [block][J, L], summed over the batch
   Shares scratch_;
 };
 

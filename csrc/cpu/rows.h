@@ -1,4 +1,4 @@
-// Where the rows of a pass come from: W input capsules of one sample at a time, as a Block.
+// Where the rows of a pass come from: L input capsules of one sample at a time, as a Block.
 #pragma once
 
 #include "samples.h"
@@ -13,7 +13,7 @@ constexpr int64_t kGroupWeight = int64_t(512) << 10;
 // the second-level cache.
 constexpr int64_t kPartWeight = int64_t(256) << 10, kFewestVectors = 8;
 
-// Up to W input capsules of one sample. Lanes past them and masked ones are not live: these have rows of zeros, those
+// Up to L input capsules of one sample. Lanes past them and masked ones are not live: these have rows of zeros, those
 // none.
 template <class A>
 struct Block {
@@ -21,16 +21,16 @@ struct Block {
   int64_t row, column;
   int64_t count;   // lanes with rows
   Vec<A> live;     // 1, or 0
-  const A* prior;  // [J, W] prior logits, 0 where not live, or null
+  const A* prior;  // [J, L] prior logits, 0 where not live, or null
   bool forbids;    // some prior logit of a live lane is -inf: that pair's row is zero
 };
 
-// One input capsule of W samples: a lane is a sample. Those past the end of a tile are not live.
+// One input capsule of L samples: a lane is a sample. Those past the end of a tile are not live.
 template <class A>
 struct SampleBlock {
-  const A* rows;   // h_ij[f] at rows[(j * F + f) * W], by lanes
+  const A* rows;   // h_ij[f] at rows[(j * F + f) * L], by lanes
   Vec<A> live;     // 1, or 0
-  const A* prior;  // [J, W], as above
+  const A* prior;  // [J, L], as above
   bool forbids;
 };
 
@@ -68,37 +68,37 @@ class Rows {
       const bool again = products > 1;
       s.products = products;
       s.next = again ? weights.size() : 0;
-      s.weight = weights.as_read ? carver.take<X>((again ? W<A> : 1) * weights.size()) : nullptr;
-      s.inputs = carver.take<A>(kSamples * W<A> * maximum(layout.p.D, 1));
-      s.terms = kTerm<X> > 1 ? carver.take<Term<X>>(kSamples * W<A> * divide_up(layout.p.D, kTerm<X>)) : nullptr;
+      s.weight = weights.as_read ? carver.take<X>((again ? L<A> : 1) * weights.size()) : nullptr;
+      s.inputs = carver.take<A>(kSamples * L<A> * maximum(layout.p.D, 1));
+      s.terms = kTerm<X> > 1 ? carver.take<Term<X>>(kSamples * L<A> * divide_up(layout.p.D, kTerm<X>)) : nullptr;
       const bool may_spread = layout.shared && layout.p.logits.data;
-      s.staged = carver.take<A>(kSamples * layout.block_size() + (may_spread ? W<A> * layout.sums() : 0));
-      s.prior = carver.take<A>((layout.shared ? kGroup / W<A> : 1) * layout.lanes());
+      s.staged = carver.take<A>(kSamples * layout.block_size() + (may_spread ? L<A> * layout.sums() : 0));
+      s.prior = carver.take<A>((layout.shared ? kGroup / L<A> : 1) * layout.lanes());
       return s;
     }
   };
 
   // The same where a lane is a sample.
   struct SampleScratch {
-    A* inputs;         // [W samples][W, D]
-    A* numbers;        // [W, D][W samples]
-    Term<X>* by_lane;  // [2][W, terms][W samples]
-    Term<X>* weight;   // [W or kGroup, terms, J, F], or null where there are such terms of the whole weight
+    A* inputs;         // [L samples][L, D]
+    A* numbers;        // [L, D][L samples]
+    Term<X>* by_lane;  // [2][L, terms][L samples]
+    Term<X>* weight;   // [L or kGroup, terms, J, F], or null where there are such terms of the whole weight
     bool by_group;     // those of a group are made at once
     X* ordered;        // W_i, where terms are made of it and it is brought into order as it is read
-    A* votes;          // [run][J, F][W samples]
-    A* prior;          // [J][W samples]
-    A* dots[2];        // [J][W samples]
+    A* votes;          // [run][J, F][L samples]
+    A* prior;          // [J][L samples]
+    A* dots[2];        // [J][L samples]
     static SampleScratch carve(const Layout<X>& layout, const Weights<X>& weights, int64_t run, Carver& carver) {
       SampleScratch s;
-      s.inputs = carver.take<A>(W<A> * W<A> * layout.p.D);
-      s.numbers = kTerm<X> > 1 ? carver.take<A>(W<A> * W<A> * layout.p.D) : nullptr;
+      s.inputs = carver.take<A>(L<A> * L<A> * layout.p.D);
+      s.numbers = kTerm<X> > 1 ? carver.take<A>(L<A> * L<A> * layout.p.D) : nullptr;
       const int64_t terms = divide_up(layout.p.D, kTerm<X>), weight = terms * layout.sums();
-      s.by_lane = carver.take<Term<X>>(2 * W<A> * W<A> * terms);
+      s.by_lane = carver.take<Term<X>>(2 * L<A> * L<A> * terms);
       s.by_group = kGroup * weight * int64_t(sizeof(Term<X>)) <= kGroupWeight;
-      s.weight = weights.whole ? nullptr : carver.take<Term<X>>((s.by_group ? kGroup : W<A>)*weight);
+      s.weight = weights.whole ? nullptr : carver.take<Term<X>>((s.by_group ? kGroup : L<A>)*weight);
       s.ordered = weights.as_read && !std::is_same_v<X, A> ? carver.take<X>(weights.size()) : nullptr;
-      s.votes = carver.take<A>(run * layout.sums() * W<A>);
+      s.votes = carver.take<A>(run * layout.sums() * L<A>);
       s.prior = carver.take<A>(layout.lanes());
       for (A*& dots : s.dots) dots = carver.take<A>(layout.lanes());
       return s;
@@ -114,7 +114,7 @@ class Rows {
       widen(u, static_cast<const X*>(p_.u.data) + b * stride[0] + i * stride[1], stride[2], p_.D, p_.D);
   }
 
-  // `count` <= W input capsules from i0 on for `samples` samples, to to[n][count][D].
+  // `count` <= L input capsules from i0 on for `samples` samples, to to[n][count][D].
   void inputs(int64_t b, int64_t samples, int64_t i0, int64_t count, A* to) const {
     const int64_t numbers = count * p_.D;
     for (int64_t n = 0; n < samples; ++n)
@@ -148,7 +148,7 @@ class Rows {
   // it from f on.
   void sum_votes(int64_t b, int64_t samples, int64_t i0, bool again, int64_t f, int64_t size, A* y,
                  const Scratch& scratch) const {
-    const int64_t count = minimum(W<A>, p_.I - i0), votes = layout_.sums();
+    const int64_t count = minimum(L<A>, p_.I - i0), votes = layout_.sums();
     const Term<X>* u = input_terms(b, samples, i0, count, scratch);
     const int64_t some = p_.D % kTerm<X> || weights_.as_read ? 1 : count;  // a term is of one input capsule
     for (int64_t l = 0; l < count; l += some) {
@@ -164,16 +164,16 @@ class Rows {
   // How many numbers of [J, F] of such sums are made at a time for `samples` samples.
   int64_t part_of_sums(int64_t samples) const {
     if (samples <= (weights_.as_read ? kFewProducts : 1) * kSamples) return layout_.sums();
-    const int64_t vector = W<A> * W<A> * p_.D * int64_t(sizeof(X));  // bytes of the weight of a block, for W numbers
-    return minimum(layout_.sums(), maximum(kFewestVectors, kPartWeight / vector) * W<A>);
+    const int64_t vector = L<A> * L<A> * p_.D * int64_t(sizeof(X));  // bytes of the weight of a block, for L numbers
+    return minimum(layout_.sums(), maximum(kFewestVectors, kPartWeight / vector) * L<A>);
   }
 
   // What is multiplied for the features of an input capsule: so many terms.
   int64_t terms() const { return divide_up(p_.D, kTerm<X>); }
 
-  // The input capsules of the block at i0 for `samples` <= W samples, a lane for each, to by_lane[W, terms][W].
+  // The input capsules of the block at i0 for `samples` <= L samples, a lane for each, to by_lane[L, terms][L].
   void inputs_by_lane(int64_t b, int64_t samples, int64_t i0, Term<X>* by_lane, const SampleScratch& scratch) const {
-    const int64_t count = minimum(W<A>, p_.I - i0), numbers = count * p_.D;
+    const int64_t count = minimum(L<A>, p_.I - i0), numbers = count * p_.D;
     if constexpr (std::is_same_v<X, A>)
       if (inputs_follow() && !p_.mask.data)
         return to_lanes(first_input(b, i0), p_.u.stride[0], samples, numbers, by_lane);
@@ -182,7 +182,7 @@ class Rows {
       to_lanes(scratch.inputs, numbers, samples, numbers, by_lane);
     } else {
       to_lanes(scratch.inputs, numbers, samples, numbers, scratch.numbers);
-      make_terms<X>(scratch.numbers, count, p_.D, W<A>, by_lane);
+      make_terms<X>(scratch.numbers, count, p_.D, L<A>, by_lane);
     }
   }
 
@@ -192,7 +192,7 @@ class Rows {
       make_weight(group * kGroup, minimum(kGroup, p_.I - group * kGroup), scratch);
   }
 
-  // Weight::pair: the votes h_ij = W_ij u_i of input capsule i, given by lane, to votes[J, F][W], for G groups of
+  // Weight::pair: the votes h_ij = W_ij u_i of input capsule i, given by lane, to votes[J, F][L], for G groups of
   // samples; or the sum of those of `inputs` capsules from i on.
   template <int G>
   void make_sample_votes(int64_t i, int64_t inputs, const Term<X>* const* u, A* const* votes,
@@ -200,7 +200,7 @@ class Rows {
     votes_of_samples<G>(sample_weight(i, inputs, scratch), u, inputs * terms(), layout_.sums(), votes);
   }
 
-  // The same for one group, where F = W, with their dot products with up to two queries, to dots[J][W].
+  // The same for one group, where F = L, with their dot products with up to two queries, to dots[J][L].
   void make_votes_and_dots(int64_t i, const Term<X>* u, A* votes, const A* const* query, A* const* dots,
                            const SampleScratch& scratch) const {
     const Term<X>* weight = sample_weight(i, 1, scratch);
@@ -210,11 +210,11 @@ class Rows {
       votes_and_dots(weight, u, terms(), p_.J, votes, query, dots);
   }
 
-  // Input capsule i of W samples from b on, as lanes with their votes: which are live, and their prior logits.
+  // Input capsule i of L samples from b on, as lanes with their votes: which are live, and their prior logits.
   SampleBlock<A> samples(int64_t b, int64_t count, int64_t i, A* votes, A* prior, A* const* dots = nullptr) const {
     SampleBlock<A> block{votes, all<A>(1), nullptr, false};
-    if (count < W<A> || p_.mask.data)
-      for (int64_t n = 0; n < W<A>; ++n) block.live[n] = n < count && !masked(b + n, i);
+    if (count < L<A> || p_.mask.data)
+      for (int64_t n = 0; n < L<A>; ++n) block.live[n] = n < count && !masked(b + n, i);
     if (p_.logits.data) {
       with_parameter<X>(p_.logits, p_.u.dtype,
                         [&](const auto* logits) { gather_prior(block, logits, b, count, i, prior); });
@@ -225,10 +225,10 @@ class Rows {
 
   // The block at i0 of sample b without its rows: which lanes are live, and their prior logits.
   Block<A> lanes(int64_t b, int64_t i0, A* prior) const {
-    const int64_t count = minimum(W<A>, p_.I - i0);
+    const int64_t count = minimum(L<A>, p_.I - i0);
     Block<A> block{nullptr, 0, 0, count, all<A>(1), nullptr, false};
-    if (count < W<A> || p_.mask.data)
-      for (int64_t l = 0; l < W<A>; ++l) block.live[l] = l < count && !masked(b, i0 + l);
+    if (count < L<A> || p_.mask.data)
+      for (int64_t l = 0; l < L<A>; ++l) block.live[l] = l < count && !masked(b, i0 + l);
     if (p_.logits.data)
       with_parameter<X>(p_.logits, p_.u.dtype,
                         [&](const auto* logits) { gather_prior(block, logits, b, i0, count, prior); });
@@ -314,33 +314,33 @@ class Rows {
     return mask && !mask[b * p_.mask.stride[0] + i * p_.mask.stride[1]];
   }
 
-  template <class L>
-  void gather_prior(Block<A>& block, const L* logits, int64_t b, int64_t i0, int64_t count, A* prior) const {
+  template <class From>
+  void gather_prior(Block<A>& block, const From* logits, int64_t b, int64_t i0, int64_t count, A* prior) const {
     const int64_t* stride = p_.logits.stride;
     logits += b * stride[0] + i0 * stride[1];
-    for (int64_t l = 0; l < W<A>; ++l) {
-      const L* from = logits + l * stride[1];
+    for (int64_t l = 0; l < L<A>; ++l) {
+      const From* from = logits + l * stride[1];
       const bool live = l < count && block.live[l] != 0;
-      for (int64_t j = 0; j < p_.J; ++j) prior[j * W<A> + l] = live ? A(to_acc(from[j * stride[2]])) : 0;
+      for (int64_t j = 0; j < p_.J; ++j) prior[j * L<A> + l] = live ? A(to_acc(from[j * stride[2]])) : 0;
     }
     block.prior = prior;
     Mask<A> never{};
-    for (int64_t j = 0; j < p_.J; ++j) never |= load(prior + j * W<A>) == kForbidden<A>;
+    for (int64_t j = 0; j < p_.J; ++j) never |= load(prior + j * L<A>) == kForbidden<A>;
     block.forbids = any(never);
   }
 
-  template <class L>
-  void gather_prior(SampleBlock<A>& block, const L* logits, int64_t b, int64_t count, int64_t i, A* prior) const {
+  template <class From>
+  void gather_prior(SampleBlock<A>& block, const From* logits, int64_t b, int64_t count, int64_t i, A* prior) const {
     const int64_t* stride = p_.logits.stride;
     logits += b * stride[0] + i * stride[1];
     const Mask<A> live = block.live != 0;
     Mask<A> never{};
     for (int64_t j = 0; j < p_.J; ++j) {
       Vec<A> own = all<A>(to_acc(logits[j * stride[2]]));
-      for (int64_t n = 1; stride[0] != 0 && n < W<A>; ++n)
+      for (int64_t n = 1; stride[0] != 0 && n < L<A>; ++n)
         own[n] = n < count ? A(to_acc(logits[n * stride[0] + j * stride[2]])) : 0;
       own = live ? own : all<A>(0);
-      store(prior + j * W<A>, own);
+      store(prior + j * L<A>, own);
       never |= own == kForbidden<A>;
     }
     block.prior = prior, block.forbids = any(never);
@@ -384,15 +384,15 @@ class Rows {
     }
     for (int64_t j = 0; j < p_.J; ++j)
       for (int64_t l = 0; l < block.count; ++l)
-        if (block.prior[j * W<A> + l] == kForbidden<A>) set_zero(staged + l * block.row + j * block.column, layout_.F);
+        if (block.prior[j * L<A> + l] == kForbidden<A>) set_zero(staged + l * block.row + j * block.column, layout_.F);
   }
 
   void clear_forbidden(const SampleBlock<A>& block, A* votes, A* const* dots) const {
     for (int64_t j = 0; j < p_.J; ++j) {
-      const Mask<A> never = load(block.prior + j * W<A>) == kForbidden<A>;
-      for (int t = 0; dots && t < 2; ++t) store(dots[t] + j * W<A>, never ? all<A>(0) : load(dots[t] + j * W<A>));
+      const Mask<A> never = load(block.prior + j * L<A>) == kForbidden<A>;
+      for (int t = 0; dots && t < 2; ++t) store(dots[t] + j * L<A>, never ? all<A>(0) : load(dots[t] + j * L<A>));
       for (int64_t k = j * layout_.F; k < (j + 1) * layout_.F; ++k)
-        store(votes + k * W<A>, never ? all<A>(0) : load(votes + k * W<A>));
+        store(votes + k * L<A>, never ? all<A>(0) : load(votes + k * L<A>));
     }
   }
 

@@ -51,7 +51,7 @@ CAPSROUTE_INLINE Half from_acc<Half>(float x) {
   return {uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13))};
 }
 
-// W values, which need not be aligned.
+// L values, which need not be aligned.
 
 template <class A>
 CAPSROUTE_INLINE Vec<A> load(const A* p) {
@@ -80,7 +80,7 @@ CAPSROUTE_INLINE Vec<float> widened(Vec16 bits, Half) {
   return bits_as<Vec<float>>(_mm512_cvtph_ps(bits_as<__m256i>(bits)));
 #else
   Vec<float> x;
-  for (int64_t l = 0; l < W<float>; ++l) x[l] = to_acc(Half{bits[l]});
+  for (int64_t l = 0; l < L<float>; ++l) x[l] = to_acc(Half{bits[l]});
   return x;
 #endif
 }
@@ -112,7 +112,7 @@ CAPSROUTE_INLINE Vec16 load_some_bits(const uint16_t* p, int64_t count) {
 #endif
 }
 
-// `count` <= W numbers, and zeros after them: nothing past the last one is read.
+// `count` <= L numbers, and zeros after them: nothing past the last one is read.
 template <class X>
 CAPSROUTE_INLINE Vec<Acc<X>> load_some(const X* p, int64_t count) {
   using A = Acc<X>;
@@ -173,7 +173,7 @@ CAPSROUTE_INLINE Vec16 narrowed(Vec<float> x, Half) {
   return bits_as<Vec16>(_mm512_cvtps_ph(bits_as<__m512>(x), 0));
 #else
   Vec16 bits;
-  for (int64_t l = 0; l < W<float>; ++l) bits[l] = from_acc<Half>(x[l]).bits;
+  for (int64_t l = 0; l < L<float>; ++l) bits[l] = from_acc<Half>(x[l]).bits;
   return bits;
 #endif
 }
@@ -191,7 +191,7 @@ CAPSROUTE_INLINE void store_bits(void* p, Vec16 bits) {
 CAPSROUTE_INLINE void store(BFloat16* p, Vec<float> x) { store_bits(p, narrowed(x, *p)); }
 CAPSROUTE_INLINE void store(Half* p, Vec<float> x) { store_bits(p, narrowed(x, *p)); }
 
-// The first `count` <= W numbers of `from`, and zeros after them, to all W of `to`.
+// The first `count` <= L numbers of `from`, and zeros after them, to all L of `to`.
 template <class X>
 CAPSROUTE_INLINE void copy_some(X* to, const X* from, int64_t count) {
   if constexpr (sizeof(X) == 2)
@@ -200,7 +200,7 @@ CAPSROUTE_INLINE void copy_some(X* to, const X* from, int64_t count) {
     store(to, load_some(from, count));
 }
 
-// The first `count` <= W numbers: nothing past the last one is written.
+// The first `count` <= L numbers: nothing past the last one is written.
 template <class X>
 CAPSROUTE_INLINE void store_some(X* p, Vec<Acc<X>> x, int64_t count) {
 #if defined(__AVX512F__) && CAPSROUTE_VECTOR_BYTES == 64
@@ -213,7 +213,7 @@ CAPSROUTE_INLINE void store_some(X* p, Vec<Acc<X>> x, int64_t count) {
   if constexpr (sizeof(X) == 8) return _mm256_maskstore_pd(p, lanes, bits_as<__m256d>(x));
   if constexpr (sizeof(X) == 4) return _mm256_maskstore_ps(p, lanes, bits_as<__m256>(x));
 #endif
-  X whole[W<Acc<X>>];
+  X whole[L<Acc<X>>];
   store(whole, x);
   for (int64_t l = 0; l < count; ++l) p[l] = whole[l];
 }
@@ -239,8 +239,8 @@ CAPSROUTE_INLINE void widen(A* out, const X* in, int64_t stride, int64_t n, int6
   int64_t k = 0;
   if constexpr (std::is_same_v<Acc<X>, A>)
     if (stride == 1) {
-      for (; k + W<A> <= n; k += W<A>) store(out + k, load(in + k));
-      if (k < n && k + W<A> <= padded) store(out + k, load_some(in + k, n - k)), k += W<A>;
+      for (; k + L<A> <= n; k += L<A>) store(out + k, load(in + k));
+      if (k < n && k + L<A> <= padded) store(out + k, load_some(in + k, n - k)), k += L<A>;
       for (; k < n; ++k) out[k] = to_acc(in[k]);
     }
   for (; k < n; ++k) out[k] = to_acc(in[k * stride]);
@@ -250,7 +250,7 @@ CAPSROUTE_INLINE void widen(A* out, const X* in, int64_t stride, int64_t n, int6
 template <class X>
 CAPSROUTE_INLINE void narrow(X* out, const Acc<X>* in, int64_t n) {
   int64_t k = 0;
-  for (; k + W<Acc<X>> <= n; k += W<Acc<X>>) store(out + k, load(in + k));
+  for (; k + L<Acc<X>> <= n; k += L<Acc<X>>) store(out + k, load(in + k));
   if (k < n) store_some(out + k, load_some(in + k, n - k), n - k);
 }
 

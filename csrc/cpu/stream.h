@@ -39,10 +39,10 @@ class Stream {
   // Scratch of one thread.
   struct Scratch {
     typename Rows<X>::Scratch rows;
-    A* coupling;  // [run][J, W]
-    A* logits;    // [run][J, W], or their gradient
+    A* coupling;  // [run][J, L]
+    A* logits;    // [run][J, L], or their gradient
     typename Rows<X>::SampleScratch samples;
-    A *q, *e;  // [J, F][W samples]; these, `samples` and `sums` only where a lane is a sample
+    A *q, *e;  // [J, F][L samples]; these, `samples` and `sums` only where a lane is a sample
     SampleSums<A> sums;
   };
 
@@ -67,7 +67,7 @@ class Stream {
     parallel_for(parallel, shares.tiles * p.I, [&](int64_t item, int64_t part) {
       const int64_t index = item / p.I, i = item % p.I;
       const Tile tile = shares.tile_at(index, index);
-      A* votes = kept_block(tile, i) + i % W<A> * layout.row;
+      A* votes = kept_block(tile, i) + i % L<A> * layout.row;
       rows.make_votes(tile.sample, tile.count, i, 1, false, votes, scratch(part).rows);
     });
   }
@@ -85,8 +85,8 @@ class Stream {
     s.logits = carver.take<A>(way.run * layout.lanes());
     if (!way.by_samples()) return s;
     s.samples = Rows<X>::SampleScratch::carve(layout, weights, way.keep ? 0 : way.run, carver);
-    s.q = carver.take<A>(layout.sums() * W<A>);
-    s.e = carver.take<A>(layout.sums() * W<A>);
+    s.q = carver.take<A>(layout.sums() * L<A>);
+    s.e = carver.take<A>(layout.sums() * L<A>);
     s.sums = SampleSums<A>::carve(use_.sums, carver);
     return s;
   }
@@ -104,7 +104,7 @@ class Stream {
     for_samples(tile, group, layout.sums(), [&](int64_t m, int64_t samples, int64_t i0, int64_t) {
       const int64_t b = tile.sample + m;
       A* staged = keeps ? kept_block(tile, i0) : scratch.rows.staged;
-      if (makes) rows.make_votes(b, samples, i0, minimum(W<A>, p.I - i0), m > 0, staged, scratch.rows);
+      if (makes) rows.make_votes(b, samples, i0, minimum(L<A>, p.I - i0), m > 0, staged, scratch.rows);
       for (int64_t n = 0; n < samples; ++n) {
         if (m + n == 0 || rows.lanes_differ()) lanes = rows.lanes(b + n, i0, scratch.rows.prior);
         visit(m + n, i0, rows.block(lanes, b + n, i0, staged + n * size));
@@ -117,7 +117,7 @@ class Stream {
   void add_votes(const Tile& tile, int64_t group, A share, const Scratch& scratch, A* sums) const {
     const int64_t all = layout.sums(), part = way.kept_inputs > 0 ? all : rows.part_of_sums(tile.count);
     for_samples(tile, group, part, [&](int64_t m, int64_t samples, int64_t i0, int64_t f) {
-      const int64_t count = minimum(W<A>, p.I - i0), size = minimum(part, all - f);
+      const int64_t count = minimum(L<A>, p.I - i0), size = minimum(part, all - f);
       A *to = sums + m * all + f, *total = scratch.rows.staged;
       if (i0 < way.kept_inputs)
         rows.make_votes(tile.sample + m, samples, i0, count, m > 0, kept_block(tile, i0), scratch.rows, total);
@@ -127,13 +127,13 @@ class Stream {
     });
   }
 
-  // The same for up to W samples of a tile from m on, to scratch.sums.
+  // The same for up to L samples of a tile from m on, to scratch.sums.
   void add_sample_votes(const Tile& tile, int64_t m, int64_t group, A share, const Scratch& scratch) const {
-    const int64_t count = minimum(W<A>, tile.count - m), end = minimum(p.I, (group + 1) * kGroup);
+    const int64_t count = minimum(L<A>, tile.count - m), end = minimum(p.I, (group + 1) * kGroup);
     const Term<X>* u = scratch.samples.by_lane;
-    for (int64_t i0 = group * kGroup; i0 < end; i0 += W<A>) {
+    for (int64_t i0 = group * kGroup; i0 < end; i0 += L<A>) {
       rows.inputs_by_lane(tile.sample + m, count, i0, scratch.samples.by_lane, scratch.samples);
-      rows.template make_sample_votes<1>(i0, minimum(W<A>, p.I - i0), &u, &scratch.sums.block, scratch.samples);
+      rows.template make_sample_votes<1>(i0, minimum(L<A>, p.I - i0), &u, &scratch.sums.block, scratch.samples);
       scratch.sums.join(share, layout.sums());
     }
   }
@@ -146,8 +146,8 @@ class Stream {
     if (way.keep) make_kept(tile, group, scratch);
   }
 
-  // For up to W samples of a tile from m on, where a lane is a sample: visit(i, l, block, q, e) for every input
-  // capsule i of a group, the l-th of a run of them, with its votes and the queries that it is given, [J, F][W] or
+  // For up to L samples of a tile from m on, where a lane is a sample: visit(i, l, block, q, e) for every input
+  // capsule i of a group, the l-th of a run of them, with its votes and the queries that it is given, [J, F][L] or
   // null, or their dot products, as the block says; then add(run, i, first) for the run that begins with i, the `first`
   // of a block or not, to scratch.sums.block, which joins scratch.sums.total after the block.
   template <class Visit, class Add>
@@ -155,17 +155,17 @@ class Stream {
                   const Visit& visit, const Add& add) const {
     const A* const query[] = {q, e};
     A* const* dots = scratch.samples.dots;
-    const bool dotted = !way.keep && layout.F == W<A>;
-    const int64_t b = tile.sample + m, count = minimum(W<A>, tile.count - m);
-    const int64_t end = minimum(p.I, (group + 1) * kGroup), next = layout.sums() * W<A>;
-    for (int64_t i0 = group * kGroup; i0 < end; i0 += W<A>) {
-      const int64_t block_end = minimum(i0 + W<A>, p.I);
+    const bool dotted = !way.keep && layout.F == L<A>;
+    const int64_t b = tile.sample + m, count = minimum(L<A>, tile.count - m);
+    const int64_t end = minimum(p.I, (group + 1) * kGroup), next = layout.sums() * L<A>;
+    for (int64_t i0 = group * kGroup; i0 < end; i0 += L<A>) {
+      const int64_t block_end = minimum(i0 + L<A>, p.I);
       if (!way.keep) rows.inputs_by_lane(b, count, i0, scratch.samples.by_lane, scratch.samples);
       for (int64_t first = i0; first < block_end; first += way.run) {
         const int64_t inputs = minimum(way.run, block_end - first);
         A* votes = way.keep ? kept(tile, m, first) : scratch.samples.votes;
         for (int64_t l = 0; l < inputs; ++l) {
-          const Term<X>* u = scratch.samples.by_lane + (first + l - i0) * rows.terms() * W<A>;
+          const Term<X>* u = scratch.samples.by_lane + (first + l - i0) * rows.terms() * L<A>;
           A* own = votes + l * next;
           if (dotted) {
             rows.make_votes_and_dots(first + l, u, own, query, dots, scratch.samples);
@@ -213,23 +213,23 @@ class Stream {
   int64_t reads_weights(const Use<A>& use) const {
     const int64_t kept = way.handed && use.has_votes ? 0 : way.kept_inputs;
     const int64_t passes = kept + (p.I - way.kept_inputs) * use.passes;
-    return use.times * ((way.by_samples() ? divide_up(use.batch, W<A>) : schedule.tiles) * passes + p.I * use.reads);
+    return use.times * ((way.by_samples() ? divide_up(use.batch, L<A>) : schedule.tiles) * passes + p.I * use.reads);
   }
 
-  // The votes of a group, to be kept, where a lane is a sample: of twice W samples at a time.
+  // The votes of a group, to be kept, where a lane is a sample: of twice L samples at a time.
   void make_kept(const Tile& tile, int64_t group, const Scratch& scratch) const {
     const int64_t end = minimum(p.I, (group + 1) * kGroup);
-    const int64_t terms = rows.terms() * W<A>, lanes = W<A> * terms;
-    for (int64_t i0 = group * kGroup; i0 < end; i0 += W<A>)
-      for (int64_t m = 0; m < tile.count; m += 2 * W<A>) {
-        const bool both = m + W<A> < tile.count;
-        for (int64_t n = m; n < minimum(m + 2 * W<A>, tile.count); n += W<A>)
-          rows.inputs_by_lane(tile.sample + n, minimum(W<A>, tile.count - n), i0,
-                              scratch.samples.by_lane + (n - m) / W<A> * lanes, scratch.samples);
-        for (int64_t l = 0; l < minimum(W<A>, p.I - i0); ++l) {
+    const int64_t terms = rows.terms() * L<A>, lanes = L<A> * terms;
+    for (int64_t i0 = group * kGroup; i0 < end; i0 += L<A>)
+      for (int64_t m = 0; m < tile.count; m += 2 * L<A>) {
+        const bool both = m + L<A> < tile.count;
+        for (int64_t n = m; n < minimum(m + 2 * L<A>, tile.count); n += L<A>)
+          rows.inputs_by_lane(tile.sample + n, minimum(L<A>, tile.count - n), i0,
+                              scratch.samples.by_lane + (n - m) / L<A> * lanes, scratch.samples);
+        for (int64_t l = 0; l < minimum(L<A>, p.I - i0); ++l) {
           const Term<X>* u = scratch.samples.by_lane + l * terms;
           const Term<X>* from[] = {u, u + lanes};
-          A* to[] = {kept(tile, m, i0 + l), kept(tile, m + W<A>, i0 + l)};
+          A* to[] = {kept(tile, m, i0 + l), kept(tile, m + L<A>, i0 + l)};
           if (both)
             rows.template make_sample_votes<2>(i0 + l, 1, from, to, scratch.samples);
           else
@@ -243,7 +243,7 @@ class Stream {
   template <class Visit>
   void for_samples(const Tile& tile, int64_t group, int64_t part, const Visit& visit) const {
     const int64_t end = minimum(p.I, (group + 1) * kGroup);
-    for (int64_t i0 = group * kGroup; i0 < end; i0 += W<A>)
+    for (int64_t i0 = group * kGroup; i0 < end; i0 += L<A>)
       for (int64_t f = 0; f < layout.sums(); f += part)
         for (int64_t m = 0; m < tile.count; m += kSamples) visit(m, minimum(kSamples, tile.count - m), i0, f);
   }
@@ -252,10 +252,10 @@ class Stream {
   template <class Visit>
   void for_rows(const Tile& tile, int64_t group, const Scratch& scratch, const Visit& visit) const {
     const int64_t start = group * kGroup, end = minimum(p.I, start + kGroup);
-    Block<A> lanes[kGroup / W<A>];
+    Block<A> lanes[kGroup / L<A>];
     for (int64_t n = 0; n < tile.count; ++n)
-      for (int64_t i0 = start; i0 < end; i0 += W<A>) {
-        const int64_t b = tile.sample + n, place = (i0 - start) / W<A>;
+      for (int64_t i0 = start; i0 < end; i0 += L<A>) {
+        const int64_t b = tile.sample + n, place = (i0 - start) / L<A>;
         if (n == 0 || rows.lanes_differ())
           lanes[place] = rows.lanes(b, i0, scratch.rows.prior + place * layout.lanes());
         visit(n, i0, rows.block(lanes[place], b, i0, scratch.rows.staged));
@@ -263,15 +263,15 @@ class Stream {
   }
 
   A* kept_block(const Tile& tile, int64_t i0) const {
-    return kept_ + tile.slot * kept_size() + i0 / W<A> * way.together * layout.block_size();
+    return kept_ + tile.slot * kept_size() + i0 / L<A> * way.together * layout.block_size();
   }
   A* kept(const Tile& tile, int64_t m, int64_t i) const {
-    return kept_ + tile.slot * kept_size() + (m / W<A> * p.I + i) * layout.sums() * W<A>;
+    return kept_ + tile.slot * kept_size() + (m / L<A> * p.I + i) * layout.sums() * L<A>;
   }
 
   int64_t kept_size() const {
     return way.by_samples() ? schedule.tile * p.I * layout.sums()
-                            : divide_up(way.kept_inputs, W<A>) * way.together * layout.block_size();
+                            : divide_up(way.kept_inputs, L<A>) * way.together * layout.block_size();
   }
 
   // to_nj = matrix_j from_nj; a matrix is read once for kSamples n, or, if it is one for all j, n and j.
@@ -296,7 +296,7 @@ class Stream {
   }
 
   const Use<A> use_;
-  A* kept_ = nullptr;  // [slots][blocks][together][W, row], or by samples [slots][tile / W][I][J, F][W]
+  A* kept_ = nullptr;  // [slots][blocks][together][L, row], or by samples [slots][tile / L][I][J, F][L]
   Shares scratch_;
 };
 

@@ -51,7 +51,7 @@ template <class X>
 using Term = typename TermOf<X>::type;
 template <class X>  // numbers in a term
 inline constexpr int64_t kTerm = std::is_same_v<Term<X>, Acc<X>> ? 1 : 2;
-template <class X>  // W terms
+template <class X>  // L terms
 using TermVec = decltype(load(static_cast<const Term<X>*>(nullptr)));
 
 // Pairs of a number of `first` and one of `second`, where these are widened.
@@ -63,7 +63,7 @@ CAPSROUTE_INLINE Vec32 weave(Vec<float> first, Vec<float> second) {
 // where the first is the `last`.
 template <int C, class X>
 CAPSROUTE_INLINE void load_terms(const X* w, int64_t w_stride, bool last, TermVec<X>* terms) {
-  constexpr int64_t lanes = W<Acc<X>>;
+  constexpr int64_t lanes = L<Acc<X>>;
 #pragma GCC unroll 16
   for (int c = 0; c < C; ++c)
     if constexpr (kTerm<X> == 1)
@@ -126,7 +126,7 @@ CAPSROUTE_INLINE void make_terms(const From* x, int64_t items, int64_t D, int64_
   } else {
     for (int64_t item = 0; item < items; ++item)
       for (int64_t d = 0; d < D; d += 2, to += count)
-        for (int64_t k = 0; k < count; k += W<A>) {
+        for (int64_t k = 0; k < count; k += L<A>) {
           const From* first = x + (item * D + d) * count + k;
           store(to + k, weave(load(first), d + 1 < D ? load(first + count) : Vec<float>{}));
         }

@@ -15,8 +15,8 @@ CAPSROUTE_INLINE Vec<A> mix(Vec<A> a, Vec<A> b) {
   constexpr int64_t q = kTurned<A>, places[] = {place...};
   return [&]<int64_t... l>(std::integer_sequence<int64_t, l...>) {
     return pick<A>(
-        a, b, std::integer_sequence<int64_t, (l / q * q + places[l % q] + (places[l % q] < q ? 0 : W<A> - q))...>());
-  }(std::make_integer_sequence<int64_t, W<A>>());
+        a, b, std::integer_sequence<int64_t, (l / q * q + places[l % q] + (places[l % q] < q ? 0 : L<A> - q))...>());
+  }(std::make_integer_sequence<int64_t, L<A>>());
 }
 
 // So many numbers, widened, of each row l that has l % kTurned = k; rows past `count` repeat the last one.
@@ -46,7 +46,7 @@ CAPSROUTE_INLINE Vec<Acc<X>> load_rows(const X* rows, int64_t stride, int64_t k,
 #endif
 }
 
-// x[k][l] = rows[l][k] for k < kTurned, of `count` <= W rows: a lane is a row.
+// x[k][l] = rows[l][k] for k < kTurned, of `count` <= L rows: a lane is a row.
 template <class X, class Count>
 CAPSROUTE_INLINE void turn(const X* rows, int64_t stride, Count count, Vec<Acc<X>>* x) {
   using A = Acc<X>;

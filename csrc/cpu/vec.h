@@ -1,5 +1,5 @@
 // Vectors of the compiler's own kind (GCC vector extensions), so one source serves every
-// instruction set: Vec<A> has W<A> lanes and is CAPSROUTE_VECTOR_BYTES wide. Everything lives in a
+// instruction set: Vec<A> has L<A> lanes and is CAPSROUTE_VECTOR_BYTES wide. Everything lives in a
 // namespace named after the instruction set, so that the linker can never mix two of them.
 #pragma once
 
@@ -27,7 +27,7 @@ using Vec = typename VecOf<A, CAPSROUTE_VECTOR_BYTES>::type;
 template <class A>
 using HalfVec = typename VecOf<A, CAPSROUTE_VECTOR_BYTES / 2>::type;
 template <class A>
-inline constexpr int64_t W = CAPSROUTE_VECTOR_BYTES / sizeof(A);
+inline constexpr int64_t L = CAPSROUTE_VECTOR_BYTES / sizeof(A);  // lanes
 
 template <class A>
 struct IntOf {
@@ -73,7 +73,7 @@ template <class A>
 CAPSROUTE_INLINE Mask<A> first_lanes(int64_t count) {
   return [count]<size_t... l>(std::index_sequence<l...>) {
     return Mask<A>{typename IntOf<A>::type(l)...} < typename IntOf<A>::type(count);
-  }(std::make_index_sequence<W<A>>());
+  }(std::make_index_sequence<L<A>>());
 }
 
 // The logit of a pair that takes no part, and the largest of no logits.
@@ -96,16 +96,16 @@ CAPSROUTE_INLINE Vec<A> pick(Vec<A> a, Vec<A> b, std::integer_sequence<int64_t, 
 template <class A, int64_t m>
 CAPSROUTE_INLINE Vec<A> add_pairs(Vec<A> a, Vec<A> b) {
   return [&]<int64_t... l>(std::integer_sequence<int64_t, l...>) {
-    return pick<A>(a, b, std::integer_sequence<int64_t, (l & m ? W<A> + l : l)...>()) +
-           pick<A>(a, b, std::integer_sequence<int64_t, (l & m ? W<A> + (l ^ m) : l ^ m)...>());
-  }(std::make_integer_sequence<int64_t, W<A>>());
+    return pick<A>(a, b, std::integer_sequence<int64_t, (l & m ? L<A> + l : l)...>()) +
+           pick<A>(a, b, std::integer_sequence<int64_t, (l & m ? L<A> + (l ^ m) : l ^ m)...>());
+  }(std::make_integer_sequence<int64_t, L<A>>());
 }
 
 // N vectors to one whose lane l < N is the sum over the lanes of x[l]: a transpose and sums, in N - 1 additions and one
-// for each time that N doubles to W. The order of a sum does not depend on N.
-template <class A, int64_t N = W<A>, int64_t m = 1>
+// for each time that N doubles to L. The order of a sum does not depend on N.
+template <class A, int64_t N = L<A>, int64_t m = 1>
 CAPSROUTE_INLINE Vec<A> sum_each(Vec<A>* x) {
-  if constexpr (m == W<A>) {
+  if constexpr (m == L<A>) {
     return x[0];
   } else {
     constexpr int64_t pairs = N / (2 * m);
@@ -116,18 +116,18 @@ CAPSROUTE_INLINE Vec<A> sum_each(Vec<A>* x) {
   }
 }
 
-// W vectors, of which x[k][l] and x[l][k] change places.
+// L vectors, of which x[k][l] and x[l][k] change places.
 template <class A, int64_t m = 1>
 CAPSROUTE_INLINE void transpose(Vec<A>* x) {
-  if constexpr (m < W<A>) {
+  if constexpr (m < L<A>) {
 #pragma GCC unroll 16
-    for (int64_t k = 0; k < W<A>; ++k) {
+    for (int64_t k = 0; k < L<A>; ++k) {
       if (k & m) continue;
       const Vec<A> a = x[k], b = x[k | m];
       [&]<int64_t... l>(std::integer_sequence<int64_t, l...>) {
-        x[k] = pick<A>(a, b, std::integer_sequence<int64_t, (l & m ? W<A> + (l ^ m) : l)...>());
-        x[k | m] = pick<A>(a, b, std::integer_sequence<int64_t, (l & m ? W<A> + l : l ^ m)...>());
-      }(std::make_integer_sequence<int64_t, W<A>>());
+        x[k] = pick<A>(a, b, std::integer_sequence<int64_t, (l & m ? L<A> + (l ^ m) : l)...>());
+        x[k | m] = pick<A>(a, b, std::integer_sequence<int64_t, (l & m ? L<A> + l : l ^ m)...>());
+      }(std::make_integer_sequence<int64_t, L<A>>());
     }
     transpose<A, 2 * m>(x);
   }

@@ -11,11 +11,11 @@ namespace capsroute::CAPSROUTE_ISA {
 
 // The votes of kSamples samples are kept between passes while they take no more than this; else they are made anew.
 constexpr int64_t kKeptVotes = int64_t(6) << 20;
-// A lane may be a sample where votes, sums and V of W samples and one input capsule stay in the first-level cache: the
+// A lane may be a sample where votes, sums and V of L samples and one input capsule stay in the first-level cache: the
 // votes may take this. It pays where shuffles of vectors are dear and registers many, which is AVX-512.
 constexpr int64_t kNearVotes = int64_t(16) << 10;
 constexpr bool kWide = CAPSROUTE_VECTOR_BYTES == 64;
-// There votes of W samples are kept while they take no more than kKeptForTerm for each of the D terms that one is made
+// There votes of L samples are kept while they take no more than kKeptForTerm for each of the D terms that one is made
 // of. Failing that, a lane is a feature all the same, and the votes of kSamples are kept, where they and the weight,
 // which is read for so few, stay in a third-level cache, and each weight W_i has numbers enough to be worth shuffles:
 // up to kKeptOfTile, and three quarters of them at least. Else votes are made anew: without shuffles that is cheaper
@@ -36,8 +36,8 @@ constexpr int64_t kFewOutputs = 4;
 
 template <class X>
 bool half_vectors(const Problem& p) {
-  constexpr int64_t half = W<Acc<X>> / 2;
-  if (p.O % W<Acc<X>> != half) return false;
+  constexpr int64_t half = L<Acc<X>> / 2;
+  if (p.O % L<Acc<X>> != half) return false;
   if (p.form == Weight::none) return std::is_same_v<X, Acc<X>>;
   return p.form == Weight::pair && p.J >= kFewOutputs && p.O <= (kTerm<X> == 1 ? 3 : 1) * half;
 }
@@ -52,17 +52,17 @@ struct Way {
     const bool pair = layout.p.form == Weight::pair, few = batch <= kSamples;
     handed = few && room > 0;
     const bool again = pair && (passes > 1 || handed);
-    const bool near = kWide && layout.sums() * W<A> * int64_t(sizeof(A)) <= kNearVotes;
+    const bool near = kWide && layout.sums() * L<A> * int64_t(sizeof(A)) <= kNearVotes;
     const Keep rule = again ? rule_of(layout, near) : Keep::none;
-    by_samples_ = pair && near && may && batch >= W<A> && rule != Keep::tile;
+    by_samples_ = pair && near && may && batch >= L<A> && rule != Keep::tile;
     product_first = pair && rule == Keep::none;
-    together = by_samples() ? W<A> : minimum(kSamples, maximum(1, batch));
+    together = by_samples() ? L<A> : minimum(kSamples, maximum(1, batch));
     const int64_t block = together * layout.block_size() * int64_t(sizeof(A)), votes = layout.blocks * block;
     int64_t most = rule == Keep::none ? 0 : rule == Keep::tile && near ? kKeptOfTile : votes;
     if (again && few) most = handed ? room : kKeptOfFew;
-    kept_inputs = votes <= most ? layout.p.I : most / block * W<A> / kGroup * kGroup;
+    kept_inputs = votes <= most ? layout.p.I : most / block * L<A> / kGroup * kGroup;
     keep = kept_inputs > 0;
-    run = !by_samples() ? 1 : keep || layout.p.over_inputs ? W<A> : 2;
+    run = !by_samples() ? 1 : keep || layout.p.over_inputs ? L<A> : 2;
     tile = tile_size(layout, batch, threads);
   }
 
@@ -87,7 +87,7 @@ struct Way {
   static Keep rule_of(const Layout<X>& layout, bool near) {
     const int64_t votes = layout.blocks * layout.block_size() * int64_t(sizeof(A)), D = layout.p.D;
     if (!near) return kSamples * votes <= kKeptVotes ? Keep::tile : Keep::none;
-    if (W<A> * votes <= minimum(kKeptVotes, D * kKeptForTerm)) return Keep::lanes;
+    if (L<A> * votes <= minimum(kKeptVotes, D * kKeptForTerm)) return Keep::lanes;
     const int64_t numbers = D * layout.sums(), weight = layout.p.I * numbers * int64_t(sizeof(X));
     const bool fits = kSamples * votes <= 4 * kKeptOfTile / 3 && weight <= kNearWeight;
     return fits && numbers >= kLargeWeight ? Keep::tile : Keep::none;
@@ -97,7 +97,7 @@ struct Way {
   // weight of a group is taken to be as long as kSamples samples are; where threads share out the groups of a tile,
   // rather than tiles, each step waits for the last of them, and its sums are added up: taken to be an eighth more.
   int64_t tile_size(const Layout<X>& layout, int64_t batch, int64_t threads) const {
-    const int64_t some = by_samples() ? W<A> : kSamples, samples = maximum(1, batch);
+    const int64_t some = by_samples() ? L<A> : kSamples, samples = maximum(1, batch);
     const int64_t longest = longest_tile(layout, some), fewest = divide_up(samples, longest);
     int64_t best = 0, least = 0;
     for (int64_t tiles = fewest; tiles < fewest + 2 * threads; ++tiles) {

@@ -16,9 +16,9 @@ constexpr int64_t kFewProducts = 2;
 // Bytes of a W that lies in a row that are asked for ahead.
 constexpr int64_t kAheadInOrder = int64_t(16) << 10;
 
-// A weight. The kernels' memory order of one for a pair is [I, D, J, O]. One that lies otherwise is brought into that
-// order at first, or each W_i is as it is read, or multiplied as it lies.
-// For a shared weight its two products' orders, [D, O] to come from sums to outputs and [O, D] back.
+// A weight. The kernels' memory order of a weight for each pair is [I, D, J, O]. One that lies otherwise is brought
+// into that order at first, or each W_i is as it is read, or multiplied as it lies. For a shared weight its two
+// products' orders, [D, O] to come from sums to outputs and [O, D] back.
 template <class X>
 class Weights {
  public:
@@ -165,11 +165,11 @@ class Weights {
 
   void copy_rows(const X* from, const X* later, int64_t stride, X* to, int64_t next_row) const {
     // Sizes of their own: for all that the compiler knows a copy of bytes could change those of the layout.
-    const int64_t D = layout_.p.D, O = layout_.p.O, whole = O / W<A> * W<A>;
-    for (int64_t o = 0; o < whole; o += W<A>)
+    const int64_t D = layout_.p.D, O = layout_.p.O, whole = O / L<A> * L<A>;
+    for (int64_t o = 0; o < whole; o += L<A>)
       for (int64_t d = 0; d < D; ++d) {
         ask_for(later + d * stride + o);
-        __builtin_memcpy(to + d * next_row + o, from + d * stride + o, W<A> * sizeof(X));
+        __builtin_memcpy(to + d * next_row + o, from + d * stride + o, L<A> * sizeof(X));
       }
     for (int64_t d = 0; d < D && whole < O; ++d)
       copy_some(to + d * next_row + whole, from + d * stride + whole, O - whole);

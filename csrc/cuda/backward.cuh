@@ -1,4 +1,5 @@
-// The backward: one stream for each pass but the first, from the last to the first, then the stream of the gradients.
+// The backward: one stream for each pass, from the last down to the second, or to the first where something is wanted of
+// it, then the stream of the gradients.
 #pragma once
 
 #include "forward.cuh"
@@ -11,7 +12,11 @@ CAPSROUTE_KERNEL(kMaxSlices* kLanes)
 gradients_kernel(CAPSROUTE_ARGUMENT Gradients<X> a) {
   CAPSROUTE_SHARED(memory);
   const int block = block_index(), tiles = a.all_tiles ? 1 : int(a.layout.tiles), chunks = int(a.split.chunks);
-  GradientStream<X, source>(a, block % tiles, block / tiles % chunks, block / tiles / chunks, memory).run();
+  const int group = block / tiles / chunks, first = block / tiles % chunks * int(a.split.inputs);
+  const int last = int(minimum(a.p.I, first + a.split.inputs));
+  Place place(a.p, a.layout, a.split, block % tiles, group);
+  Rows<X, source> rows(a.p, a.layout, a.split, a.weight, place, last, memory);
+  GradientStream<X, source>(a, first, last, group, place, rows, memory).run();
 }
 
 template <class X>

@@ -3,7 +3,8 @@
 //   dh_ij = sum over k of (p^k_ij ds^k_j + db^k_ij V^k_j)
 //   du_i = sum over j of W_ij^T dh_ij (of a shared weight: of dh_ij as rows),   dW_ij = sum over b of dh_ij u_i^T
 //   dlogits_ij = sum over k of db^k_ij
-// A block has a chunk of i and a group of j. Where dW is a sum over b it runs over all tiles, else over one.
+// with pass k from 0. A block has a chunk of i and a group of j. Where dW of each pair is wanted, a sum over b, it runs
+// over all tiles, else over one.
 #pragma once
 
 #include "finish_backward.cuh"
@@ -59,14 +60,11 @@ class GradientStream {
   using MyRows = Rows<X, source>;
   static constexpr int N = kInputs, K = MyRows::K, kDepth = MyRows::kDepth;
 
-  CAPSROUTE_DEVICE GradientStream(const Gradients<X>& a, int tile, int chunk, int group, char* memory)
-      : a_(a),
-        p_(a.p),
-        group_(group),
-        first_(chunk * int(a.split.inputs)),
-        last_(int(minimum(a.p.I, first_ + a.split.inputs))),
-        place_(a.p, a.layout, a.split, tile, group),
-        rows_(a.p, a.layout, a.split, a.weight, place_, last_, memory) {
+  // Input capsules first .. last - 1, and a group of j. Place and rows are the caller's: an object with a pointer into
+  // itself, as rows have one to the place, would stay in memory, and the compiler forget what its pointers point to.
+  CAPSROUTE_DEVICE GradientStream(const Gradients<X>& a, int first, int last, int group, Place& place, MyRows& rows,
+                                  char* memory)
+      : a_(a), p_(a.p), group_(group), first_(first), last_(last), place_(place), rows_(rows) {
     const GradientsMemory<X, source> m(a.split.units);
     exchange_ = reinterpret_cast<A*>(memory + m.rows);
     sums_ = reinterpret_cast<A*>(memory + m.rows + m.exchange);
@@ -302,8 +300,8 @@ class GradientStream {
   const Problem& p_;
   int group_;
   int first_, last_;
-  Place place_;
-  MyRows rows_;
+  Place& place_;
+  MyRows& rows_;
   A *exchange_, *sums_, *dh_;
   int half_ = 0;
 };

@@ -19,7 +19,6 @@ constexpr int kPitch = kLanes + 4;  // of a row of inputs in shared memory: 16-b
 // Chunks of i for each tile, whatever the batch, so that a sample's bits do not depend on its neighbours; and blocks of
 // the gradients, whose chunks change no sum.
 constexpr int64_t kChunks = 32, kBlocks = 256;
-constexpr int64_t kMostShared = 64 * 1024;  // bytes that a block may have on every target: sm_75's
 // With no more input capsules than this, one block runs all the passes of a tile, if one group has all j and the
 // softmax runs over j.
 constexpr int64_t kOneLaunch = 64;

@@ -52,6 +52,7 @@
 namespace capsroute::cuda {
 
 constexpr int kLanes = 32;
+constexpr int64_t kMostShared = 64 * 1024;  // bytes that a block may have on every target: sm_75's
 
 template <class To, class From>
 CAPSROUTE_ANYWHERE To bits_as(From from) {
@@ -135,14 +136,15 @@ inline void check(cudaError_t error, const char* kernel, const std::string& shap
                              cudaGetErrorString(error));
 }
 
-// kernel(arguments) on `blocks` blocks; more than 48 KiB of shared memory must be asked for.
+// kernel(arguments) on `blocks` blocks. More than 48 KiB of shared memory must be asked for: always as much, since what a
+// kernel may have is remembered of it, not of a launch, and another thread may launch it with more.
 template <class Arguments>
 void launch(const char* name, void (*kernel)(Arguments), int64_t blocks, int threads, int64_t shared, Stream stream,
             const std::string& shape, const Arguments& arguments) {
   if (blocks == 0) return;
   if (blocks > INT32_MAX) check(cudaErrorInvalidConfiguration, name, shape);  // the cast would wrap around
   if (shared > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), name, shape);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(kMostShared)), name, shape);
   kernel<<<unsigned(blocks), threads, size_t(shared), stream>>>(arguments);
   check(cudaGetLastError(), name, shape);
 }

@@ -107,7 +107,7 @@ def between(
 
 @triton.jit
 def query_before(queries, k, n, at, inside, P: tl.constexpr):
-    """V^(k-1), of n numbers each; V^0 = 0 is not stored."""
+    """What pass k, from 0, is compared with, n numbers: the sum of v over k passes, at k - 1. Of none it is 0."""
     GIVEN: tl.constexpr = P.given
     place = k * n + at
     if not GIVEN:
@@ -119,7 +119,7 @@ def query_before(queries, k, n, at, inside, P: tl.constexpr):
 
 @triton.jit
 def of_query(x, k, P: tl.constexpr):
-    """x, a factor of V^(k-1) or a product with it; 0 where there is no V, as 0 * inf is NaN.
+    """x, a factor of what query_before(k) gives or a product with it; 0 where there is no V, as 0 * inf is NaN.
 
     Needed for one pass whose logits want a gradient; in several passes such a vote reaches the result anyway.
     """

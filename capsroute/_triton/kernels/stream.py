@@ -10,7 +10,8 @@ sum would round it differently, and then the last bit depends on which of them s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
@@ -39,6 +40,7 @@ class Static:
     mask: bool
     logits: bool
     tiled: bool  # J takes several tiles, so the softmax over j reads its maximum and sum
+    unrolled: bool = False  # the loop over d that makes a vote, where W is one of each pair
     near: bool = False  # the samples of a tile, and output capsules, lie less than 2^31 numbers apart
     query: bool = True
     means: bool = False  # rows hold T as well
@@ -49,6 +51,11 @@ class Static:
     need_logits: str = ""  # the dimensions of b, i that the logits have, "j" if none
     moves: bool = True  # the gradient goes through the logits too: false of one pass whose logits want none
     given: bool = False  # V^0 is given: the backward of one pass from a query
+
+    @functools.lru_cache(1024)  # noqa: B019 - there are few; Triton finds a kernel sooner by an object that it has seen
+    def but(self, **changes) -> Static:
+        """The same with changes."""
+        return replace(self, **changes)
 
 
 @triton.jit
@@ -103,6 +110,15 @@ def pairs(logits, mask, row, b, i, j, strides, P: tl.constexpr):
 
 
 @triton.jit
+def add_feature(h, u, w, row, here, P: tl.constexpr):
+    """h + W_ijd u_id."""
+    ACC: tl.constexpr = P.acc
+    u_d = tl.load(u, mask=row, other=0).to(ACC)
+    w_d = tl.load(w, mask=here, other=0).to(ACC)
+    return tl.fma(tl.broadcast_to(u_d, h.shape), tl.broadcast_to(w_d, h.shape), h)
+
+
+@triton.jit
 def votes(u, weight, b, i, j, x, row, allowed, strides, P: tl.constexpr):
     """h_ij = W_ij u_i [TB, JB, XB], or what was given for it; 0 where the pair takes no part."""
     ACC: tl.constexpr = P.acc
@@ -116,10 +132,15 @@ def votes(u, weight, b, i, j, x, row, allowed, strides, P: tl.constexpr):
     if P.pair:
         h = tl.zeros([TB, JB, XB], ACC)
         w = weight + i * (D * J * X) + j * X + x
-        for d in range(D):
-            u_d = tl.load(at + d, mask=row, other=0).to(ACC)
-            w_d = tl.load(w + d * (J * X), mask=(j < J) & (x < X), other=0).to(ACC)
-            h = tl.fma(tl.broadcast_to(u_d, [TB, JB, XB]), tl.broadcast_to(w_d, [TB, JB, XB]), h)
+        here = (j < J) & (x < X)
+        # A loop makes addresses and masks anew for every d, seven instructions for one that multiplies. A pass without
+        # a query, which has less to do for a vote, is left it: unrolled it spilled registers.
+        if P.unrolled and P.query:
+            for d in tl.static_range(D):
+                h = add_feature(h, at + d, w + d * (J * X), row, here, P)
+        else:
+            for d in range(D):
+                h = add_feature(h, at + d, w + d * (J * X), row, here, P)
         if P.logits:
             h = tl.where(allowed, h, 0)
     elif P.keys:
