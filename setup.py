@@ -12,6 +12,7 @@ FORCE_CUDA=1 makes it an error if they cannot be, FORCE_CUDA=0 leaves them out.
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import site
@@ -26,6 +27,7 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+CORES = str(os.cpu_count() or 1)
 TESTING = os.environ.get("CAPSROUTE_BUILD_TESTING") == "1"
 
 
@@ -34,7 +36,9 @@ def torch_root() -> Path | None:
     spec = importlib.util.find_spec("torch")
     places = [Path(spec.origin).parent] if spec and spec.origin else []
     around = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    around += [site.getusersitepackages()] if sys.prefix == sys.base_prefix else []  # a venv does not see it
+    venv = Path(sys.prefix, "pyvenv.cfg")
+    if not venv.exists() or re.search(r"include-system-site-packages *= *true", venv.read_text(), re.IGNORECASE):
+        around += [*site.getsitepackages([sys.base_prefix, sys.base_exec_prefix]), site.getusersitepackages()]
     places += [Path(packages) / "torch" for packages in around]
     return next((place for place in places if (place / "include").is_dir()), None)
 
@@ -96,7 +100,8 @@ class BuildKernels(build_ext):
         configure += [f"-DCAPSROUTE_CUDA={'OFF' if no_cuda else 'ON'}"]
         targets = [Path(product).stem.removeprefix("lib") for product in products]
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", cmake, "--parallel", "--target", *targets], check=True)
+        jobs = [] if "CMAKE_BUILD_PARALLEL_LEVEL" in os.environ else ["--parallel", os.environ.get("MAX_JOBS", CORES)]
+        subprocess.run(["cmake", "--build", cmake, *jobs, "--target", *targets], check=True)
         package = (ROOT if self.inplace else Path(self.build_lib)) / "capsroute"
         package.mkdir(parents=True, exist_ok=True)
         for product in products:

@@ -33,9 +33,20 @@ def _check_layout(name: str, value: Tensor) -> None:
 
 def check_int(name: str, value: int, least: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        raise TypeError(f"{name} must be an int, got {_kind(value)}{_hint(name, value, int)}")
     if least is not None and value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _kind(value: object) -> str:
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
+
+
+def _hint(name: str, value: object, wanted: type) -> str:
+    """What makes an int or a float of another library's number."""
+    foreign = not isinstance(value, (int, float)) and hasattr(value, f"__{'index' if wanted is int else 'float'}__")
+    return f": {wanted.__name__}({name}) is one" if foreign else ""
 
 
 def check_sizes(**sizes: int) -> None:
@@ -47,7 +58,7 @@ def check_sizes(**sizes: int) -> None:
 def check_number(name: str, value: float) -> float:
     """The number as a float: torch takes no int above 64 bits. One beyond all floats is infinite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a float, got {_kind(value)}{_hint(name, value, float)}")
     if isinstance(value, int) and abs(value) > sys.float_info.max:
         return math.inf if value > 0 else -math.inf
     return float(value)

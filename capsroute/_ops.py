@@ -18,10 +18,11 @@ from torch.compiler import config as compiler_config
 from . import _autograd, _vmap
 from .reference import accumulation_dtype, out_capsules
 
+_TEXT = Path(__file__).with_name("schemas.txt").read_text("utf-8")
 # Of the ops of a set, by name; schemas.txt says what their tensors are.
 SCHEMAS = {
     schema.partition("(")[0]: " ".join(schema.split())
-    for schema in re.findall(r"^\w.*(?:\n +.*)*", Path(__file__).with_name("schemas.txt").read_text(), re.MULTILINE)
+    for schema in re.findall(r"^\w.*(?:\n +.*)*", _TEXT, re.MULTILINE)
 }
 
 
@@ -90,6 +91,7 @@ _FAKES = {
 
 LIBRARY = Path(__file__).with_name("libcapsroute.so")
 CUDA_LIBRARY = Path(__file__).with_name("libcapsroute_cuda.so")
+AGAIN = "install capsroute again (pip install --no-cache-dir --force-reinstall --no-deps)"
 
 
 def _load(library: Path, how: str) -> tuple[bool, str]:
@@ -97,21 +99,27 @@ def _load(library: Path, how: str) -> tuple[bool, str]:
         return False, f"{how}, and without CAPSROUTE_NO_EXT=1"
     try:
         torch.ops.load_library(library)
-    except OSError as error:
-        return False, f"the C++ kernels could not be loaded: {error}"
+    except OSError as error:  # its cause has the loader's own words
+        return False, f"the C++ kernels could not be loaded: {error.__cause__ or error}"
     return True, "C++ kernels"
 
 
 def _load_cpu() -> tuple[bool, str]:
-    how = "the C++ kernels were not built: install capsroute where g++ is and the build sees torch"
-    can, why = _load(LIBRARY, how)
+    # What is registered twice ends the process: a copy of the library may have been loaded by itself (docs/serving.md).
+    known = torch._C._jit_get_schemas_for_operator
+    if known("capsroute::cpu_capability"):
+        can, why = True, "C++ kernels"
+    elif known("capsroute::route"):
+        can, why = False, "the operators were defined before there were C++ kernels: start Python anew"
+    else:
+        can, why = _load(LIBRARY, f"the C++ kernels were not built: {AGAIN} where g++ is and the build sees torch")
     return can, f"{why} for {torch.ops.capsroute.cpu_capability()}" if can else why
 
 
 def _load_cuda() -> tuple[bool, str]:
     if torch.version.cuda is None:
         return False, "this build of torch has no CUDA"
-    how = "the CUDA kernels were not built: install capsroute where nvcc and a CUDA build of torch are present"
+    how = f"the CUDA kernels were not built: {AGAIN} where nvcc and a CUDA build of torch are present"
     can, why = _load(CUDA_LIBRARY, how)
     return can, f"{why} for CUDA" if can else why
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import setuptools
 
+import capsroute
 from capsroute import _ops
 
 ROOT = Path(__file__).parent.parent
@@ -132,19 +133,23 @@ def test_cuda_kernels_that_are_asked_for_are_not_left_out_with_the_others():
     assert "capsroute: FORCE_CUDA=1 is set, but CAPSROUTE_NO_EXT=1 is set" in run.stderr
 
 
-@pytest.mark.parametrize("in_venv", [False, True])
-def test_torch_is_found_among_the_packages_of_the_user(monkeypatch, tmp_path, in_venv):
+@pytest.mark.parametrize("venv", [None, "false", "true"], ids=["no-venv", "venv", "venv-and-what-is-around"])
+@pytest.mark.parametrize("packages", ["system", "user"])
+def test_torch_is_found_among_the_packages_around(monkeypatch, tmp_path, packages, venv):
     """As pip's isolated build sees it: none of the packages around it."""
     monkeypatch.setenv("CAPSROUTE_NO_EXT", "1")
     monkeypatch.setenv("FORCE_CUDA", "0")
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     torch_root = runpy.run_path(str(ROOT / "setup.py"))["torch_root"]
-    (tmp_path / "torch" / "include").mkdir(parents=True)
+    (tmp_path / packages / "torch" / "include").mkdir(parents=True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "none"))
-    monkeypatch.setattr(site, "getusersitepackages", lambda: str(tmp_path))
-    monkeypatch.setattr(sys, "prefix", "a venv" if in_venv else sys.base_prefix)
-    assert torch_root() == (None if in_venv else tmp_path / "torch")
+    monkeypatch.setattr(site, "getsitepackages", lambda prefixes: [str(tmp_path / "system")])
+    monkeypatch.setattr(site, "getusersitepackages", lambda: str(tmp_path / "user"))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    if venv:
+        (tmp_path / "pyvenv.cfg").write_text(f"home = /usr/bin\ninclude-system-site-packages = {venv}\n")
+    assert torch_root() == (None if venv == "false" else tmp_path / packages / "torch")
 
 
 @needs_kernels
@@ -183,6 +188,30 @@ def test_install_without_kernels(tmp_path, environment, reason):
     assert file.startswith(str(tmp_path))
     assert verdict.startswith("(False, 'the C++ kernels were not built")
     assert shape == "torch.Size([2, 6, 4])"
+
+
+@needs_kernels
+def test_a_copy_of_the_library_may_be_loaded_first(tmp_path):
+    copy = shutil.copy(_ops.LIBRARY, tmp_path)
+    script = (
+        f"import torch; torch.ops.load_library({str(copy)!r}); import capsroute; print(capsroute.backends()['cpu']);"
+        "print(capsroute.capsule_linear(torch.ones(2, 5, 3), torch.ones(5, 6, 4, 3), backend='cpu').shape)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    verdict, shape = run.stdout.splitlines()
+    assert verdict == str(capsroute.backends()["cpu"])
+    assert shape == "torch.Size([2, 6, 4])"
+
+
+@needs_kernels
+def test_why_a_library_cannot_be_loaded_is_said(monkeypatch, tmp_path):
+    cut = tmp_path / _ops.LIBRARY.name
+    cut.write_bytes(_ops.LIBRARY.read_bytes()[:20])
+    can, why = _ops._load(cut, "")
+    assert not can
+    assert why.startswith("the C++ kernels could not be loaded: ")
+    assert "file too short" in why
 
 
 @needs_kernels

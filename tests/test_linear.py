@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -75,6 +76,8 @@ def test_capsule_linear_shows_its_sizes_and_options():
         ((0, 3, 4, 5), {"shared": "pairs"}, ValueError, "in_capsules must be at least 1, got 0"),
         ((7, 3, 4, 2.0), {}, TypeError, "out_features must be an int, got float"),
         ((7, 3, True, 5), {}, TypeError, "out_capsules must be an int, got bool"),
+        ((7, 3, np.int64(4), 5), {}, TypeError, r"an int, got numpy.int64: int\(out_capsules\) is one"),
+        ((7, 3, 4, 5), {"eps": np.float32(1)}, TypeError, r"a float, got numpy.float32: float\(eps\) is one"),
         ((7, 3, 4, 5, 0), {}, ValueError, "iterations must be at least 1, got 0"),
         ((7, 3, 4, 5), {"coupling": "both"}, ValueError, 'coupling must be "out"'),
         ((7, 3, 4, 5), {"coupling": "in", "leaky": True}, ValueError, "leaky must be False"),

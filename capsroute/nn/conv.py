@@ -80,7 +80,7 @@ class CapsuleConv(nn.Module):
         """Draw the weight anew and set the bias to 0."""
         inputs, outputs = self._window_capsules(), self.out_types + self.leaky
         # Such layers are stacked: at |s| = |u| squash, which makes 0.04 of 0.2, would leave nothing after a few. Where
-        # nothing is routed |s| = 3 |u| makes 0.87 the length that it maps to itself. Routing makes s longer, since votes
+        # nothing is routed |s| = 3 |u| makes 0.87 the length that it maps to itself. Routing makes s longer, as votes
         # that agree weigh more, so 2 |u| do, and votes beyond 3 |u| would let it fill every output capsule.
         if self.iterations == 1:
             gain = even_pass_gain(3, inputs, outputs, self.coupling)
