@@ -58,7 +58,8 @@ bool is_new([[maybe_unused]] void* start, int64_t bytes) {
 }
 
 // Scratch is kept by the calling thread for its next call: fresh memory would cost a page fault for
-// every 4 KiB. More than kKeptScratch is given back at once; the backward of 1000 output capsules of 16 features takes up to 80 MiB.
+// every 4 KiB. More than kKeptScratch is given back at once; the backward of 1000 output capsules of 16 features takes
+// up to 80 MiB.
 constexpr int64_t kLine = 64, kKeptScratch = int64_t(96) << 20;
 
 struct Scratch {

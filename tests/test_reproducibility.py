@@ -56,6 +56,17 @@ def test_same_bits_on_any_number_of_threads_at_large_sizes(fused, threads, sizes
 
 
 @pytest.mark.not_interpreted
+@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"mask": "BI", "leaky": True}, {"logits": "IJ"}, {"coupling": "in"}], ids=str)
+@pytest.mark.parametrize("sizes", [(3, 200, 32, 8, 32), (40, 100, 5, 4, 16), (2, 7, 3, 5, 3)], ids=str)
+def test_looking_at_the_coupling_changes_no_bits(fused, sizes, options, iterations):
+    problem = random_problem(sizes, dtype=torch.float32, iterations=iterations, **options)
+    v, c = problem.run(fused, return_coupling=True)
+    assert torch.equal(v, problem.run(fused))
+    torch.testing.assert_close(c, problem.run("reference", return_coupling=True)[1])
+
+
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("sizes", [(1, 50, 9, 4, 16), (4, 64, 8, 3, 17), (7, 20, 4, 2, 16)])

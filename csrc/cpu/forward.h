@@ -93,8 +93,9 @@ class ForwardStream {
     A *sum = partial_ + partial * stream_.schedule.tile * state_, *c = scratch.coupling;
     A* logits = out_.logits && step == p_.R - 1 ? scratch.logits : nullptr;
     if (step < p_.R) clear(sum, tile.count);
-    if (stream_.way.by_samples()) return group_of_samples(tile, step, group, queries, logits, sum, scratch);
     const bool alike = step == 0 && is_uniform();
+    if (alike && p_.R == 1) write_alike(tile, group, scratch, logits);
+    if (stream_.way.by_samples()) return group_of_samples(tile, step, group, queries, logits, sum, scratch);
     if (alike && stream_.way.product_first) return stream_.add_votes(tile, group, share(), scratch, sum);
     stream_.for_blocks(tile, group, step == 0, scratch, [&](int64_t n, int64_t i0, const Block<A>& block) {
       if (alike) return add_block_alike(block, share(), sums, sum + n * state_);
@@ -198,11 +199,8 @@ class ForwardStream {
   // The place of a step among the saved ones, negative if it is none.
   int64_t saved(int64_t step) const { return step - (p_.R - out_.saved); }
 
-  // Whether the first pass couples all votes alike, by a share, and what is wanted of it are the sums alone.
-  bool is_uniform() const {
-    const bool sums_alone = p_.R > 1 || !(out_.coupling || out_.logits);
-    return p_.form == Weight::pair && !p_.over_inputs && !queried(0) && !p_.logits.data && sums_alone;
-  }
+  // Whether the first pass couples all votes alike, by a share.
+  bool is_uniform() const { return p_.form == Weight::pair && !p_.over_inputs && !queried(0) && !p_.logits.data; }
   A share() const { return equal_share<A>(p_.J, p_.leaky); }
 
   bool queried(int64_t step) const { return p_.query.data || minimum(step, p_.R - 1) > 0; }
@@ -229,6 +227,18 @@ class ForwardStream {
       norm[j] = online.total[j] == 0 ? 0 : online.highest[j];
       norm[out_.saved * p_.B * p_.J + j] = online.total[j];
     }
+  }
+
+  // What is wanted of the pairs of a group, where such a pass is the only one.
+  void write_alike(const Tile& tile, int64_t group, const typename Stream<X>::Scratch& scratch, A* logits) const {
+    if (!out_.coupling && !logits) return;
+    if (logits) set_zero(logits, layout_.lanes());
+    for (int64_t n = 0; n < tile.count; ++n)
+      for (int64_t i0 = group * kGroup; i0 < minimum(p_.I, (group + 1) * kGroup); i0 += L<A>) {
+        const Block<A> lanes = stream_.rows.lanes(tile.sample + n, i0, scratch.rows.prior);
+        couple(lanes, static_cast<const A*>(nullptr), p_.J, layout_.F, p_.leaky, scratch.coupling);
+        write_pairs(tile.first + n, 1, i0, lanes.count, 0, scratch.coupling, logits);
+      }
   }
 
   // What is wanted of the pairs of a pass: [J, L], of so many samples and input capsules, one of which is 1.

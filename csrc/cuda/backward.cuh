@@ -1,5 +1,5 @@
-// The backward: one stream for each pass, from the last down to the second, or to the first where something is wanted of
-// it, then the stream of the gradients.
+// The backward: one stream for each pass, from the last down to the second, or to the first where something is wanted
+// of it, then the stream of the gradients.
 #pragma once
 
 #include "forward.cuh"
