@@ -52,6 +52,13 @@ def test_where_the_first_tiles_do_not_fit_the_rest_are_told(gpu, capsys):
     assert stored != START
 
 
+def test_a_layer_of_ones_own_is_tuned(gpu):
+    gpu(lambda candidate: True)
+    assert main(["tune", "--case", "mnist", "--dtype", "bfloat16", "--sizes", "B=32", "I=50", "J=7", "O=24"]) == 0
+    assert list(tuning.measured()["a GPU"]) == ["pair J=7 O=24 D=8 bfloat16"]
+    assert main(["tune", "--case", "segcaps", "--sizes", "D=3"]) == 2
+
+
 def test_where_no_tile_fits_none_is_kept(gpu, capsys):
     gpu(lambda candidate: False)
     assert main(["tune", "--case", "efficient"]) == 2

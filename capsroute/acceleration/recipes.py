@@ -31,6 +31,9 @@ _recipes: list[Recipe] = []
 def register(recipe: Recipe) -> None:
     """Make :func:`capsroute.accelerate` know a layer; the last recipe registered for a class is used.
 
+    Args:
+        recipe: the layer, and what computes the same by the operators.
+
     Raises:
         TypeError: if ``recipe`` is not a :class:`Recipe` for a module class or its name.
     """

@@ -97,6 +97,9 @@ def accelerate(module: nn.Module, *, quiet: bool = False) -> Report:
 def restore(module: nn.Module) -> None:
     """Give the layers of a model that :func:`capsroute.accelerate` swapped their own forward back, in place.
 
+    Args:
+        module: the model.
+
     Raises:
         TypeError: if ``module`` is not a :class:`torch.nn.Module`.
     """

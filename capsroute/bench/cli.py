@@ -22,7 +22,7 @@ from .._files import write_atomically
 from .._optional import optional
 from .._version import __version__
 from ..reference import accumulation_dtype
-from . import path, regression, roofline, sweep, table
+from . import path, regression, roofline, sizes, sweep, table
 from .compare import DisagreementError, compare
 from .measure import on_gpu
 from .registry import (
@@ -83,14 +83,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         metavar="B",
         help="batch sizes instead of each case's own; --sweep batch has its own",
     )
-    parser.add_argument(
-        "--sizes",
-        nargs="+",
-        type=_size,
-        default=[],
-        metavar="LETTER=N",
-        help=f"sizes instead of each case's own, for a layer of yours: any of {', '.join(LETTERS)}, such as J=5 O=8",
-    )
+    sizes.add_argument(parser)
     parser.add_argument(
         "--order",
         choices=["".join(letters) for letters in itertools.permutations("IJOD")],
@@ -101,16 +94,6 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     )
     dtypes = [str(dtype).removeprefix("torch.") for dtype in _checks.DTYPES]
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="default: %(default)s")
-
-
-def _size(text: str) -> tuple[str, int]:
-    letter, _, size = text.partition("=")
-    if letter not in LETTERS:
-        raise argparse.ArgumentTypeError(f"must be LETTER=N with a letter of {', '.join(LETTERS)}, got {text}")
-    return letter, number(int, 1)(size)
-
-
-_size.__name__ = "size"  # argparse tells it
 
 
 def _add_how(parser: argparse.ArgumentParser) -> None:
@@ -190,7 +173,7 @@ def _named(args: argparse.Namespace) -> list[Case]:
 def _asked(args: argparse.Namespace) -> list[Asked]:
     named = [case._replace(seed=args.seed or 0) for case in _named(args)]
     named = [case._replace(order=args.order) if case.form == "pair" else case for case in named]
-    named = [case._replace(**{LETTERS[letter]: size for letter, size in args.sizes}) for case in named]
+    named = sizes.resized(named, args.sizes)
     cases = [case._replace(batch=batch) for case in named for batch in args.batches or [case.batch]]
     return list(itertools.product(dict.fromkeys(cases), passes(args.passes == "both")))
 
@@ -271,15 +254,10 @@ def _check(args: argparse.Namespace) -> None:
 
 def _check_sizes(args: argparse.Namespace) -> None:
     given = [letter for letter, _ in args.sizes]
-    if twice := next((letter for letter in given if given.count(letter) > 1), ""):
-        raise ValueError(f"--sizes has {twice} twice")
     if args.batches and "B" in given:
         raise ValueError("--batch and --sizes B=N say the same: give one of them")
     if swept := next((letter for letter in given if LETTERS[letter] == args.sweep), ""):
         raise ValueError(f"--sweep {args.sweep} goes through all {swept} itself, got it in --sizes")
-    votes = next((case.name for case in _named(args) if case.form == "votes"), "")
-    if votes and "D" in given:
-        raise ValueError(f"the votes of {votes} are given, without D, which is in --sizes")
 
 
 def _traffic(args: argparse.Namespace, asked: list[Asked], dtype: torch.dtype) -> int:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .._console import emit, say
+from . import sizes
 from .measure import gpu_seconds, replaced
 from .registry import CASES, Case, make_problem, routed, run
 from .table import format_seconds
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"{', '.join(names)} (default: all)",
     )
+    sizes.add_argument(parser)
     dtypes = ("float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="default: %(default)s")
 
@@ -44,10 +46,11 @@ def execute(args: argparse.Namespace) -> int:
     if not can:
         raise ValueError(why)
     tuning.measured()  # a file that is none of ours says so before anything takes long
+    cases = sizes.resized((CASES[name]._replace(seed=args.seed or 0) for name in args.cases), args.sizes)
     results = []
     with torch.device("cuda"):
-        for name in args.cases:
-            results.append(tune(CASES[name]._replace(seed=args.seed or 0), getattr(torch, args.dtype)))
+        for case in cases:
+            results.append(tune(case, getattr(torch, args.dtype)))
             say(args, results[-1].describe())
     emit(args, {"dtype": args.dtype, "results": [result._asdict() for result in results]})
     return 0

@@ -54,7 +54,14 @@ def from_layout(weight: Tensor, layout: str, **sizes: int) -> Tensor:
 
 
 def to_layout(weight: Tensor, layout: str) -> Tensor:
-    """The inverse of :func:`from_layout`: a weight ``[I, J, O, D]``, ``[J, O, D]`` or ``[O, D]`` in that layout.
+    """The inverse of :func:`from_layout`.
+
+    Args:
+        weight: ``[I, J, O, D]``, ``[J, O, D]`` or ``[O, D]``.
+        layout: as :func:`from_layout` takes it, of the letters that the weight has.
+
+    Returns:
+        The weight in that layout.
 
     Raises:
         TypeError, ValueError: if the layout is not valid, or has other letters than the weight.

@@ -32,9 +32,14 @@ class MarginLoss(nn.Module):
         self.down_weight = check_amount("down_weight", down_weight)
 
     def forward(self, lengths: Tensor, labels: Tensor) -> Tensor:
-        """The loss, a scalar, of lengths ``[B, J]`` under labels ``[B]``, or ``[B, K]``: K classes in each image.
+        """The loss.
 
-        Labels are int64, 0 to J - 1.
+        Args:
+            lengths: of the class capsules, ``[B, J]``.
+            labels: ``[B]``, or ``[B, K]``: K classes in each image; int64, 0 to J - 1.
+
+        Returns:
+            A scalar, the mean over the batch.
 
         Raises:
             TypeError, ValueError: if labels or lengths have the wrong dtype or shape.
@@ -69,7 +74,14 @@ class SpreadLoss(nn.Module):
         self.margin = check_positive("margin", margin)
 
     def forward(self, activations: Tensor, labels: Tensor) -> Tensor:
-        """The loss, a scalar, of activations ``[B, J]``, capsule lengths for instance, under labels ``[B]``.
+        """The loss.
+
+        Args:
+            activations: ``[B, J]``, capsule lengths for instance.
+            labels: ``[B]``, int64, 0 to J - 1.
+
+        Returns:
+            A scalar, the mean over the batch.
 
         Raises:
             TypeError, ValueError: if labels or activations have the wrong dtype or shape.
