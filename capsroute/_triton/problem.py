@@ -164,7 +164,7 @@ class Problem:
     """The tensors in the order that the kernels read, and the sizes."""
 
     u: Tensor  # [B, I, D] or votes [B, I, J, O], the numbers of an input capsule (of a pair) side by side
-    weight: Tensor | None  # [I, D, J, O], or [J, O, D] of any strides
+    weight: Tensor | None  # [I, D, J, O]; or [J, O, D], the o side by side
     bias: Tensor | None  # [J, O]
     logits: Tensor | None  # [B or 1, I or 1, J]
     mask: Tensor | None  # [B or 1, I or 1] of bytes
@@ -188,7 +188,10 @@ class Problem:
         if weight is not None:
             form = {4: "pair", 3: "output", 2: "single"}[weight.dim()]
             O, D = weight.shape[-2:]
-            weight = weight.permute(0, 3, 1, 2).contiguous() if form == "pair" else weight.expand(J, O, D)
+            if form == "pair":
+                weight = weight.permute(0, 3, 1, 2).contiguous()
+            else:  # products with it go through d, and their lanes are the o
+                weight = weight.mT.contiguous().mT.expand(J, O, D)
         if u.shape[-1] > 1 and u.stride(-1) != 1:
             u = u.contiguous()
         return cls(
