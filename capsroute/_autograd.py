@@ -59,9 +59,12 @@ def _is_transformed() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
 
 
+_VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
+
+
 def _is_batched() -> bool:
     """Whether gradients are taken side by side, `is_grads_batched=True`: by a vmap that is not torch.func's."""
-    return torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")
+    return torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
 
 
 def _may_be_differentiated(arguments) -> bool:
