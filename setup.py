@@ -27,7 +27,6 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-CORES = str(os.cpu_count() or 1)
 TESTING = os.environ.get("CAPSROUTE_BUILD_TESTING") == "1"
 
 
@@ -71,6 +70,14 @@ def why_no_cuda() -> str | None:
     return missing
 
 
+def jobs() -> list[str]:
+    """How many at a time, if CMake's own variable does not say it; without a number make would start them all."""
+    if "CMAKE_BUILD_PARALLEL_LEVEL" in os.environ:
+        return []
+    most = os.environ.get("MAX_JOBS") or ("" if shutil.which("ninja") else str(len(os.sched_getaffinity(0))))
+    return ["--parallel", most] if most else ["--parallel"]
+
+
 class Build(build):
     """What an earlier build left in the same place would be packed too: modules since deleted, the tests' library."""
 
@@ -100,8 +107,7 @@ class BuildKernels(build_ext):
         configure += [f"-DCAPSROUTE_CUDA={'OFF' if no_cuda else 'ON'}"]
         targets = [Path(product).stem.removeprefix("lib") for product in products]
         subprocess.run(configure, check=True)
-        jobs = [] if "CMAKE_BUILD_PARALLEL_LEVEL" in os.environ else ["--parallel", os.environ.get("MAX_JOBS", CORES)]
-        subprocess.run(["cmake", "--build", cmake, *jobs, "--target", *targets], check=True)
+        subprocess.run(["cmake", "--build", cmake, *jobs(), "--target", *targets], check=True)
         package = (ROOT if self.inplace else Path(self.build_lib)) / "capsroute"
         package.mkdir(parents=True, exist_ok=True)
         for product in products:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import sys
 
 import torch
@@ -45,8 +46,13 @@ def _kind(value: object) -> str:
 
 def _hint(name: str, value: object, wanted: type) -> str:
     """What makes an int or a float of another library's number."""
-    foreign = not isinstance(value, (int, float)) and hasattr(value, f"__{'index' if wanted is int else 'float'}__")
-    return f": {wanted.__name__}({name}) is one" if foreign else ""
+    if isinstance(value, (int, float, str)) or getattr(value, "shape", ()) != ():
+        return ""
+    try:
+        operator.index(value) if wanted is int else float(value)
+    except (TypeError, ValueError):
+        return ""
+    return f": {wanted.__name__}({name}) is one"
 
 
 def check_sizes(**sizes: int) -> None:

@@ -37,7 +37,10 @@ def define(namespace: str) -> None:
         if known is None:
             torch.library.define(f"{namespace}::{name}", schema.removeprefix(name))
         elif known.default._schema != torch._C.parse_schema(f"{namespace}::{schema}"):
-            raise ImportError(f"{LIBRARY} was built from other sources than {__file__}: install capsroute again")
+            raise ImportError(
+                f"{LIBRARY} was built from other sources than {__file__}: install capsroute again, and load no other "
+                "copy of the library first"
+            )
         torch.library.register_fake(f"{namespace}::{name}", _FAKES[name])
         torch.library.register_vmap(f"{namespace}::{name}", _vmap.rule(getattr(getattr(torch.ops, namespace), name)))
     _autograd.register(namespace)
@@ -109,7 +112,7 @@ def _load_cpu() -> tuple[bool, str]:
     known = torch._C._jit_get_schemas_for_operator
     if known("capsroute::cpu_capability"):
         can, why = True, "C++ kernels"
-    elif known("capsroute::route"):
+    elif known("capsroute::route") and LIBRARY.exists():
         can, why = False, "the operators were defined before there were C++ kernels: start Python anew"
     else:
         can, why = _load(LIBRARY, f"the C++ kernels were not built: {AGAIN} where g++ is and the build sees torch")

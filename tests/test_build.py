@@ -133,6 +133,26 @@ def test_cuda_kernels_that_are_asked_for_are_not_left_out_with_the_others():
     assert "capsroute: FORCE_CUDA=1 is set, but CAPSROUTE_NO_EXT=1 is set" in run.stderr
 
 
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [({}, ["--parallel"]), ({"MAX_JOBS": "3"}, ["--parallel", "3"]), ({"CMAKE_BUILD_PARALLEL_LEVEL": "1"}, [])],
+    ids=str,
+)
+def test_limits_of_jobs_hold(monkeypatch, variables, expected):
+    monkeypatch.setenv("CAPSROUTE_NO_EXT", "1")
+    monkeypatch.setenv("FORCE_CUDA", "0")
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    for name in ("MAX_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(shutil, "which", lambda tool: f"/usr/bin/{tool}")
+    assert runpy.run_path(str(ROOT / "setup.py"))["jobs"]() == expected
+    monkeypatch.setattr(shutil, "which", lambda tool: None)
+    cores = str(len(os.sched_getaffinity(0)))
+    assert runpy.run_path(str(ROOT / "setup.py"))["jobs"]() == (["--parallel", cores] if not variables else expected)
+
+
 @pytest.mark.parametrize("venv", [None, "false", "true"], ids=["no-venv", "venv", "venv-and-what-is-around"])
 @pytest.mark.parametrize("packages", ["system", "user"])
 def test_torch_is_found_among_the_packages_around(monkeypatch, tmp_path, packages, venv):

@@ -387,12 +387,14 @@ def test_a_transposed_layer_starts_by_what_a_position_sees():
     assert layer.weight.std().item() == pytest.approx(2 * 2 / 32**0.5 / 4**0.5, rel=0.1)
 
 
+@pytest.mark.parametrize("coupling", ["out", "in"])
 @pytest.mark.parametrize("iterations", [1, 3])
 @pytest.mark.parametrize("types", [4, 16])
-def test_a_stack_does_not_start_silent(types, iterations):
+def test_a_stack_does_not_start_silent(types, iterations, coupling):
     torch.manual_seed(0)
     x = PrimaryCapsules(1, types, 8, 3, padding=1, flatten=False)(torch.rand(2, 1, 12, 12))
-    layers = [CapsuleConv2d(types, 8, types, 8, 3, padding=1, iterations=iterations) for _ in range(5)]
+    options = {"padding": 1, "iterations": iterations, "coupling": coupling}
+    layers = [CapsuleConv2d(types, 8, types, 8, 3, **options) for _ in range(5)]
     v = torch.nn.Sequential(*layers)(x)
     assert v.norm(dim=-1).median() > 0.5
     (grad,) = torch.autograd.grad((v * torch.randn_like(v)).sum() / v.numel() ** 0.5, layers[0].weight)

@@ -54,9 +54,10 @@ def test_gradients_side_by_side_keep_their_graph(fused, options):
         assert_close(found, expected)
 
 
+@pytest.mark.parametrize("coupling", ["out", "in"])
 @pytest.mark.parametrize("options", [{}, {"query": "BJO"}], ids=str)
-def test_saved_tensors_may_come_back_in_another_order(fused, options):
-    function, leaves = random_problem((2, 3, 2, 2, 3), **options).as_function(fused)
+def test_saved_tensors_may_come_back_in_another_order(fused, options, coupling):
+    function, leaves = random_problem((2, 3, 2, 2, 3), coupling=coupling, **options).as_function(fused)
     expected = torch.autograd.grad(function(*leaves).square().sum(), leaves)
     with torch.autograd.graph.saved_tensors_hooks(
         lambda x: x.transpose(0, -1).contiguous(), lambda x: x.transpose(0, -1)

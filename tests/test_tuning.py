@@ -57,6 +57,7 @@ def test_a_layer_of_ones_own_is_tuned(gpu):
     assert main(["tune", "--case", "mnist", "--dtype", "bfloat16", "--sizes", "B=32", "I=50", "J=7", "O=24"]) == 0
     assert list(tuning.measured()["a GPU"]) == ["pair J=7 O=24 D=8 bfloat16"]
     assert main(["tune", "--case", "segcaps", "--sizes", "D=3"]) == 2
+    assert main(["tune", "--sizes", "D=3"]) == 2
 
 
 def test_where_no_tile_fits_none_is_kept(gpu, capsys):

@@ -261,9 +261,9 @@ def last_stream(p: Problem, chain: Chain, needs: Needs, results) -> list[Step]:
     tiles = max(1, ceil(p.I, tile.rows)), ceil(p.J, tile.outputs)
     kept = "".join(letter for letter, n in zip("bi", dlogits.shape[:2], strict=True) if n != 1) if needs.logits else ""
     kept = kept or ("j" if needs.logits else "")
-    if of_pairs or kept in ("i", "j"):
+    if p.form == "pair" or kept in ("i", "j"):
         share = tuning.share(p.tuning, p.B, tiles[0] * tiles[1])
-    else:  # nothing is summed over samples: shares cost no more memory, and more programs fill a GPU
+    else:  # no weight is read for a share, and nothing summed over samples: more programs fill a GPU
         share = max(min(p.tuning.fewest, p.B), ceil(p.B, tuning.MOST))
     grid = (*tiles, ceil(p.B, share))
     static = p.backward()[0].but(TB=tile.rows, JB=tile.outputs, XB=tile.features, tiled=p.tiled(tile),

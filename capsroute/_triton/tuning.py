@@ -49,7 +49,7 @@ class Tuning:
         tiled: numbers j x O of a sample in a tile where J takes several.
         work: multiply-adds for a sample in one group of input capsules, whose sum is one part. Fewer make more
             programs, and more parts to write and read: MNIST at B = 128 has 4 tiles of 32 samples x 24 groups, 96
-            programs of 8 warps.
+            programs of 16 warps.
         groups: input capsules of a group, at least: the parts of s are at most 1/16 of the votes.
         programs: half the processors, about. The last stream shares out the samples, and a stream takes fewer samples a
             tile, to have as many; not more, since a tile of half the samples reads W twice as often.

@@ -46,6 +46,8 @@ def execute(args: argparse.Namespace) -> int:
     if not can:
         raise ValueError(why)
     tuning.measured()  # a file that is none of ours says so before anything takes long
+    if args.sizes and len(args.cases) > 1:
+        raise ValueError("--sizes is for one layer: name its case by --case")
     cases = sizes.resized((CASES[name]._replace(seed=args.seed or 0) for name in args.cases), args.sizes)
     results = []
     with torch.device("cuda"):

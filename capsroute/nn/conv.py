@@ -81,11 +81,14 @@ class CapsuleConv(nn.Module):
         inputs, outputs = self._window_capsules(), self.out_types + self.leaky
         # Such layers are stacked: at |s| = |u| squash, which makes 0.04 of 0.2, would leave nothing after a few. Where
         # nothing is routed |s| = 3 |u| makes 0.87 the length that it maps to itself. Routing makes s longer, as votes
-        # that agree weigh more, so 2 |u| do, and votes beyond 3 |u| would let it fill every output capsule.
+        # that agree weigh more, so 2 |u| do, and votes beyond 3 |u| would let it fill every output capsule. With a
+        # softmax over i it can make s as long as one vote, so |u| does, of votes as long as that takes.
         if self.iterations == 1:
             gain = even_pass_gain(3, inputs, outputs, self.coupling)
-        else:
+        elif self.coupling == "out":
             gain = min(even_pass_gain(2, inputs, outputs, self.coupling), 3)
+        else:
+            gain = even_pass_gain(1, inputs, outputs, self.coupling)
         nn.init.normal_(self.weight, std=gain / math.sqrt(self.out_features))
         if self.bias is not None:
             nn.init.zeros_(self.bias)

@@ -94,7 +94,7 @@ class ForwardStream {
     A* logits = out_.logits && step == p_.R - 1 ? scratch.logits : nullptr;
     if (step < p_.R) clear(sum, tile.count);
     const bool alike = step == 0 && is_uniform();
-    if (alike && p_.R == 1) write_alike(tile, group, scratch, logits);
+    if (alike && p_.R == 1) write_alike(tile, group, scratch.coupling);
     if (stream_.way.by_samples()) return group_of_samples(tile, step, group, queries, logits, sum, scratch);
     if (alike && stream_.way.product_first) return stream_.add_votes(tile, group, share(), scratch, sum);
     stream_.for_blocks(tile, group, step == 0, scratch, [&](int64_t n, int64_t i0, const Block<A>& block) {
@@ -229,15 +229,14 @@ class ForwardStream {
     }
   }
 
-  // What is wanted of the pairs of a group, where such a pass is the only one.
-  void write_alike(const Tile& tile, int64_t group, const typename Stream<X>::Scratch& scratch, A* logits) const {
-    if (!out_.coupling && !logits) return;
-    if (logits) set_zero(logits, layout_.lanes());
+  // The coupling of a group, where such a pass is the only one: its logits nobody wants.
+  void write_alike(const Tile& tile, int64_t group, A* c) const {
+    if (!out_.coupling) return;
     for (int64_t n = 0; n < tile.count; ++n)
       for (int64_t i0 = group * kGroup; i0 < minimum(p_.I, (group + 1) * kGroup); i0 += L<A>) {
-        const Block<A> lanes = stream_.rows.lanes(tile.sample + n, i0, scratch.rows.prior);
-        couple(lanes, static_cast<const A*>(nullptr), p_.J, layout_.F, p_.leaky, scratch.coupling);
-        write_pairs(tile.first + n, 1, i0, lanes.count, 0, scratch.coupling, logits);
+        const Block<A> lanes = stream_.rows.lanes(tile.sample + n, i0, nullptr);  // there are no prior logits
+        couple(lanes, static_cast<const A*>(nullptr), p_.J, layout_.F, p_.leaky, c);
+        write_pairs(tile.first + n, 1, i0, lanes.count, 0, c, nullptr);
       }
   }
 

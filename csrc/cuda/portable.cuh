@@ -136,8 +136,8 @@ inline void check(cudaError_t error, const char* kernel, const std::string& shap
                              cudaGetErrorString(error));
 }
 
-// kernel(arguments) on `blocks` blocks. More than 48 KiB of shared memory must be asked for: always as much, since what
-// a kernel may have is remembered of it, not of a launch, and another thread may launch it with more.
+// kernel(arguments) on `blocks` blocks. More than 48 KiB of shared memory must be asked for: always the most, since the
+// limit belongs to the kernel and not to a launch, and another thread may launch it with more.
 template <class Arguments>
 void launch(const char* name, void (*kernel)(Arguments), int64_t blocks, int threads, int64_t shared, Stream stream,
             const std::string& shape, const Arguments& arguments) {
