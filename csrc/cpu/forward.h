@@ -199,8 +199,11 @@ class ForwardStream {
   // The place of a step among the saved ones, negative if it is none.
   int64_t saved(int64_t step) const { return step - (p_.R - out_.saved); }
 
-  // Whether the first pass couples all votes alike, by a share.
-  bool is_uniform() const { return p_.form == Weight::pair && !p_.over_inputs && !queried(0) && !p_.logits.data; }
+  // Whether the first pass couples all votes alike, by a share, and its logits are not wanted.
+  bool is_uniform() const {
+    const bool alike = !p_.over_inputs && !queried(0) && !p_.logits.data;
+    return p_.form == Weight::pair && alike && (p_.R > 1 || !out_.logits);
+  }
   A share() const { return equal_share<A>(p_.J, p_.leaky); }
 
   bool queried(int64_t step) const { return p_.query.data || minimum(step, p_.R - 1) > 0; }
@@ -229,7 +232,7 @@ class ForwardStream {
     }
   }
 
-  // The coupling of a group, where such a pass is the only one: its logits nobody wants.
+  // The coupling of a group, where such a pass is the only one.
   void write_alike(const Tile& tile, int64_t group, A* c) const {
     if (!out_.coupling) return;
     for (int64_t n = 0; n < tile.count; ++n)
