@@ -127,6 +127,7 @@ def test_compile_in_one_graph(name):
 
 
 DDP = """
+import os, sys
 import torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from test_modules import MODULES, loss
@@ -151,7 +152,9 @@ for name, (make, shape) in MODULES.items():
 print(f"{len(MODULES)} modules agree on rank {rank}")
 del parallel
 dist.barrier()
-dist.destroy_process_group()  # else its threads may outlive what they use, and the exit aborts
+dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # on a busy machine gloo's threads may outlive what they use even so, and an exit with farewells aborts
 """
 
 
