@@ -72,10 +72,7 @@ def _cuda_fits(u: Tensor, weight: Tensor | None) -> Verdict:
 
 
 def _triton_serves(u: Tensor, weight: Tensor | None) -> Verdict:
-    """Whether W_ij, its sizes padded to powers of two, is a tile that Triton takes, and W_i has addresses of 32 bits.
-
-    And where u lies.
-    """
+    """Whether W_i is what the kernels take, a tile for each padded W_ij and addresses of 32 bits, and where u lies."""
     most = 2**20
     if weight is not None and weight.dim() == 4:
         rows, columns = weight.shape[-2:]
