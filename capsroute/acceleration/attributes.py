@@ -22,10 +22,11 @@ def watched(layer: nn.Module, names: set[str]) -> nn.Module:
 
 def state(layer: nn.Module) -> dict[str, tuple[Any, int]]:
     """Its own attributes, and how often those that are tensors were written to."""
+    of_every_module = vars(nn.Module())
     return {
         name: (x, x._version if isinstance(x, Tensor) and not x.is_inference() else 0)
         for name, x in vars(layer).items()
-        if name not in vars(nn.Module())
+        if name not in of_every_module
     }
 
 

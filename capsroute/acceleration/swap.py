@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 
 from .. import _autocast
 from . import attributes
-from .attributes import watched
 from .recipes import Recipe, find
 
 PROBES = 3
@@ -214,14 +213,14 @@ def _objection(layer: nn.Module, recipe: Recipe, read: set[str], known: set[str]
                 for parameter in filter(_is_float, probed.parameters()):
                     nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5 if parameter.dim() else 1.0)
                 arguments = recipe.probe(probed)
-                expected, found = (
-                    _run(forward, watched(copy.deepcopy(probed), names), arguments, seed, devices)  # buffers may change
+                expected, found = (  # of copies, since buffers may change
+                    _run(forward, attributes.watched(copy.deepcopy(probed), names), arguments, seed, devices)
                     for forward, names in ((type(layer).forward, read), (recipe.forward, known))
                 )
                 if reason := _difference(found, expected):
                     mode = "training" if training else "evaluation"
                     return reason if training == layer.training else f"in {mode} mode, {reason}"
-                recipe.refuses(watched(probed, known))
+                recipe.refuses(attributes.watched(probed, known))
         except Exception as error:  # whatever a foreign layer does on its probe, the model must live on
             return f"the probe failed with {type(error).__name__}: {error}"
     return None
