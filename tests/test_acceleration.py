@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import threading
 
 import pytest
 import torch
@@ -116,9 +117,9 @@ def test_any_dtype_that_the_layer_itself_can_run(dtype):
 # Layers as they circulate, in everybody's own file under these names: equations written out anew
 
 
-def unit(s: torch.Tensor) -> torch.Tensor:
+def unit(s: torch.Tensor, eps: float = 0) -> torch.Tensor:
     n2 = s.square().sum(-1, keepdim=True)
-    return n2 / (1 + n2) * s / n2.sqrt()
+    return n2 / (1 + n2) * s / (n2 + eps).sqrt()
 
 
 class CapsuleLayer(nn.Module):
@@ -374,6 +375,40 @@ def test_a_layer_is_pruned_after_the_swap():
     assert_close(fused, layer(u))
 
 
+@pytest.mark.parametrize("change", ["prune", "bias", "hook", "wrap"])
+def test_torch_rechubs_linear_must_stay_a_product(change):
+    """The fused forward reads its weight, and does not call it."""
+
+    class Wrapped(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer = rechub(1)
+    capsroute.accelerate(layer, quiet=True)
+    if change == "prune":
+        torch.nn.utils.prune.l1_unstructured(layer.linear, "weight", 0.5)
+    elif change == "bias":
+        layer.linear.bias = nn.Parameter(torch.ones(len(layer.linear.weight)))
+    elif change == "hook":
+        layer.linear.register_forward_hook(lambda *_: None)
+    else:
+        layer.linear.__class__ = Wrapped
+    with pytest.raises(RuntimeError, match=r"swapped this CapsuleNetwork, but now its linear is not, or not only, a pro"):
+        layer(torch.randn(3, 9, 8), MASKS["some"])
+    acceleration.restore(layer)
+    reason = capsroute.accelerate(layer, quiet=True).entries[0].reason
+    assert reason.startswith("not swapped: ")
+
+
+def test_torch_rechubs_linear_may_be_parametrized():
+    layer, item_eb = rechub(1), torch.randn(3, 9, 8)
+    capsroute.accelerate(layer, quiet=True)
+    torch.nn.utils.parametrizations.weight_norm(layer.linear)
+    fused = layer(item_eb, MASKS["some"])
+    acceleration.restore(layer)
+    assert_close(fused, layer(item_eb, MASKS["some"]))
+
+
 def test_our_own_layers_need_no_swap():
     model = nn.Sequential(capsroute.nn.classic.CapsuleLayer(4, 6, 3, 5), capsroute.nn.CapsuleLinear(6, 3, 4, 5))
     assert capsroute.accelerate(model, quiet=True).entries == ()
@@ -383,7 +418,7 @@ def test_primary_capsules_of_the_snippet_are_left_alone():
     layer = CapsuleLayer()
     del layer.route_weights
     (entry,) = capsroute.accelerate(layer, quiet=True).entries
-    assert entry.reason == "not swapped: it has no route_weights (primary capsules are a convolution)"
+    assert entry.reason == "not swapped: it has no route_weights: primary capsules, or a layer that is not gram-ai's"
 
 
 def test_what_cannot_be_served_says_why():
@@ -405,6 +440,8 @@ def test_torch_rechub_without_a_pass_is_left_alone():
 class Edited(nn.Module):
     """A copy of DenseCapsule as people edit them."""
 
+    eps, device = 0.0, torch.device("cpu")
+
     def __init__(self, inputs=7):
         super().__init__()
         self.routings, self.temperature, self.names, self.scales = 3, 1.0, ["cat"], [1.0]
@@ -412,11 +449,11 @@ class Edited(nn.Module):
 
     def forward(self, inputs):
         votes = torch.einsum("jiod,bid->bjio", self.weight.expand(4, inputs.shape[1], 6, 5), inputs)
-        logits = torch.zeros(votes.shape[:3])
+        logits = torch.zeros(votes.shape[:3], dtype=inputs.dtype, device=self.device)
         for k in range(self.routings):
             last = k == self.routings - 1
             c = (self.temperature * self.scales[0] * logits).softmax(1)
-            v = unit(torch.einsum("bji,bjio->bjo", c, votes if last else votes.detach()))
+            v = unit(torch.einsum("bji,bjio->bjo", c, votes if last else votes.detach()), self.eps)
             logits = logits + torch.einsum("bjio,bjo->bji", votes.detach(), v.detach())
         self.see(c)
         return v
@@ -453,6 +490,33 @@ class Drops(Edited):
         return super().forward(self.drop(inputs))
 
 
+class Begins(Edited):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("start", torch.zeros(()))
+
+    def forward(self, inputs):
+        return super().forward(inputs + self.start)
+
+
+class Squeezes(Edited):
+    def forward(self, inputs):
+        return super().forward(inputs).squeeze()
+
+
+class OtherEpsilon(Edited):
+    eps = 1e-6
+
+
+class OtherWeightGradient(Edited):
+    def __init__(self):
+        super().__init__()
+        self.weight.requires_grad_(False)
+
+    def forward(self, inputs):
+        return super().forward(inputs) + self.weight.sum() - self.weight.sum().detach()
+
+
 class Masks(Edited):
     def forward(self, inputs, mask=None):
         return super().forward(inputs if mask is None else inputs * mask)
@@ -463,6 +527,10 @@ MORE = {
     Writes: "its forward sets seen",
     Reads: "its forward reads seen, which the fused one leaves out",
     Drops: "its forward reads drop, which the fused one leaves out",
+    Begins: "its forward reads start, which the fused one leaves out",
+    Squeezes: "output 0: torch.float32 [4, 6], the fused forward torch.float32 [1, 4, 6]",
+    OtherEpsilon: "output 0: differs by ",
+    OtherWeightGradient: "gradient of weight: differs by ",
     Masks: "its forward also takes mask",
     functools.partial(Edited, 1): "its weight has one input capsule, and may serve any number of them",
 }
@@ -473,7 +541,26 @@ def test_a_layer_that_does_more_is_left_alone(make, reason):
     layer = make()
     register(acceleration.known.GUO._replace(layer=type(layer)))
     (entry,) = capsroute.accelerate(layer, quiet=True).entries
-    assert (entry.swapped, entry.reason) == (False, f"not swapped: {reason}")
+    assert not entry.swapped
+    assert entry.reason.startswith(f"not swapped: {reason}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_hides_no_other_definition(dtype):
+    class Warmer(Edited):
+        def forward(self, inputs):
+            self.temperature = 1.01
+            v = super().forward(inputs)
+            self.temperature = 1.0
+            return v
+
+    for layer, reason in (
+        (Edited(), "swapped: the same outputs and gradients on a probe"),
+        (Warmer(), "not swapped: in float32, output 0: differs by "),
+    ):
+        register(acceleration.known.GUO._replace(layer=type(layer)))
+        (entry,) = capsroute.accelerate(layer.to(dtype), quiet=True).entries
+        assert entry.reason.startswith(reason)
 
 
 @pytest.fixture
@@ -494,11 +581,24 @@ def test_what_the_fused_forward_does_not_read_must_stay(edited):
         layer.temperature, layer.scales[0] = 1.0, 2.0
         with pytest.raises(RuntimeError, match=r"but now scales is \[2.0\], and was \[1.0\]"):
             layer(torch.randn(2, 7, 5))
+        layer.scales[0], layer.eps = 1.0, 1e-3  # which was the class's
+        with pytest.raises(RuntimeError, match=r"but now eps is 0.001, and was 0.0"):
+            layer(torch.randn(2, 7, 5))
+
+
+def test_a_layer_may_be_moved(edited):
+    edited.device = "cpu"  # as some layers must be told
+    edited(torch.randn(2, 7, 5))
 
 
 def test_an_argument_has_the_name_that_the_layer_gives_it(edited):
     u = torch.randn(2, 7, 5)
     assert torch.equal(edited(inputs=u), edited(u))
+
+
+def test_a_script_would_undo_the_swap(edited):
+    with pytest.raises(RuntimeError, match=r"accelerate swapped this Edited, which torch.jit.script would undo: trace"):
+        torch.jit.script(nn.Sequential(edited))
 
 
 def test_a_swap_can_be_undone(edited):
@@ -512,11 +612,16 @@ def test_a_swap_can_be_undone(edited):
 
 
 def test_what_cannot_be_probed_yet_says_what_to_do_first():
-    pruned, parametrized = DenseCapsule(), DenseCapsule()
+    pruned, parametrized, locked, inner = DenseCapsule(), DenseCapsule(), DenseCapsule(), rechub(1)
     torch.nn.utils.prune.l1_unstructured(pruned, "weight", 0.5)
+    torch.nn.utils.prune.l1_unstructured(inner.linear, "weight", 0.5)
+    locked.register_forward_hook(lambda *_, lock=threading.Lock(): None)
+    locked.lock = threading.Lock()
     torch.nn.utils.parametrizations.weight_norm(parametrized)
     for layer, reason in (
         (pruned, "weight is made of other tensors, as torch.nn.utils.prune does; accelerate it before that"),
+        (inner, "linear.weight is made of other tensors, as torch.nn.utils.prune does; accelerate it before that"),
+        (locked, "it cannot be copied for a probe, with its hooks and attributes: cannot pickle '_thread.lock' object"),
         (parametrized, "it is parametrized; accelerate it before that"),
         (DenseCapsule().to("meta"), "its parameters are on the meta device; accelerate it when they have values"),
     ):
@@ -616,6 +721,14 @@ def test_wrong_arguments_are_named():
             function([])
     with pytest.raises(TypeError, match="recipe must be a Recipe for a subclass of"):
         register(Recipe(int, fused_mean, probe))
+    with pytest.raises(TypeError, match=r"recipe.probe must be a function, got None"):
+        register(Recipe(Mean, fused_mean, None))
+
+
+def test_a_probe_is_a_tuple():
+    register(Recipe(Mean, fused_mean, lambda layer: probe(layer)[0]))
+    (entry,) = capsroute.accelerate(Mean(), quiet=True).entries
+    assert entry.reason == "not swapped: its recipe's probe must return a tuple, got Tensor"
 
 
 def test_a_model_without_capsules_says_so(capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -40,11 +41,22 @@ def changed(before: dict[str, tuple[Any, int]], after: dict[str, tuple[Any, int]
 
 
 def fixed(layer: nn.Module, names: set[str]) -> tuple[str | None, dict[str, Any]]:
-    """Copies of attributes that must stay as they are, or the name of one of which a change would not be seen."""
-    values = {name: x for name, (x, _) in state(layer).items() if name in names}
-    unseen = [name for name, _ in layer.named_children() if name in names]
+    """Copies of attributes that must stay as they are, or the name of one of which a change would not be seen.
+
+    Those of the class count, and not where tensors are to be made, which changes as the layer is moved.
+    """
+    values = _of_class(type(layer), names) | {name: x for name, (x, _) in state(layer).items() if name in names}
+    values = {name: x for name, x in values.items() if name != "device" and not isinstance(x, torch.device)}
+    parts = *layer.named_children(), *layer.named_buffers(recurse=False)
+    unseen = [name for name, _ in parts if name in names]
     unseen += [name for name, x in values.items() if isinstance(x, Tensor) or not _compares(x)]
     return (unseen[0], {}) if unseen else (None, copy.deepcopy(values))
+
+
+def _of_class(layer: type[nn.Module], names: set[str]) -> dict[str, Any]:
+    """What the class has of these names that is neither a method or property nor of every module."""
+    own = {name: getattr(layer, name) for name in names if hasattr(layer, name) and not hasattr(nn.Module, name)}
+    return {name: x for name, x in own.items() if not callable(x) and not hasattr(x, "__get__")}
 
 
 def _compares(x: object) -> bool:

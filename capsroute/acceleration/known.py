@@ -78,10 +78,17 @@ def _rechub_probe(self: nn.Module) -> tuple[Tensor, Tensor]:
 def _rechub_refuses(self: nn.Module) -> str | None:
     if not self.stop_grad:
         return "stop_grad is False, and the share that padding keeps has no gradient here"
+    if self.bilinear_type < 2 and not _is_a_matrix(self.linear):
+        return "its linear is not, or not only, a product with a weight: it has a bias or hooks, or another forward"
     return None if self.routing_times >= 1 else f"routing_times is {self.routing_times}"
 
 
-RECHUB = Recipe("torch_rechub.basic.layers.CapsuleNetwork", _rechub_forward, _rechub_probe, _rechub_refuses)
+def _is_a_matrix(linear: nn.Module) -> bool:
+    hooks = *linear._forward_pre_hooks, *linear._forward_hooks, *linear._backward_pre_hooks, *linear._backward_hooks
+    return isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward and linear.bias is None and not hooks
+
+
+RECHUB = Recipe("torch_rechub.basic.layers.CapsuleNetwork", _rechub_forward, _rechub_probe, _rechub_refuses, True)
 
 
 def _probe_by(logical_weight: Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], tuple[Tensor]]:
@@ -120,11 +127,11 @@ def _gram_forward(self: nn.Module, x: Tensor) -> Tensor:
 
 def _gram_refuses(self: nn.Module) -> str | None:
     if not hasattr(self, "route_weights"):
-        return "it has no route_weights (primary capsules are a convolution)"
+        return "it has no route_weights: primary capsules, or a layer that is not gram-ai's"
     return _serves_any(_gram_weight(self))
 
 
-GRAM = Recipe("CapsuleLayer", _gram_forward, _probe_by(_gram_weight), _gram_refuses)
+GRAM = Recipe("CapsuleLayer", _gram_forward, _probe_by(_gram_weight), _gram_refuses, True)
 
 
 def _detached(layer: str, weight: str, layout: str, iterations: str) -> Recipe:
@@ -139,7 +146,7 @@ def _detached(layer: str, weight: str, layout: str, iterations: str) -> Recipe:
     def refuses(self: nn.Module) -> str | None:
         return _serves_any(logical_weight(self))
 
-    return Recipe(layer, forward, _probe_by(logical_weight), refuses)
+    return Recipe(layer, forward, _probe_by(logical_weight), refuses, True)
 
 
 # XifengGuo/CapsNet-Pytorch and danielhavir/capsule-network

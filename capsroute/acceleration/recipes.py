@@ -15,14 +15,16 @@ class Recipe(NamedTuple):
         layer: the class; or its full name ``"package.module.Class"``, which is not imported; or a bare name
             ``"Class"``, for snippets that people copy into files of their own.
         forward: takes what the layer's own forward takes, the layer itself first, and returns what it returns.
-        probe: from the layer, random arguments of its forward, floating-point ones in its dtype and device.
+        probe: from the layer, a tuple of random arguments of its forward, floating-point ones in its dtype and device.
         refuses: from the layer, why it cannot be swapped, or None.
+        batched: the first dimension of every argument is the batch, of which one sample is then probed alone, too.
     """
 
     layer: type[nn.Module] | str
     forward: Callable[..., Any]
     probe: Callable[[nn.Module], tuple]
     refuses: Callable[[nn.Module], str | None] = lambda module: None
+    batched: bool = False
 
 
 _recipes: list[Recipe] = []
@@ -35,11 +37,14 @@ def register(recipe: Recipe) -> None:
         recipe: the layer, and what computes the same by the operators.
 
     Raises:
-        TypeError: if ``recipe`` is not a :class:`Recipe` for a module class or its name.
+        TypeError: if ``recipe`` is not a :class:`Recipe` of functions, for a module class or its name.
     """
     layer = recipe.layer if isinstance(recipe, Recipe) else None
     if not (isinstance(layer, str) or (isinstance(layer, type) and issubclass(layer, nn.Module))):
         raise TypeError(f"recipe must be a Recipe for a subclass of torch.nn.Module or its name, got {recipe!r}")
+    for name in ("forward", "probe", "refuses"):
+        if not callable(function := getattr(recipe, name)):
+            raise TypeError(f"recipe.{name} must be a function, got {function!r}")
     _recipes.append(recipe)
 
 

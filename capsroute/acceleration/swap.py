@@ -18,10 +18,15 @@ from .. import _autocast
 from . import attributes
 from .recipes import Recipe, find
 
-PROBES = 3
-# A part of the largest expected value: what another order of summation or another epsilon in squash may change, and
-# much less than any other difference in the definition does.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# The seeds of the probes: of a batch; of one of its samples alone, which a layer may squeeze away; of inputs that leave
+# no output larger than LITTLE, where an epsilon in squash weighs most.
+PROBES = BATCH, ALONE, SMALL = range(3)
+LITTLE = 1e-3
+# A part of the largest expected value: what another order of summation may change, or no epsilon in squash instead of
+# our 1e-9, and less than an epsilon of 1e-6 does or any other definition. In low precision, where others are within
+# it, float32 must agree as well.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+LOW = torch.float16, torch.bfloat16
 
 
 class Entry(NamedTuple):
@@ -48,13 +53,13 @@ class Report(NamedTuple):
 def accelerate(module: nn.Module, *, quiet: bool = False) -> Report:
     """Swap the known capsule layers of a model, in place, for fused ones that share their parameters.
 
-    A layer is swapped only when, with random parameters and inputs, in training and in evaluation, the fused forward
-    gives the same outputs, the same gradients of every parameter and input, and leaves the buffers and the random
-    generator in the same state; and when the layer's own forward takes no more arguments, sets no attributes, and calls
-    no modules that the fused one leaves out. The layer stays the same object, an instance of its class, with its
-    parameters, hooks, attributes and ``state_dict`` keys; only its forward changes. An attribute that its own forward
-    reads and the fused one does not must keep its value: a forward after a change raises RuntimeError. Subclasses of
-    known layers are left alone.
+    A layer is swapped only when, with random parameters and inputs, in training and in evaluation, in its own dtype
+    and, if that is of low precision, in float32, the fused forward gives the same outputs, the same gradients of every
+    parameter and input, and leaves the buffers and the random generator in the same state; and when the layer's own
+    forward takes no more arguments, sets no attributes, and reads no buffers or modules that the fused one leaves out.
+    The layer stays the same object, an instance of its class, with its parameters, hooks, attributes and ``state_dict``
+    keys; only its forward changes. An attribute, the class's too, that its own forward reads and the fused one does not
+    must keep its value: a forward after a change raises RuntimeError. Subclasses of known layers are left alone.
 
     Args:
         module: the model; itself a known layer, or with such layers anywhere inside.
@@ -121,6 +126,10 @@ class _Accelerated:
         _, _, *state = super().__reduce_ex__(protocol)
         return _restore, (_swapped_class(type(self)),), *state
 
+    def __prepare_scriptable__(self):
+        name = _swapped_class(type(self)).__name__
+        raise RuntimeError(f"accelerate swapped this {name}, which torch.jit.script would undo: trace or restore() it")
+
 
 def _swapped_class(accelerated: type[nn.Module]) -> type[nn.Module]:
     """The class whose forward was swapped; a parametrization may have made a subclass since."""
@@ -176,9 +185,15 @@ def _unready(layer: nn.Module) -> str | None:
     """Why the layer cannot be probed, or None."""
     if any(x.is_meta for x in layer.parameters()):
         return "its parameters are on the meta device; accelerate it when they have values"
-    made = [name for name, x in vars(layer).items() if isinstance(x, Tensor) and not x.is_leaf]
-    if made:
-        return f"{made[0]} is made of other tensors, as torch.nn.utils.prune does; accelerate it before that"
+    for path, part in layer.named_modules():
+        made = [name for name, x in vars(part).items() if isinstance(x, Tensor) and not x.is_leaf]
+        if made:
+            name = f"{path}.{made[0]}".lstrip(".")
+            return f"{name} is made of other tensors, as torch.nn.utils.prune does; accelerate it before that"
+    try:
+        copy.deepcopy(layer)
+    except Exception as error:  # of whatever it, or a hook on it, holds
+        return f"it cannot be copied for a probe, with its hooks and attributes: {error}"
     return None
 
 
@@ -207,23 +222,53 @@ def _objection(layer: nn.Module, recipe: Recipe, read: set[str], known: set[str]
         try:
             if reason := recipe.refuses(layer):
                 return reason
-            for training, seed in itertools.product((layer.training, not layer.training), range(PROBES)):
+            modes = layer.training, not layer.training
+            low = any(x.dtype in LOW for x in layer.parameters())
+            for training, wide, seed in itertools.product(modes, (False, True) if low else (False,), PROBES):
                 _seed(seed, devices)
-                probed = copy.deepcopy(layer).train(training)  # its parameters may be 0 or not yet set
-                for parameter in filter(_is_float, probed.parameters()):
-                    nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5 if parameter.dim() else 1.0)
+                probed = _drawn(layer, wide).train(training)
                 arguments = recipe.probe(probed)
+                if not isinstance(arguments, tuple):
+                    return f"its recipe's probe must return a tuple, got {type(arguments).__name__}"
+                if seed == ALONE and recipe.batched:
+                    arguments = tuple(x[:1] for x in arguments)
+                if seed == SMALL and (wide or not low):
+                    arguments = _smaller(probed, arguments)
                 expected, found = (  # of copies, since buffers may change
                     _run(forward, attributes.watched(copy.deepcopy(probed), names), arguments, seed, devices)
                     for forward, names in ((type(layer).forward, read), (recipe.forward, known))
                 )
                 if reason := _difference(found, expected):
-                    mode = "training" if training else "evaluation"
-                    return reason if training == layer.training else f"in {mode} mode, {reason}"
+                    mode = "" if training == layer.training else f"in {'training' if training else 'evaluation'} mode, "
+                    return f"{mode}{'in float32, ' if wide else ''}{reason}"
                 recipe.refuses(attributes.watched(probed, known))
         except Exception as error:  # whatever a foreign layer does on its probe, the model must live on
             return f"the probe failed with {type(error).__name__}: {error}"
     return None
+
+
+def _drawn(layer: nn.Module, wide: bool) -> nn.Module:
+    """A copy with random parameters, as they may be 0 or not yet set, and frozen may be trained later."""
+    drawn = copy.deepcopy(layer)
+    drawn = drawn.float() if wide else drawn
+    for parameter in filter(_is_float, drawn.parameters()):
+        parameter.requires_grad_()
+        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5 if parameter.dim() else 1.0)
+    return drawn
+
+
+def _smaller(layer: nn.Module, arguments: tuple) -> tuple:
+    """The arguments scaled until no output is larger than LITTLE, of a layer whose outputs become small with them."""
+    scaled = arguments
+    for _ in range(8):
+        with torch.no_grad():
+            outputs = tree_leaves(type(layer).forward(copy.deepcopy(layer), *scaled))
+        largest = max((x.abs().max().item() for x in outputs if _is_float(x) and x.numel()), default=0.0)
+        if largest <= LITTLE:
+            return scaled
+        scale = (LITTLE / largest) ** 0.5 / 2  # squash makes n2 of n = |s|
+        scaled = tuple(x * scale if _is_float(x) else x for x in scaled)
+    return arguments
 
 
 def _seed(seed: int, devices: list[int]) -> None:
