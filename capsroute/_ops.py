@@ -32,32 +32,38 @@ def define(namespace: str) -> None:
     Raises:
         ImportError: if the library defines another, being older or newer than this package.
     """
+    ops = getattr(torch.ops, namespace)
     for name, schema in SCHEMAS.items():
-        known = getattr(getattr(torch.ops, namespace), name, None)
+        full, known = f"{namespace}::{name}", getattr(ops, name, None)
         if known is None:
-            torch.library.define(f"{namespace}::{name}", schema.removeprefix(name))
+            torch.library.define(full, schema.removeprefix(name))
         elif known.default._schema != torch._C.parse_schema(f"{namespace}::{schema}"):
             raise ImportError(
                 f"{LIBRARY} was built from other sources than {__file__}: install capsroute again, and load no other "
                 "copy of the library first"
             )
-        torch.library.register_fake(f"{namespace}::{name}", _FAKES[name])
-        torch.library.register_vmap(f"{namespace}::{name}", _vmap.rule(getattr(getattr(torch.ops, namespace), name)))
+        torch.library.register_fake(full, _FAKES[name])
+        torch.library.register_vmap(full, _vmap.rule(getattr(ops, name)))
     _autograd.register(namespace)
 
 
 def _fake_route(u, weight, bias, logits, mask, iterations, over_inputs, leaky, eps, save, room, return_coupling):
-    v = (u.shape[0], out_capsules(u, weight, bias, logits), u.shape[3] if weight is None else weight.shape[-2])
-    norm, coupling = _fake_extras(u, save, v[1], save and over_inputs, return_coupling)
-    s = u.new_empty((save, *v) if save else (0,), dtype=accumulation_dtype(u.dtype))
-    last_logits = s.new_empty((*u.shape[:2], v[1]) if 0 < save < iterations else (0,))
-    return u.new_empty(v), s, norm, last_logits, s.new_empty(room), coupling
+    shape = _result_shape(u, weight, bias, logits)
+    norm, coupling = _fake_extras(u, save, shape[1], save and over_inputs, return_coupling)
+    s = u.new_empty((save, *shape) if save else (0,), dtype=accumulation_dtype(u.dtype))
+    last_logits = s.new_empty((*u.shape[:2], shape[1]) if 0 < save < iterations else (0,))
+    return u.new_empty(shape), s, norm, last_logits, s.new_empty(room), coupling
 
 
 def _fake_routing_pass(u, weight, query, logits, mask, over_inputs, leaky, save, return_coupling):
-    s = (u.shape[0], out_capsules(u, weight, query, logits), u.shape[3] if weight is None else weight.shape[-2])
-    norm, coupling = _fake_extras(u, 1, s[1], save and over_inputs, return_coupling)
-    return u.new_empty(s, dtype=accumulation_dtype(u.dtype)), norm, coupling
+    shape = _result_shape(u, weight, query, logits)
+    norm, coupling = _fake_extras(u, 1, shape[1], save and over_inputs, return_coupling)
+    return u.new_empty(shape, dtype=accumulation_dtype(u.dtype)), norm, coupling
+
+
+def _result_shape(u, weight, third, logits):
+    """[B, J, O]"""
+    return u.shape[0], out_capsules(u, weight, third, logits), u.shape[3] if weight is None else weight.shape[-2]
 
 
 def _fake_extras(u, saved, outputs, has_norm, has_coupling):
