@@ -6,6 +6,7 @@ Importing this package imports no Triton: `load` does. Imports point downward: `
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -50,16 +51,12 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-_loaded: list[tuple[bool, str]] = []
-
-
 def load() -> tuple[bool, str]:
     """Import Triton and define the ops, once; whether that went well, or why not."""
-    if not _loaded:
-        _loaded.append(_load())
-    return _loaded[0]
+    return _load()
 
 
+@functools.cache
 def _load() -> tuple[bool, str]:
     can, why = installed()
     if can:
