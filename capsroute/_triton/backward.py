@@ -11,7 +11,8 @@ from . import tuning
 from .forward import Parts, finish, merge_rows, stream_query
 from .kernels import backward as kernels
 from .kernels import gradients
-from .problem import Grid, Launch, Problem, Step, Sum, TakesPart, ceil
+from .problem import Grid, Launch, Problem, Step, Sum, TakesPart
+from .tuning import divide_up
 
 # Features of an input capsule up to which the last stream holds W_i in a tensor for each, and so adds up a vote in the
 # order of the other streams. Beyond, it would hold more tensors than registers: 64 spilled.
@@ -227,16 +228,16 @@ class KeyWeight(NamedTuple):
         static = p.between()[0]
         J = p.J if p.form == "output" else 1  # one weight for all j: they are rows as samples are
         static = static.but(J=J, OB=min(static.OB, 32), DB=min(static.DB, 32))
-        across = ceil(p.D, static.DB), ceil(p.O, static.OB)
+        across = divide_up(p.D, static.DB), divide_up(p.O, static.OB)
         counts = [x.numel() // (J * p.O) for x, _ in products]
         share = tuning.share(p.tuning, counts[0], J * across[0] * across[1])
-        parts = p.empty(sum(ceil(count, share) for count in counts), J, p.O, p.D)
+        parts = p.empty(sum(divide_up(count, share) for count in counts), J, p.O, p.D)
         takes_part = TakesPart.of(p, max(len(x) for x, _ in products))
         steps: list[Step] = [] if takes_part is None else [takes_part]
         flags = None if takes_part is None else takes_part.out
         done = 0
         for (x, y), count in zip(products, counts, strict=True):
-            shares = ceil(count, share)
+            shares = divide_up(count, share)
             to = parts[done : done + shares]
             done += shares
             grid = (J, across[0] * across[1], shares)
@@ -258,14 +259,14 @@ def last_stream(p: Problem, chain: Chain, needs: Needs, results) -> list[Step]:
     if not (needs.u or of_pairs or needs.logits):
         return []
     tile = gradient_tile(p)
-    tiles = max(1, ceil(p.I, tile.rows)), ceil(p.J, tile.outputs)
+    tiles = max(1, divide_up(p.I, tile.rows)), divide_up(p.J, tile.outputs)
     kept = "".join(letter for letter, n in zip("bi", dlogits.shape[:2], strict=True) if n != 1) if needs.logits else ""
     kept = kept or ("j" if needs.logits else "")
     if p.form == "pair" or kept in ("i", "j"):
         share = tuning.share(p.tuning, p.B, tiles[0] * tiles[1])
     else:  # no weight is read for a share, and nothing summed over samples: more programs fill a GPU
-        share = max(min(p.tuning.fewest, p.B), ceil(p.B, tuning.MOST))
-    grid = (*tiles, ceil(p.B, share))
+        share = max(min(p.tuning.fewest, p.B), divide_up(p.B, tuning.MOST))
+    grid = (*tiles, divide_up(p.B, share))
     static = p.backward()[0].but(TB=tile.rows, JB=tile.outputs, XB=tile.features, tiled=p.tiled(tile),
         held=1 if p.D <= EACH else p.backward()[0].DB,
         near=False, given=chain.given, moves=chain.R > 1 or chain.given or needs.logits,

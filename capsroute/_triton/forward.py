@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .kernels import forward as kernels
 from .kernels.stream import Static
-from .problem import Grid, Launch, Problem, Step, ceil
+from .problem import Grid, Launch, Problem, Step
+from .tuning import divide_up
 
 
 class Parts(NamedTuple):
@@ -172,7 +173,7 @@ def merge_rows(p: Problem, static: Static, parts: Tensor, rows: list[Tensor | No
     count, kinds = p.B * p.I, parts.shape[1]
     static = static.but(means=kinds == 3, query=True)
     traffic = parts.nbytes * (kinds + 1) // kinds + kinds * count * p.itemsize
-    grid = (max(1, ceil(count, static.width)), 1, 1)
+    grid = (max(1, divide_up(count, static.width)), 1, 1)
     return Launch(kernels.merge_rows, grid, (parts, *rows, count, len(parts), static), 4, traffic)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..reference import accumulation_dtype, out_capsules
 from . import tuning
 from .kernels.stream import Static
+from .tuning import divide_up
 
 ACCUMULATION = {torch.float32: tl.float32, torch.float64: tl.float64}
 Grid = tuple[int, int, int]
@@ -95,10 +96,6 @@ def run(steps: list[Step]) -> None:
         step.run()
 
 
-def ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 class Kind(NamedTuple):
     """What tiles and compiled kernels follow from."""
 
@@ -123,7 +120,7 @@ class Kind(NamedTuple):
 def _stream(kind: Kind, shape: tuple[int, int], unrolled: bool) -> tuple[Static, Grid, int]:
     pair, J = kind.form == "pair", kind.J
     group = tuning.group(kind.tuning, kind.I, J, kind.X, kind.D if pair else 1)
-    groups = max(1, ceil(kind.I, group))
+    groups = max(1, divide_up(kind.I, group))
     tile = tuning.tile(kind.tuning, shape, kind.B, J, kind.X, kind.dtype.itemsize, groups)
     static = Static(
         acc=ACCUMULATION[kind.dtype],
@@ -147,7 +144,7 @@ def _stream(kind: Kind, shape: tuple[int, int], unrolled: bool) -> tuple[Static,
         unrolled=pair and kind.D <= UNROLLED and unrolled,
         near=max(tile.rows * kind.of_samples, J * kind.of_outputs) < 2**31,
     )
-    return static, (ceil(kind.B, tile.rows), ceil(J, tile.outputs), groups), tile.warps
+    return static, (divide_up(kind.B, tile.rows), divide_up(J, tile.outputs), groups), tile.warps
 
 
 @functools.lru_cache(1024)
@@ -156,7 +153,7 @@ def _between(kind: Kind) -> tuple[Static, Grid, int]:
     of_outputs = replace(kind.tuning, row=static.OB)
     tile = tuning.tile(of_outputs, kind.tuning.between, kind.B, kind.J, kind.O, kind.dtype.itemsize, 1)
     static = static.but(TB=tile.rows, JB=tile.outputs, tiled=False, logits=False, mask=False, leaky=False)
-    return static, (ceil(kind.B, tile.rows), ceil(kind.J, tile.outputs), 1), tile.warps
+    return static, (divide_up(kind.B, tile.rows), divide_up(kind.J, tile.outputs), 1), tile.warps
 
 
 @dataclass

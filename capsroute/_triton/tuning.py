@@ -23,6 +23,11 @@ from .._files import write_atomically
 MOST = 65535
 
 
+def divide_up(a: int, b: int) -> int:
+    """The smallest integer that is at least a / b."""
+    return -(-a // b)
+
+
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
@@ -120,7 +125,7 @@ def _outputs(tuning: Tuning, J: int, features: int) -> int:
 
 def _least(J: int) -> int:
     """Output capsules of a tile, where one less, to the next power of two, would make too many tiles."""
-    return power_of_two(-(-J // MOST))
+    return power_of_two(divide_up(J, MOST))
 
 
 def tiled(tuning: Tuning, J: int, X: int) -> bool:
@@ -133,7 +138,7 @@ def group(tuning: Tuning, I: int, J: int, X: int, D: int) -> int:
     added in the same order in any batch.
     """
     work = min(J, _outputs(tuning, J, power_of_two(X))) * X * D
-    return max(1, min(I, max(tuning.groups, tuning.work // work, -(-I // MOST))))
+    return max(1, min(I, max(tuning.groups, tuning.work // work, divide_up(I, MOST))))
 
 
 def tile(tuning: Tuning, shape: tuple[int, int], B: int, J: int, X: int, itemsize: int, groups: int) -> Tile:
@@ -145,7 +150,7 @@ def tile(tuning: Tuning, shape: tuple[int, int], B: int, J: int, X: int, itemsiz
     warps, per_thread = shape[0], max(1, shape[1] * 4 // itemsize)
     rows = min(max(1, per_thread * tuning.lanes * warps // (outputs * features)), power_of_two(B))
     warps = _warps(tuning, rows * outputs * features, per_thread, warps)
-    while rows > tuning.fewest and -(-B // rows) * -(-J // outputs) * groups < tuning.programs:
+    while rows > tuning.fewest and divide_up(B, rows) * divide_up(J, outputs) * groups < tuning.programs:
         rows //= 2
     # Then the warps remain, but not where one launch makes all passes: it spilled in 8 warps, and not in 4.
     per_thread = per_thread if groups == 1 else max(1, per_thread // 2)
@@ -169,8 +174,9 @@ def gradient_tile(tuning: Tuning, I: int, J: int, X: int, D: int, itemsize: int,
 
 def share(tuning: Tuning, count: int, programs: int) -> int:
     """How many of `count` samples one program takes, where so many programs take each."""
-    shares = max(1, min(-(-tuning.programs * 4 // programs), count // tuning.fewest), -(-count // tuning.longest))
-    return max(1, -(-count // min(shares, MOST)))
+    wanted = divide_up(tuning.programs * 4, programs)
+    shares = max(1, min(wanted, count // tuning.fewest), divide_up(count, tuning.longest))
+    return max(1, divide_up(count, min(shares, MOST)))
 
 
 def for_shape(device: torch.device, form: str, J: int, O: int, D: int, dtype: torch.dtype) -> Tuning:
