@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 
 from capsroute import backends
-from capsroute.bench.cli import describe_machine
+from capsroute.bench.machine import describe_machine
 
 LINES = 25  # of each step's output in the report
 ON_CPU = ("batches", "checkpoint", "cli", "data", "report", "resume", "training")  # their tensors are
