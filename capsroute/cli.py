@@ -13,7 +13,6 @@ import torch
 
 from ._backends import backends
 from ._console import add_backend, complain, emit, given_path, number, rank, say
-from ._optional import optional
 from ._version import __version__
 
 DEMO_ACCURACY = 0.985  # that the demo must reach on the test split
@@ -110,13 +109,12 @@ def _info(args: argparse.Namespace) -> int:
 
 def _demo(args: argparse.Namespace) -> int:
     from .bench.compare import DisagreementError
-    from .report.cli import write_report
+    from .report.cli import check_libraries, write_report
     from .training import cli as training
     from .training import data
     from .training.run import PAGE, PICTURES, RunError, found_in, stored
 
-    for library in ("matplotlib", "jinja2"):  # for the report; before anything takes long
-        optional(library)
+    check_libraries()  # before anything takes long
     known = stored(args.out)
     drawn = any((args.out / name).exists() for name in (PAGE, PICTURES))
     found = "a run" if found_in(args.out) else "a report" if drawn else None

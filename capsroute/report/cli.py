@@ -45,6 +45,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_libraries() -> None:
+    """Raise ImportError, which says how to install it, unless all that a report needs is there."""
+    for library in ("matplotlib", "jinja2"):
+        optional(library)
+
+
 def write_report(
     args: argparse.Namespace, run_dir: Path, *, backend: str = "auto", speed: bool = True, seconds: float = 10.0
 ) -> dict:
@@ -57,8 +63,7 @@ def write_report(
             says nothing.
     """
     disagreement = None
-    for library in ("matplotlib", "jinja2"):  # before anything takes long
-        optional(library)
+    check_libraries()  # before anything takes long
     with alone_in(run_dir):
         loaded, dataset = load_run(args, run_dir, backend)
         options = loaded.options
