@@ -79,16 +79,15 @@ class CapsuleConv(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the weight anew and set the bias to 0."""
         inputs, outputs = self._window_capsules(), self.out_types + self.leaky
-        # Such layers are stacked: at |s| = |u| squash, which makes 0.04 of 0.2, would leave nothing after a few. Where
-        # nothing is routed |s| = 3 |u| makes 0.87 the length that it maps to itself. Routing makes s longer, as votes
-        # that agree weigh more, so 2 |u| do, and votes beyond 3 |u| would let it fill every output capsule. With a
-        # softmax over i it can make s as long as one vote, so |u| does, of votes as long as that takes.
+        # Such layers are stacked: with |s| = |u| squash, which makes 0.04 of 0.2, would leave nothing after a few.
         if self.iterations == 1:
-            gain = even_pass_gain(3, inputs, outputs, self.coupling)
+            length, most = 3, math.inf  # with |s| = 3 |u| squash maps the length 0.87 to itself
         elif self.coupling == "out":
-            gain = min(even_pass_gain(2, inputs, outputs, self.coupling), 3)
+            # Routing lengthens s, as votes that agree weigh more; with votes beyond 3 |u| it fills every capsule.
+            length, most = 2, 3
         else:
-            gain = even_pass_gain(1, inputs, outputs, self.coupling)
+            length, most = 1, math.inf  # routing can make s as long as one vote, and votes are as long as this takes
+        gain = min(even_pass_gain(length, inputs, outputs, self.coupling), most)
         nn.init.normal_(self.weight, std=gain / math.sqrt(self.out_features))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
