@@ -44,12 +44,15 @@ def in_forward_mode() -> bool:
 
 
 def vjp(function, values, cotangents) -> tuple[Tensor, ...]:
-    """The gradients of a function at values in a backward: torch.func.vjp, which refuses hooks on saved tensors."""
+    """The gradients of a function at values, for a backward.
+
+    By torch.func.vjp inside transforms alone: it refuses hooks on saved tensors, which may be there outside of them.
+    """
     if _is_transformed():
         return torch.func.vjp(function, *values)[1](cotangents)
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        values = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in values]  # one may be twice
+        values = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in values]  # two may be one
         v = function(*values)
         return torch.autograd.grad(v, values, cotangents, create_graph=create_graph, materialize_grads=True)
 
@@ -77,11 +80,11 @@ def _requires_grad(arguments) -> bool:
 
 
 def room_for_votes(namespace: str, u: Tensor, weight: Tensor | None, options: reference.Options) -> int:
-    """Numbers for votes that the CPU kernels keep for the backward, of up to 4 samples and as many as 12 MiB hold.
+    """How many numbers of votes the forward leaves to the backward: on the CPU, of up to 4 samples, 12 MiB at most.
 
-    Making them anew would read the whole weight again for few samples: csrc/cpu/way.h keeps as many where no gradient
-    is wanted, and whatever the room is, what does not fit is made anew. Compiled code does without, as it would be
-    compiled again for them.
+    To make them anew would read the whole weight again for so few samples. What does not fit is made anew all the same;
+    csrc/cpu/way.h keeps as many between passes where no gradient is wanted. Compiled code has no room, as a graph would
+    be compiled again for each size of it.
     """
     few = namespace == "capsroute" and u.device.type == "cpu" and u.shape[0] <= 4
     if not few or weight is None or weight.dim() != 4 or options.iterations == 1 or options.detach_coupling:
@@ -126,7 +129,7 @@ def _has_tangent(x: Tensor) -> bool:
 
 
 def _call(name, namespace, *arguments):
-    """An op from Python; outside transforms without the dispatch to autograd, whose time small calls notice."""
+    """Call an op from Python; outside transforms past the dispatch to autograd, whose time shows in small calls."""
     op = _op(namespace, name)
     if _is_transformed() or in_forward_mode() or _is_batched():
         return op(*arguments)
@@ -219,7 +222,7 @@ class _RoutingPass(_Recorded):
         if not ctx.save:
             raise RuntimeError("routing_pass has no gradient with save=False, which keeps nothing for it")
         *tensors, s, norm = ctx.saved_tensors
-        s = (grad_s if s is None else s).contiguous()  # grad_s has its shape; then the numbers have no effect
+        s = (grad_s if s is None else s).contiguous()  # any tensor of its shape: the numbers have no effect
         norm = norm.contiguous()
         needs = ctx.needs_input_grad[2:6]
         grads = _call("routing_pass_backward", ctx.namespace, grad_s, s, norm, *tensors, *ctx.scalars, False, *needs)
@@ -275,8 +278,8 @@ def _second_derivatives(operator, ctx, cotangents):
         shared = (1,) if operator is reference.routing_pass else (1, 2)  # the weight, and the bias, which is no query
         own = [k not in shared and tensors[k].shape[0] == size for k in given]
         dims = [None if mask is None or mask.shape[0] != size else 0, 0, *(0 if x else None for x in own)]
-        ones = [x if dim is None else x.unsqueeze(1) for x, dim in zip((mask, grad, *values), dims, strict=True)]
-        grads = torch.vmap(backward, tuple(dims))(*ones)
+        batches = [x if dim is None else x.unsqueeze(1) for x, dim in zip((mask, grad, *values), dims, strict=True)]
+        grads = torch.vmap(backward, tuple(dims))(*batches)  # each of one sample
         return tuple(x.squeeze(1) if own[given.index(k)] else x for k, x in zip(needed, grads, strict=True))
 
     with _autocast.off(grad):

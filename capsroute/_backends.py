@@ -72,11 +72,11 @@ def _cuda_fits(u: Tensor, weight: Tensor | None) -> Verdict:
 
 
 def _triton_serves(u: Tensor, weight: Tensor | None) -> Verdict:
-    """Whether W_i is what the kernels take, a tile for each padded W_ij and addresses of 32 bits, and where u lies."""
+    """Whether the kernels take W_i, since a padded W_ij is one tile and places in W_i have 32 bits, and u's device."""
     most = 2**20
     if weight is not None and weight.dim() == 4:
         rows, columns = weight.shape[-2:]
-        # the quick question first; the other one needs no power of two of a size that is not known
+        # the quick question first; the other does not round sizes to powers of two, as they may be symbols
         if _checks.is_known(rows * columns > most // 4) and all(
             _checks.is_known((rows > 1 << n) | (columns > most >> n)) for n in range(most.bit_length())
         ):

@@ -206,7 +206,7 @@ def check_query(query: Tensor, lead: list[int], out_capsules: int | None, out_fe
 
 
 def is_known(condition: bool) -> bool:
-    """Whether something is known to hold of sizes, without a guess of one that depends on data."""
+    """Whether a condition on sizes is known to hold; nothing is guessed of a symbolic size that depends on data."""
     if not torch.compiler.is_compiling():
         return condition
     from torch.fx.experimental.symbolic_shapes import statically_known_true

@@ -136,8 +136,8 @@ def _load_cuda() -> tuple[bool, str]:
 def _mark_caches() -> None:
     """Have torch.compile run nothing that it cached on disk of another version of this package.
 
-    Its caches know an op by its name: what is kept of a graph has the schemas, shapes and derivatives of its time. The
-    modules below have no part in that: torch.compile sees into them.
+    Its caches know an op by its name: what is kept of a graph has the schemas, shapes and derivatives of its time.
+    Subpackages have no part in that: torch.compile sees into them.
     """
     files = [*sorted(Path(__file__).parent.glob("*.py")), Path(__file__).with_name("schemas.txt")]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

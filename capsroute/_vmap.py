@@ -41,7 +41,7 @@ def _stay_apart(arguments, dims, size) -> bool:
         return False
     if arguments.get("need_logits") and _size(arguments["logits"], dims["logits"]) != size:
         return False
-    # if all share u, it is copied for each, unless it is one sample: only where its gradients take as much anyway
+    # a u that all share is copied for each, unless it is one sample: only where its gradient takes as much anyway
     return dims["u"] is not None or size == 1 or bool(arguments.get("need_u"))
 
 
@@ -52,7 +52,10 @@ def _has_sums(arguments) -> bool:
 
 
 def _as_one_batch(op, count, size, arguments, dims, returned):
-    """Where there are sums over the batch, it has one sample, and the gradient of each is wanted."""
+    """The batches are joined to one, and the results cut apart.
+
+    Gradients that are sums over a batch are wanted of batches of one sample alone: so they are those of each sample.
+    """
     merged = {name: _merged(name, x, dims[name], count, size) for name, x in arguments.items()}
     has_sums = _has_sums(arguments)
     if has_sums:
@@ -83,12 +86,12 @@ def _merged(name, x, dim, count, size):
 
 
 def _saved(name, x):
-    """The backward takes what the forward saved as it saves it."""
+    """What the forward saved lies in memory as it saved it: the backward reads it so."""
     return x.contiguous() if name in ("s", "norm") else x
 
 
 def _loop(op, count, arguments, dims):
-    calls = zip(*(_ones(name, x, dims[name], max(count, 1)) for name, x in arguments.items()), strict=True)
+    calls = zip(*(_of_each(name, x, dims[name], max(count, 1)) for name, x in arguments.items()), strict=True)
     outputs = [op(*call) for call in calls]
     # what was not asked for is empty, and the same for all
     there = [x.dim() > 1 or x.shape[0] > 0 for x in outputs[0]]
@@ -96,8 +99,8 @@ def _loop(op, count, arguments, dims):
     return tuple(stack(x)[:count] if y else x[0] for y, x in parts), tuple(0 if y else None for y in there)
 
 
-def _ones(name, x, dim, count):
-    """x of each call; of an empty dimension zeros that have a place in the graph, for the shapes of the results."""
+def _of_each(name, x, dim, count):
+    """x of each call. An empty dimension gives one of zeros, a sum, which is in the graph, for the results' shapes."""
     if dim is None:
         return [x] * count
     if x.shape[dim] == 0:

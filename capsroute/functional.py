@@ -29,8 +29,7 @@ def capsule_linear(
     r"""A layer of capsules with routing by agreement, from input capsules and a weight.
 
     The votes :math:`h_{ij} = W_{ij} u_i` are routed as in Procedure 1 of Sabour, Frosst and Hinton,
-    "Dynamic Routing Between Capsules", 2017. The CPU kernels hold those of a few samples: per thread at most
-    12 MiB that are kept between passes, or of 4 samples and 16 input capsules what is made anew in each::
+    "Dynamic Routing Between Capsules", 2017::
 
         b_ij = logits_ij
         repeat `iterations` times
@@ -39,7 +38,9 @@ def capsule_linear(
             v_j  = squash(s_j)
             b_ij = b_ij + h_ij . v_j
 
-    Letters: I input capsules with D features, J output capsules with O features.
+    Letters: I input capsules with D features, J output capsules with O features. The CPU kernels hold the votes of a
+    few samples only: for each thread at most 12 MiB that are kept between passes, and where votes are made anew in each
+    pass, those of 4 samples and 16 input capsules.
 
     Args:
         u: input capsules ``[*, I, D]``; any number of leading dimensions. float32, float64, bfloat16

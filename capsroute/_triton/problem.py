@@ -61,7 +61,9 @@ class Sum(NamedTuple):
 
 
 class TakesPart(NamedTuple):
-    """out [n, B, J]: whether any pair of an output capsule takes part, by torch; a masked one does, but not over i."""
+    """out [n, B, J]: whether any pair of an output capsule takes part, by torch. A masked pair counts as one that does,
+    unless the softmax runs over i.
+    """
 
     p: Problem
     out: Tensor  # of bytes

@@ -79,7 +79,7 @@ class Case(NamedTuple):
     @property
     def title(self) -> str:
         """Its name, and what is another than the name stands for."""
-        own = CASES.get(self.name, self._replace(batch=0)).sizes  # a name that stands for nothing: its batch is told
+        own = CASES.get(self.name, self._replace(batch=0)).sizes  # another name says nothing of its batch, so B is told
         other = [f"{letter}={size}" for letter, size in self.sizes.items() if size != own[letter]]
         return " ".join([self.name, *other, *([self.order] if self.order != ORDER else [])])
 

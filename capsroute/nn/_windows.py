@@ -49,8 +49,8 @@ class Windows(NamedTuple):
     def unfold(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The windows [B, H', W', kh, kw, ...] of a padded x [B, H, W, ...].
 
-        Stacked slices, as several threads write the gradient of Tensor.unfold that torch 2.13 compiles to wrong places.
-        They are cast last, so that their gradients are summed in the dtype of x.
+        Slices are stacked, since in the gradient of Tensor.unfold, as torch 2.13 compiles it, several threads write to
+        wrong places. They are cast last, so that their gradients are summed in the dtype of x.
         """
         for d in (1, 0):
             before, length = (slice(None),) * (1 + d), x.shape[1 + d] - self.span(d) + 1
@@ -73,7 +73,7 @@ def route_windows(
     if mask is None and options["coupling"] == "in" and max(windows.padding) > 0:
         mask = x.new_ones((1, *x.shape[1:4]), dtype=torch.bool)  # padding has no part in a softmax over i
     mask = None if mask is None else windows.pad(mask, False)
-    (weight,) = _autocast.cast(weight)  # here, since a backward is not under autocast
+    (weight,) = _autocast.cast(weight)  # here, since the backward, which routes once more, is not under autocast
     # x is never in low precision, as its windows may be: gradients are sums over windows and chunks, in its dtype
     x = windows.pad(x.to(accumulation_dtype(weight.dtype)))
     chunks = _chunks(x.shape, windows, chunk_bytes // weight.element_size())

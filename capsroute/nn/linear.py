@@ -51,8 +51,8 @@ class WeightOwner(nn.Module):
         if self.shared:
             return self.weight
         weight = self.weight
-        # The gradient of a cut, whole or not, is a copy as large as what was cut, in the order of that. A graph for any
-        # number of inputs must not ask whether there are fewer.
+        # A slice costs the backward a copy as large as the whole weight, even a slice of everything: it is taken where
+        # there are fewer inputs alone. But a graph for any number of inputs must not ask whether there are fewer.
         in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if inputs is not None and (in_graph or inputs < len(weight)):
             weight = weight[:inputs]
@@ -222,7 +222,7 @@ class LazyCapsuleLinear(LazyModuleMixin, CapsuleLinear):
     def __init__(self, out_capsules: int, out_features: int, iterations: int = 3, **options):
         super().__init__(1, 1, out_capsules, out_features, iterations, **options)
         self.in_capsules = self.in_features = 0
-        if self.bias is not None:  # a weight that is loaded without one is not drawn
+        if self.bias is not None:  # if a weight is loaded without a bias, reset_parameters never runs
             nn.init.zeros_(self.bias)
 
     def _empty_weight(self, **factory) -> nn.Parameter:
@@ -274,4 +274,4 @@ def first_pass_gain(inputs: int | None, outputs: int, coupling: str) -> float:
     A smaller s vanishes in squash, n2 / (1 + n2); a larger one saturates it. Votes longer than u would let the first
     agreement decide the softmax at once, so they are not made longer.
     """
-    return min(even_pass_gain(1, inputs, outputs, coupling), 1.0) if inputs else 1.0  # not known, or none
+    return min(even_pass_gain(1, inputs, outputs, coupling), 1.0) if inputs else 1.0  # I is not known, or 0

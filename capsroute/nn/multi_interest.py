@@ -212,7 +212,7 @@ class MultiInterest(WeightOwner):
             options |= {"detach_coupling": self.detach_coupling, "eps": self.eps, "return_coupling": return_coupling}
             return capsule_linear(u, weight, self.iterations, logits=logits, **options)
         one_pass = partial(routing_pass, **options)
-        before = u, weight  # what all passes but the last see; a grad mode in their place cannot be exported
+        before = u, weight  # what all passes but the last see; detached below, as torch.no_grad() cannot be exported
         if self.detach_coupling:
             before = u.detach(), weight.detach()
             logits = None if logits is None else logits.detach()

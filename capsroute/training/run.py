@@ -150,9 +150,9 @@ def run_training(
     """
     options.check()
     device, writes, splits = torch.device(device), rank() == 0, _splits(dataset, options)
-    if writes:  # before training: a bad place should cost no time. The others may have another, which has the time
+    if writes:  # before training, so that a bad place costs no time; of other processes it may be named by another time
         run_dir.mkdir(parents=True, exist_ok=True)
-    optional("safetensors.torch")  # nor should what is not installed
+    optional("safetensors.torch")  # likewise, if it is not installed
     info = {"dataset": dataset.name, "checksum": dataset.checksum()}
     with ExitStack() as stack:
         if writes:
