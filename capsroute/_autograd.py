@@ -263,14 +263,16 @@ def _second_derivatives(operator, ctx, cotangents):
     given = [k for k, x in enumerate(tensors) if x is not None]
     needed = [k for k in given if ctx.needs[k]]
 
+    def placed(values):
+        """What belongs to the tensors that are given, at their places, and None at the others."""
+        own = dict(zip(given, values, strict=True))
+        return [own.get(k) for k in range(len(tensors))]
+
     def forward(mask, *values):
-        full = [None] * len(tensors)
-        for k, value in zip(given, values, strict=True):
-            full[k] = value
-        return operator(*full, mask, ctx.options)[0]
+        return operator(*placed(values), mask, ctx.options)[0]
 
     def backward(mask, grad, *values):
-        grads = dict(zip(given, vjp(partial(forward, mask), values, grad), strict=True))
+        grads = placed(vjp(partial(forward, mask), values, grad))
         return tuple(grads[k] for k in needed)
 
     def per_sample(mask, grad, *values):
@@ -288,7 +290,4 @@ def _second_derivatives(operator, ctx, cotangents):
             (grad, *(tensors[k] for k in given)),
             tuple(cotangents[k] for k in needed),
         )
-    result = [None] * len(tensors)
-    for k, x in zip(given, second[1:], strict=True):
-        result[k] = x
-    return second[0], *result, None
+    return second[0], *placed(second[1:]), None
