@@ -51,7 +51,7 @@ def _cuda_serves(u: Tensor, weight: Tensor | None) -> Verdict:
     if u.device.type != "cuda":
         return False, f"the input capsules are on {u.device}, not on a CUDA device"
     can, why = _ops.cuda_library()
-    return (can, why) if not can else _cuda_fits(u, weight)
+    return _cuda_fits(u, weight) if can else (can, why)
 
 
 def _cuda_fits(u: Tensor, weight: Tensor | None) -> Verdict:
@@ -60,12 +60,14 @@ def _cuda_fits(u: Tensor, weight: Tensor | None) -> Verdict:
     J of a weight [O, D] is not known here.
     """
     most = 64 if u.dtype == torch.float64 else 128
-    features = u.shape[-1:] if weight is None else weight.shape[-2:] if weight.dim() < 4 else weight.shape[-2:-1]
+    if weight is None:
+        lead, indices, features = u.shape[:-3], u.shape[-3:-1], u.shape[-1:]  # *; I, J; O
+    else:
+        lead, indices = u.shape[:-2], (*u.shape[-2:], *weight.shape[-3:-2])  # *; I, D, J
+        features = weight.shape[-2:-1] if weight.dim() == 4 else weight.shape[-2:]  # O, and D of a shared weight
     if max(features) > most:
         return False, f"its kernels take O, and D of a shared weight, up to {most} in {u.dtype}, got {max(features)}"
-    batch = math.prod(u.shape[:-3] if weight is None else u.shape[:-2])
-    others = u.shape[-3:-1] if weight is None else (*u.shape[-2:], *weight.shape[-3:-2])  # I, D and J
-    for size in (batch, *others):
+    for size in (math.prod(lead), *indices):
         if _checks.is_known(size > 2**30):
             return False, f"its kernels take B, I, D and J up to 2^30, got {size}"
     return True, "C++ kernels for CUDA"
@@ -143,9 +145,7 @@ def choose(name: str, u: Tensor, weight: Tensor | None) -> Backend:
                 return backend
             refused += f"; not {candidate}: {why}"
     check_name(name)
-    can, why = BACKENDS[name].serves(u, weight)
-    if reference_alone:
-        can, why = False, reference_alone
+    can, why = (False, reference_alone) if reference_alone else BACKENDS[name].serves(u, weight)
     if not can:
         raise RuntimeError(f'backend="{name}" cannot serve this call: {why}')
     return BACKENDS[name]
