@@ -114,7 +114,7 @@ class Capsule {
 
   // to[b, j, o] = scale_b column, dense, in the type of To
   template <class To>
-  CAPSROUTE_DEVICE void write(To* to, const A* column, const A* scale) const {
+  CAPSROUTE_DEVICE void write(To* to, const A* column, const A* scale = nullptr) const {
     for (int e = thread_index(); e < kLanes * p_.O; e += thread_count()) {
       const int n = e / int(p_.O), o = e % int(p_.O);
       const int64_t b = tile * kLanes + n;
@@ -238,7 +238,7 @@ CAPSROUTE_DEVICE void finish_pass(const Finish<X>& a, int64_t pass, int64_t tile
       s[column_at(o, lane)] += capsule.bias(o);
     CAPSROUTE_SYNC();
   }
-  if (a.s && kept >= 0) capsule.write(a.s + kept * p.B * p.J * p.O, s, static_cast<const A*>(nullptr));
+  if (a.s && kept >= 0) capsule.write(a.s + kept * p.B * p.J * p.O, s);
   if (!a.v) return;
   capsule.squash_scale(s);
   if (pass == p.R - 1) {

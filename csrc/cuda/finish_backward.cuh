@@ -172,7 +172,7 @@ CAPSROUTE_DEVICE void finish_backward(const FinishBackward<X>& a, int64_t tile, 
   }
   CAPSROUTE_SYNC();
   if (!a.dV) {
-    capsule.write(a.dquery, capsule.first, static_cast<const A*>(nullptr));
+    capsule.write(a.dquery, capsule.first);
     return;
   }
   read_s(a, capsule, capsule.second, a.pass - 1);
