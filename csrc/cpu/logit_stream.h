@@ -84,7 +84,7 @@ class LogitStream {
 
   void finish(const Tile& tile, int64_t step) {
     const int64_t k = p_.R - step, sums = layout_.sums(), outputs = layout_.outputs();
-    A *s = s_ + tile.slot * outputs, *v = of_tile(v_, tile, layout_.outputs());
+    A *s = s_ + tile.slot * outputs, *v = of_tile(v_, tile, outputs);
     for (int64_t n = 0; n < tile.count; ++n) {
       const A *moved = total(tile, n), *coupled = moved + sums;
       if (p_.over_inputs && plan_.logits_move) correct_sums(tile, n, k, s);
@@ -150,15 +150,14 @@ class LogitStream {
   void group_of_samples(const Tile& tile, int64_t step, int64_t group, A* to,
                         const typename Stream<X>::Scratch& scratch) const {
     const int64_t k = p_.R - step, rows = layout_.sums(), stride = plan_.terms * rows;
+    const bool queried = plan_.queried(k), kept = plan_.keep_pairs && queried;
+    const int64_t next = kept ? kept_.block_pairs() : layout_.lanes();  // from one input capsule's db to that after it
     stream_.begin_group(tile, group, step == 0, scratch);
     for (int64_t m = 0; m < tile.count; m += L<A>) {
       const int64_t n = tile.first + m, count = minimum(L<A>, tile.count - m);
-      if (plan_.queried(k)) to_lanes(kept_.row(n, plan_.q(k - 1)), stride, count, rows, scratch.q);
+      if (queried) to_lanes(kept_.row(n, plan_.q(k - 1)), stride, count, rows, scratch.q);
       to_lanes(kept_.row(n, plan_.e(k)), stride, count, rows, scratch.e);
       scratch.sums.clear();
-      const bool queried = plan_.queried(k), kept = plan_.keep_pairs && queried;
-      const int64_t next =
-          kept ? kept_.block_pairs() : layout_.lanes();  // from one input capsule's db to that after it
       auto pairs_of = [&](int64_t i) { return kept ? kept_.pair_of_samples(n, i) : nullptr; };
       auto visit = [&](int64_t i, int64_t l, const auto& block, const A* q, const A* e) {
         A *c = p_slot(pairs_of(i), k, scratch), *db = db_slot(pairs_of(i - l), k, scratch) + l * next;
