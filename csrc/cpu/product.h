@@ -108,7 +108,8 @@ CAPSROUTE_INLINE void apply_turned_panel(const X* w, int64_t w_stride, const Ter
     }
 }
 
-// What of D terms is no multiple of kTurned is turned with those before it, of which `over` are there already.
+// The last terms of D, fewer than kTurned: they are turned together with those before them, so that it is kTurned, of
+// which the first, `over` many, are in y already.
 template <int N, class X, class A, class Count>
 CAPSROUTE_INLINE void add_turned_rest(const X* w, int64_t w_stride, const Term<X>* const* x, int64_t D, A* const* y,
                                       int64_t f, Count count) {

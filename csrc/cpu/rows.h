@@ -13,8 +13,8 @@ constexpr int64_t kGroupWeight = int64_t(512) << 10;
 // the second-level cache.
 constexpr int64_t kPartWeight = int64_t(256) << 10, kFewestVectors = 8;
 
-// Up to L input capsules of one sample. Lanes past them and masked ones are not live: these have rows of zeros, those
-// none.
+// Up to L input capsules of one sample. Lanes that are masked, or past the last one, are not live: the former have rows
+// of zeros, the latter have no rows.
 template <class A>
 struct Block {
   const A* rows;  // h_ij[f] at rows[l * row + j * column + f]
@@ -377,9 +377,9 @@ class Rows {
   // Forbidden pairs couple with 0, but 0 * NaN is NaN: their rows must be zeros.
   void clear_forbidden(Block<A>& block, A* staged) const {
     if (layout_.shared) {
-      bool zeros_do = true;  // what lies between rows may be anything
-      for (int64_t l = 0; l < block.count; ++l) zeros_do = zeros_do && finite(staged + l * layout_.row, layout_.F);
-      if (zeros_do) return;
+      bool all_finite = true;  // then 0 times a row is 0; row by row, as what lies between them may be anything
+      for (int64_t l = 0; l < block.count; ++l) all_finite = all_finite && finite(staged + l * layout_.row, layout_.F);
+      if (all_finite) return;
       spread(block, staged);
     }
     for (int64_t j = 0; j < p_.J; ++j)
@@ -396,8 +396,8 @@ class Rows {
     }
   }
 
-  // One row for every j, in place of one for all. Rows go to where those before them do not lie; one may lie over
-  // itself.
+  // One row for every j, in place of one for all: from the last on, so that no row is overwritten before it is moved; a
+  // row and the place that it goes to may overlap.
   void spread(Block<A>& block, A* staged) const {
     if (p_.J == 1) return;
     block.row = p_.J * layout_.F, block.column = layout_.F;

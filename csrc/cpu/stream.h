@@ -248,7 +248,7 @@ class Stream {
         for (int64_t m = 0; m < tile.count; m += kSamples) visit(m, minimum(kSamples, tile.count - m), i0, f);
   }
 
-  // The same where no weight is read: sample by sample, so that what one is compared with, and its sums, stay near.
+  // The same where no weight is read: sample by sample, so that a sample's query and sums stay in the cache.
   template <class Visit>
   void for_rows(const Tile& tile, int64_t group, const Scratch& scratch, const Visit& visit) const {
     const int64_t start = group * kGroup, end = minimum(p.I, start + kGroup);

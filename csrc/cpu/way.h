@@ -15,11 +15,12 @@ constexpr int64_t kKeptVotes = int64_t(6) << 20;
 // votes may take this. It pays where shuffles of vectors are dear and registers many, which is AVX-512.
 constexpr int64_t kNearVotes = int64_t(16) << 10;
 constexpr bool kWide = CAPSROUTE_VECTOR_BYTES == 64;
-// There votes of L samples are kept while they take no more than kKeptForTerm for each of the D terms that one is made
-// of. Failing that, a lane is a feature all the same, and the votes of kSamples are kept, where they and the weight,
-// which is read for so few, stay in a third-level cache, and each weight W_i has numbers enough to be worth shuffles:
-// up to kKeptOfTile, and three quarters of them at least. Else votes are made anew: without shuffles that is cheaper
-// than to read them from farther away.
+// There one of three ways is taken, the first that fits:
+//   votes of L samples are kept, if they take no more than kKeptForTerm for each of the D terms that one is made of;
+//   a lane is a feature all the same, and the votes of kSamples are kept, up to kKeptOfTile: if that is at least three
+//   quarters of them, the weight, which is read for so few samples then, stays in a third-level cache, and each W_i has
+//   numbers enough to be worth shuffles;
+//   votes are made anew: without shuffles that is cheaper than to read them from farther away.
 constexpr int64_t kKeptForTerm = int64_t(96) << 10, kKeptOfTile = int64_t(7) << 19, kNearWeight = int64_t(12) << 20;
 constexpr int64_t kLargeWeight = 512;
 // Of a batch of up to kSamples as many are kept as fit into this: all the weight would be read again for these alone.

@@ -44,8 +44,8 @@ class Weights {
     whole = std::is_same_v<X, A> && !as_read;
   }
 
-  // W_i of a pair's weight, for so many products in turn, or, if its features are rows, so many that turn them: as it
-  // lies, or brought into order `there`, where it may be already.
+  // W_i of a pair's weight: as it lies, or brought into order at `there`, where it may be already. That depends on how
+  // many products read it in turn; if its features are rows, on how many of them would turn these (`turns`).
   Matrix<X> of(int64_t i, int64_t products, int64_t turns, X* there, bool is_there) const {
     if (!as_read) return {in_order(i), layout_.sums(), layout_.sums()};
     if (lies_in_rows() ? products <= kFewProducts : turns <= kFewProducts && lies_turned()) return as_it_lies(i);
