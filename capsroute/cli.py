@@ -19,7 +19,8 @@ DEMO_ACCURACY = 0.985  # that the demo must reach on the test split
 
 # What the package raises for what a user can put right.
 EXPECTED = (ImportError, OSError, ValueError, FloatingPointError, torch.OutOfMemoryError)
-NO_MEMORY = ("allocate memory", "no memory for")  # on a CPU torch has no class of its own for that
+# On a CPU torch has no class of its own for that.
+NO_MEMORY = ("allocate memory", "no memory for", "size calculation overflowed")
 INTERRUPTED, UNREAD = 130, 141  # as a shell reports SIGINT and SIGPIPE
 
 

@@ -48,7 +48,8 @@ inline ScalarType accumulation_type(const Tensor& x) {
 // Strides of the last dimensions of x, from place `at` on; 0 where x has size 1 and so broadcasts.
 inline Array array_of(const Tensor& x, int at = 0) {
   Array array;
-  array.data = x.const_data_ptr();
+  array.data = x.const_data_ptr();  // null would say that there is none
+  STD_TORCH_CHECK(array.data || x.numel() == 0, "capsroute: a tensor has no memory; its storage was resized to 0");
   const auto sizes = x.sizes(), strides = x.strides();
   for (int64_t d = 0; d < x.dim(); ++d) array.stride[at + d] = sizes[d] == 1 ? 0 : strides[d];
   return array;
@@ -247,7 +248,9 @@ struct Gradients {
     auto saved = [&](const Tensor& x, int64_t count) {
       return x.scalar_type() == accumulation_type(like) && x.numel() == count && x.is_contiguous();
     };
-    STD_TORCH_CHECK(saved(s, p.R * p.B * p.J * p.O) && (!p.over_inputs || saved(norm, 2 * p.R * p.B * p.J)),
+    const double numbers = double(p.R) * double(p.B) * double(p.J) * double(p.O);
+    STD_TORCH_CHECK(numbers < double(1LL << 50) && saved(s, p.R * p.B * p.J * p.O) &&
+                        (!p.over_inputs || saved(norm, 2 * p.R * p.B * p.J)),
                     "capsroute: s and norm must be what the forward saved");
     if (p.B == 0) {  // sums over no samples
       for (Tensor* x : {&weight, &third, &logits}) torch::stable::zero_(*x);

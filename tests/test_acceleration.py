@@ -393,7 +393,9 @@ def test_torch_rechubs_linear_must_stay_a_product(change):
         layer.linear.register_forward_hook(lambda *_: None)
     else:
         layer.linear.__class__ = Wrapped
-    with pytest.raises(RuntimeError, match=r"swapped this CapsuleNetwork, but now its linear is not, or not only, a pro"):
+    with pytest.raises(
+        RuntimeError, match=r"swapped this CapsuleNetwork, but now its linear is not, or not only, a pro"
+    ):
         layer(torch.randn(3, 9, 8), MASKS["some"])
     acceleration.restore(layer)
     reason = capsroute.accelerate(layer, quiet=True).entries[0].reason
@@ -615,7 +617,6 @@ def test_what_cannot_be_probed_yet_says_what_to_do_first():
     pruned, parametrized, locked, inner = DenseCapsule(), DenseCapsule(), DenseCapsule(), rechub(1)
     torch.nn.utils.prune.l1_unstructured(pruned, "weight", 0.5)
     torch.nn.utils.prune.l1_unstructured(inner.linear, "weight", 0.5)
-    locked.register_forward_hook(lambda *_, lock=threading.Lock(): None)
     locked.lock = threading.Lock()
     torch.nn.utils.parametrizations.weight_norm(parametrized)
     for layer, reason in (

@@ -79,6 +79,19 @@ def test_zooms_and_shears_go_as_far_as_they_may():
 # Overlapping digits
 
 
+def test_a_shear_with_a_rotation_keeps_areas():
+    linear = draw(rotation=40, shear=30)[:, :, :2]
+    torch.testing.assert_close(torch.linalg.det(linear), torch.ones(200))
+    torch.testing.assert_close(linear[:, :, 0].norm(dim=1), torch.ones(200))
+
+
+def test_zeros_come_in():
+    maps = draw(shift=0.25)
+    moved = warp(torch.ones(200, 1, 8, 8), maps)
+    left = 1 - maps[:, :, 2].abs() / 2  # of the width and height
+    torch.testing.assert_close(moved.mean((1, 2, 3)), left.prod(1), rtol=0, atol=0.02)
+
+
 def test_the_canvas_is_the_papers_for_mnist():
     assert overlap.canvas((1, 28, 28)) == (1, 36, 36)
     assert overlap.canvas((1, 8, 8)) == (1, 10, 10)

@@ -268,6 +268,29 @@ def test_leak_takes_all_of_a_forbidden_row(backend):
     assert all(x.isfinite().all() for x in problem.gradients(backend).values())
 
 
+@pytest.mark.parametrize("forbid", [False, True])
+def test_agreements_beyond_all_numbers_are_nan_whatever_another_input_may_not(cpu, forbid):
+    """Logits that are all -inf by overflow are not a row that is forbidden."""
+    problem = random_problem((1, 2, 3, 2, 1), form="votes", dtype=torch.float32, logits="BIJ", query="BJO")
+    problem.tensors["votes"][0, 0], problem.tensors["query"][:] = 1e30, -1e30
+    problem.tensors["logits"][0, 1, 0] = -INF if forbid else 0
+    for backend in ("reference", cpu):
+        s, c = problem.run(backend, return_coupling=True)
+        assert c[0, 0].isnan().all()
+        assert s.isnan().all()
+
+
+@with_coupling
+@pytest.mark.parametrize("shape", ["BIJ", "B1J", "J"])
+def test_a_gradient_of_nan_reaches_logits_of_any_shape(backend, coupling, shape):
+    problem = random_problem((2, 3, 4, 2, 5), logits=shape, coupling=coupling)
+    problem.tensors["u"][0, 0, 0] = NAN
+    grad = problem.gradients(backend)["logits"]
+    assert grad.isnan().any(-1).flatten()[0]
+    if shape != "J":
+        assert not grad[1].isnan().any()
+
+
 @pytest.mark.parametrize("leaky", [False, True])
 def test_the_maximum_is_subtracted_before_exp(backend, leaky):
     problem = random_problem((3, 9, 3, 5, 5), bias=True, logits="BIJ", dtype=torch.float32, leaky=leaky)

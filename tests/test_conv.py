@@ -474,6 +474,12 @@ def test_wrong_masks_are_named():
         make(CapsuleConvTranspose2d, {"kernel_size": 1, "padding": (0, 3)})(x)
 
 
+@pytest.mark.parametrize("kind", [CapsuleConv2d, CapsuleConvTranspose2d])
+def test_a_backend_that_is_named_is_asked(kind):
+    with pytest.raises(RuntimeError, match='backend="cuda" cannot serve this call: the input capsules are on cpu'):
+        kind(2, 3, 4, 5, 3, backend="cuda")(torch.randn(1, 5, 5, 2, 3))
+
+
 def test_layers_show_themselves():
     shown = repr(CapsuleConv2d(2, 3, 4, 5, 3, 2, 1, bias=True))
     assert shown.startswith(

@@ -296,6 +296,18 @@ def test_a_palette_decides_whether_an_image_is_grey(tmp_path, colour, channels):
     assert values == ([70] if channels == 1 else [70, 71])
 
 
+def test_what_would_be_lost_of_a_folder_is_an_error(tmp_path):
+    for name in ("a", "b"):
+        make_images(tmp_path / name, 5, (9, 8, 7, 255), mode="RGBA")  # opaque
+    assert data.load(tmp_path).train.images.unique().tolist() == [7, 8, 9]
+    make_images(tmp_path / "b", 1, (0, 0, 0, 254), mode="RGBA")
+    with pytest.raises(DataError, match=r"b/0.png has transparent pixels: put it on a background first"):
+        data.load(tmp_path)
+    make_images(tmp_path / "b" / "more", 1, (0, 0, 0))
+    with pytest.raises(DataError, match=r"b, the folder of a class, must hold no folders, got more"):
+        data.load(tmp_path)
+
+
 def test_images_of_one_size_are_not_resized():
     assert data.load(image_size=8).image_shape == (1, 8, 8)
     with pytest.raises(DataError, match=r"^image_size .* images of folders only, but the digits are 8 x 8, got 16"):

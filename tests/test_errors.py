@@ -237,6 +237,15 @@ def test_a_wrong_option_is_not_taken_for_a_right_one_that_equals_it(right, wrong
         function(**arguments, **wrong)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias", "mask"])
+def test_a_tensor_whose_memory_was_released_is_not_taken_for_none(cpu, name):
+    arguments = {"u": torch.randn(2, 6, 4), "weight": torch.randn(6, 3, 8, 4), "bias": torch.randn(3, 8)}
+    arguments["mask"] = torch.ones(2, 6, dtype=torch.bool)
+    arguments[name].untyped_storage().resize_(0)  # as FSDP does with parameters
+    with pytest.raises(RuntimeError, match="a tensor has no memory; its storage was resized to 0"):
+        capsroute.capsule_linear(**arguments, backend=cpu)
+
+
 def test_what_is_remembered_of_arguments_is_bounded():
     for batch in range(functional._MOST_SIZES + 10):
         capsroute.dynamic_routing(torch.ones(1, 1, 1).expand(batch, 1, 1, 1), 1)

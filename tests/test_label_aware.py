@@ -97,6 +97,8 @@ def test_attention_refuses_wrong_arguments():
     assert LabelAwareAttention(10**400).power == math.inf
     with pytest.raises(ValueError, match=r"power must be at least 1, got 0.5"):
         LabelAwareAttention(0.5)
+    with pytest.raises(ValueError, match=r"power must be at least 1, got -1000"):
+        LabelAwareAttention(-(10**400))
     with pytest.raises(TypeError, match="power must be a float, got str"):
         LabelAwareAttention("inf")
     with pytest.raises(ValueError, match=r"label must be on the device of the input capsules, .*, got meta"):

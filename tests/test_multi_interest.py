@@ -603,3 +603,15 @@ def test_one_traced_graph_takes_histories_of_any_length(name):
 def test_a_program_keeps_no_generator():
     with pytest.raises(ValueError, match="generator must be None in an exported program, which would keep it"):
         torch.export.export(layer().train(), (histories().detach(),), {"generator": torch.Generator()})
+
+
+def test_a_mask_that_broadcasts_counts_every_click():
+    module, u = layer(adaptive=True), histories()
+    assert torch.equal(module(u, mask=torch.ones(BATCH, 1, dtype=torch.bool)), module(u))
+
+
+@pytest.mark.parametrize("options", [{}, {"squash_power": 0.5}, {"cosine_scale": 2.0}])
+def test_a_backend_that_is_named_is_asked(options):
+    module, u = layer(backend="cuda", **options), histories()
+    with pytest.raises(RuntimeError, match='backend="cuda" cannot serve this call: the input capsules are on cpu'):
+        module(u)

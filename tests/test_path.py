@@ -301,6 +301,14 @@ def test_the_backward_of_a_few_samples_makes_no_votes():
     assert operations(five, path, True) == 2 * 35 * five.votes
 
 
+def test_operations_where_the_coupling_is_made_anew():
+    """The votes once more, and two agreements: 2 (8 + 2 * 2) for each vote."""
+    case = CASES["mnist"]
+    path = planned_for(case, backward=True)
+    anew, kept = (operations(case, path._replace(keeps_pairs=keeps), True) for keeps in (False, True))
+    assert anew - kept == 2 * 12 * case.votes
+
+
 def test_operations_where_some_votes_are_kept():
     """Half of the votes are made twice, the first time as a sum, and half three times: 2 (2.5 x 8 + 4)."""
     case = CASES["cifar10"]._replace(batch=1, inputs=2 * 19648)

@@ -57,10 +57,28 @@ def test_the_noise_of_what_was_saved_counts():
     assert not regression.changes(before, now)[0].slower
 
 
+def test_passes_are_compared_each_with_its_own():
+    def both(forward, backward):
+        report = saved(fused=forward)
+        (row,) = saved(fused=backward)["results"]
+        report["results"].append({**row, "pass": "forward + backward"})
+        return report
+
+    forward, backward = regression.changes(both(1.0, 3.0), both(1.5, 3.0))
+    assert (forward.label, forward.slower) == ("mnist-1, forward", True)
+    assert (backward.label, backward.slower) == ("mnist-1, forward + backward", False)
+
+
 def test_a_twentieth_more_memory_is_no_regression():
     before, now = saved(fused=1.0), saved(fused=1.0)
     before["results"][0]["peak_bytes"], now["results"][0]["peak_bytes"] = 100 * 2**20, 105 * 2**20
     assert not regression.changes(before, now)[0].larger
+
+
+def test_a_fifth_more_memory_is_a_regression():
+    before, now = saved(fused=1.0), saved(fused=1.0)
+    before["results"][0]["peak_bytes"], now["results"][0]["peak_bytes"] = 100 * 2**20, 120 * 2**20
+    assert regression.changes(before, now)[0].larger
 
 
 def test_memory_that_grows_from_nothing_is_a_regression():
@@ -73,6 +91,14 @@ def test_memory_that_grows_from_nothing_is_a_regression():
     assert not regression.changes(before, now)[0].larger
     before["results"][0]["peak_bytes"] = None
     assert not regression.changes(before, now)[0].larger
+
+
+def test_what_a_comparison_leaves_out_is_said():
+    base, now = saved(fused=1.0, reference=2.0), saved(fused=1.0, reference=2.0)
+    assert regression.unlike(base, now) == []
+    now["results"] += [{**row, "pass": "forward + backward"} for row in now["results"]]
+    now["machine"]["torch"], base["machine"]["torch"] = "2.14", "2.13"
+    assert regression.unlike(base, now) == ["not in it: mnist-1, forward + backward", "another torch: 2.13, now 2.14"]
 
 
 def test_reports_that_cannot_be_compared_are_refused(tmp_path):

@@ -84,13 +84,36 @@ def test_resume_begins_a_run_only_if_something_says_which(capsys, monkeypatch, m
 def test_a_run_is_not_overwritten_by_one_that_cannot_begin(capsys, mnist_dir, run_dir, words, message):
     shutil.copytree(run_dir, mnist_dir / "run")
     for prefix in ("train", "t10k"):
-        (mnist_dir / f"{prefix}-labels-idx1-ubyte").write_bytes(bytes((0, 0, 8, 1, 0, 0, 0, 12)) + bytes(12))
+        (mnist_dir / f"{prefix}-labels-idx1-ubyte").write_bytes(bytes((0, 0, 8, 1, 0, 0, 0, 12)) + bytes((0, 1) * 6))
     argv = ("train", "--out", mnist_dir / "run", "--overwrite", "--data-dir", mnist_dir, *TINY, *words)
     status, _, err = run(capsys, *argv)
     assert status == 2
     assert message in err
     names = [MODEL, HISTORY, TRAINING]
     assert filecmp.cmpfiles(mnist_dir / "run", run_dir, names, shallow=False) == (names, [], [])
+
+
+def test_a_run_that_was_to_be_replaced_is_not_what_to_resume(capsys, monkeypatch, mnist_dir, run_dir):
+    shutil.copytree(run_dir, mnist_dir / "a run")
+    argv = ("train", "--out", mnist_dir / "a run", "--data-dir", mnist_dir, *TINY, "--overwrite")
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "train_epoch", interrupt)
+        status, _, err = run(capsys, *argv)
+    assert (status, err) == (130, "capsroute train: error: interrupted\n")
+    status, out, _ = run(capsys, *argv)
+    assert status == 0
+    assert f"look at it with: capsroute report '{mnist_dir / 'a run'}'" in out
+
+
+def test_a_network_is_not_judged_by_classes_of_other_names(capsys, mnist_dir):
+    path = mnist_dir / "run" / MODEL
+    run(capsys, "train", "--out", path.parent, "--data-dir", mnist_dir, *TINY)
+    assert run(capsys, "eval", path, "--data-dir", mnist_dir)[0] == 0
+    net, model, info = checkpoint.load(path)
+    checkpoint.save(path, checkpoint.Checkpoint(net, model, {**info, "class_names": ["0", "1", "wolf"]}))
+    status, _, err = run(capsys, "eval", path, "--data-dir", mnist_dir)
+    assert status == 2
+    assert f"{path} calls class 2 wolf, idx:{mnist_dir.name} 2: they must be called alike" in err
 
 
 def test_a_resumed_run_computes_as_before_and_goes_on_logging(capsys, monkeypatch, tmp_path):

@@ -210,7 +210,10 @@ def _conclude(args: argparse.Namespace, report: dict, base: dict | None) -> int:
     if changes:
         say(args, f"\nAgainst {args.compare}, beside the other implementations:")
         say(args, "\n".join(f"- {change.describe()}" for change in changes))
-    emit(args, {**report, "changes": [change._asdict() for change in changes]})
+    unlike = regression.unlike(base, report)
+    for words in unlike:
+        say(args, f"- {words}")
+    emit(args, {**report, "changes": [change._asdict() for change in changes], "unlike": unlike})
     return int(any(change.slower or change.larger for change in changes))
 
 

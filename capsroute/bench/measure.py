@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import re
+import signal
 import statistics
 import sys
 import time
@@ -134,8 +135,14 @@ def in_fresh_process(function: Callable[..., T], *args: object) -> T:
     Raises:
         concurrent.futures.process.BrokenProcessPool: if the process is killed, for example when memory runs out.
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
         return pool.submit(function, *args).result()
+
+
+def _end_with_parent() -> None:
+    """On Linux: a worker waits for work for ever if its parent is ended by a signal."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def with_memory(result: Result, weigh: Callable[..., int], *args: object) -> Result:

@@ -55,7 +55,7 @@ def load(path: Path) -> dict:
         _rows(report), report["dtype"], report["machine"]["threads"]  # all that is read of it
     except KeyError as error:
         raise ValueError(f"{path} is not what `capsroute bench --save` writes: it lacks {error}") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not what `capsroute bench --save` writes: {error}") from error
     return report
 
@@ -89,6 +89,18 @@ def changes(base: dict, report: dict) -> list[Change]:
     check(base, report["dtype"], report["machine"]["threads"], now, first)
     shared = [key for key, rows in now.items() if first in rows and first in before.get(key, {})]
     return [_change(f"{case.title}, {label}", first, before[case, label], now[case, label]) for case, label in shared]
+
+
+def unlike(base: dict, report: dict) -> list[str]:
+    """What keeps a comparison from telling all: cases that the base lacks, and what else is not as it was."""
+    before, first = _rows(base), report["results"][0]["name"]
+    lacks = [f"{case.title}, {label}" for case, label in _rows(report) if first not in before.get((case, label), {})]
+    found = [f"not in it: {name}" for name in lacks]
+    for name in ("machine", "gpu", "fused", "torch", "compiler"):
+        was, is_now = base["machine"].get(name), report["machine"].get(name)
+        if was != is_now:
+            found.append(f"another {name}: {was}, now {is_now}")
+    return found
 
 
 def _rows(report: dict) -> dict[tuple[Case, str], dict[str, Result]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from .._console import add_backend, checked_backend, complain, emit, given_path, number, say
@@ -64,6 +65,8 @@ def write_report(
     """
     disagreement = None
     check_libraries()  # before anything takes long
+    if not os.access(run_dir, os.W_OK):
+        raise PermissionError(f"the report is written to {run_dir}, which cannot be written to")
     with alone_in(run_dir):
         loaded, dataset = load_run(args, run_dir, backend)
         options = loaded.options
@@ -105,5 +108,7 @@ def _history(run_dir: Path) -> tuple[list[Epoch], int]:
         return epochs, best
     except FileNotFoundError:
         return [], 0
-    except (ValueError, LookupError, TypeError) as error:
+    except LookupError as error:
+        raise CheckpointError(f"{path} is not the history of a run: it lacks {error}") from error
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is not the history of a run: {error}") from error

@@ -72,7 +72,8 @@ def _add_scale(drawn, axes, heat, *, cut: bool) -> None:
     """What the colours mean; `cut` where some shares are below the last of them."""
     most = heat.norm.vmax
     ticks = [most**power for power in (-1, -0.5, 0, 0.5, 1)]
-    words = {"format": "{x:.2f}" if most < 2 else "{x:.2g}", "extend": "min" if cut else "neither"}
+    fine = "{x:.3f}" if most < 1.03 else "{x:.2f}"  # so that no two ticks are called alike
+    words = {"format": fine if most < 2 else "{x:.2g}", "extend": "min" if cut else "neither"}
     bar = drawn.colorbar(heat, ax=axes, location="bottom", ticks=ticks, shrink=0.8, aspect=40, **words)
     bar.ax.xaxis.set_minor_locator(optional("matplotlib.ticker").NullLocator())
     bar.set_label("coupling, as a multiple of an even share 1/J")

@@ -7,6 +7,7 @@ import datetime
 import os
 import time
 from pathlib import Path
+from shlex import quote
 
 from .._console import add_backend, checked_backend, emit, given_path, number, say
 from . import checkpoint, data, distributed
@@ -124,15 +125,26 @@ def train(args: argparse.Namespace) -> int:
             f"{args.out} holds no run to resume; to start one, name images or options, such as --data-dir or --epochs"
         )
     dataset, source = load_data(args, known and known.source)
+    old = _written(args.out) if args.overwrite else None
     try:
         result = train_as_asked(args, dataset, source, known, resume=args.resume, overwrite=args.overwrite)
     except KeyboardInterrupt:
-        if not (args.out / TRAINING).exists():
+        if _written(args.out) == old:  # nothing of this run
             raise
-        raise KeyboardInterrupt(f"resume with: capsroute train --out {args.out} --resume") from None
-    say(args, f"wrote {args.out}; look at it with: capsroute report {args.out}")
+        raise KeyboardInterrupt(f"resume with: {_resume(args.out)}") from None
+    say(args, f"wrote {args.out}; look at it with: capsroute report {quote(str(args.out))}")
     emit(args, result)
     return 0
+
+
+def _written(run_dir: Path) -> int | None:
+    """When the training in a directory was written, in ns."""
+    path = run_dir / TRAINING
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _resume(run_dir: Path) -> str:
+    return f"capsroute train --out {quote(str(run_dir))} --resume"
 
 
 def _given(args: argparse.Namespace) -> dict:
@@ -214,9 +226,7 @@ def load_run(args: argparse.Namespace, run_dir: Path, backend: str) -> tuple[che
     """
     path = run_dir / MODEL if run_dir.is_dir() else run_dir
     if not path.exists() and (run_dir / TRAINING).exists():
-        raise RunError(
-            f"the training in {run_dir} is not finished; resume with: capsroute train --out {run_dir} --resume"
-        )
+        raise RunError(f"the training in {run_dir} is not finished; resume with: {_resume(run_dir)}")
     loaded = checkpoint.load(path, backend=backend)
     dataset, _ = load_data(args, source_of(path, loaded.info))
     try:
@@ -229,6 +239,10 @@ def load_run(args: argparse.Namespace, run_dir: Path, backend: str) -> tuple[che
         raise ValueError(
             f"{path} is for images {expected[0]} of {expected[1]} classes, {dataset.name} has {found[0]} of {found[1]}"
         )
+    own, names = loaded.info.get("class_names"), list(dataset.class_names)
+    if args.data_dir and own not in (None, names):
+        j = next((j for j, (one, other) in enumerate(zip(own, names, strict=False)) if one != other), 0)
+        raise ValueError(f"{path} calls class {j} {own[j]}, {dataset.name} {names[j]}: they must be called alike")
     known = loaded.info.get("checksum")  # none in a file that checkpoint.save wrote by itself
     if not args.data_dir and known not in (None, dataset.checksum()):
         raise ValueError(f"{dataset.name}: these are not the images that {path} was trained on: give --data-dir")

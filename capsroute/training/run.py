@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from .._console import rank
-from .._files import remove_unfinished, write_atomically
+from .._files import remove_unfinished, unfinished, write_atomically
 from .._optional import optional
 from ..nn import CapsNet
 from . import distributed, overlap
@@ -135,7 +135,7 @@ def run_training(
         backend: of the routing.
         device: to train on.
         resume: go on with the run in `run_dir` after its last whole epoch, if there is one.
-        overwrite: start anew, whatever is in `run_dir`; the old run is left alone until the new one can begin.
+        overwrite: start anew, whatever is in `run_dir`; the old run is left alone until the new one has made a step.
         tensorboard: also log to `run_dir/tensorboard`.
         source: where the images came from, and whatever else :func:`stored` should return with the run. None: the
             resumed run's.
@@ -168,7 +168,7 @@ def run_training(
             training = Training.begin(model, options, backend, device)
         share = stack.enter_context(distributed.processes(device))
         stack.callback(training.leave_processes)
-        keep = partial(save_training, run_dir / TRAINING, info={**info, "source": source}) if writes else None
+        keep = partial(save_training, training=training, info={**info, "source": source}) if writes else None
         _train(
             run_dir, training, splits, share, keep, replaces=bool(found) and overwrite, log=tensorboard, on_step=on_step
         )
@@ -180,30 +180,41 @@ def _train(
     training: Training,
     splits: tuple[Split, Split],
     share: Share,
-    keep: Callable[[Training], None] | None,
+    keep: Callable[[Path], None] | None,
     *,
     replaces: bool,
     log: bool,
     on_step: OnStep,
 ) -> None:
     """The epochs that are left, shown, and kept and logged by the process that is given what keeps them."""
-    train, held_out = splits
+    path, (train, held_out) = run_dir / TRAINING, splits
     steps_per_epoch(len(train), training.options.batch_size, share.count)  # can all processes train?
     with ExitStack() as stack:
         show = stack.enter_context(progress(training, len(train), share))
-        after_epoch = [lambda training: show.epoch(training.history)]
+        after_step, after_epoch = [on_step, show.step], [lambda training: show.epoch(training.history)]
         old_logs = logs_in(run_dir / LOGS)
         if keep:
             if log:
                 after_epoch.append(stack.enter_context(tensorboard_log(run_dir / LOGS, len(training.history))))
-            keep(training)  # --resume is to find this run, whatever becomes of the first epoch
-            after_epoch.append(keep)
+            # --resume is to find this run, whatever becomes of the first epoch: but not a run that could make no step
+            # in the place of one that could
+            begun = unfinished(path) if replaces else path
+            keep(begun)
             if replaces:
-                _remove_results(run_dir, old_logs)
+                stack.callback(begun.unlink, missing_ok=True)
+                after_step.append(lambda **_: _replace(run_dir, begun, old_logs))
+            after_epoch.append(lambda _: keep(path))
         while not training.finished:
-            train_epoch(training, train, held_out, share=share, on_step=_each(on_step, show.step))
+            train_epoch(training, train, held_out, share=share, on_step=_each(*after_step))
             for call in after_epoch:
                 call(training)
+
+
+def _replace(run_dir: Path, begun: Path, old_logs: Collection[Path]) -> None:
+    """Put the training that has begun in the place of an older run, unless it is there."""
+    if begun.exists():
+        os.replace(begun, run_dir / TRAINING)
+        _remove_results(run_dir, old_logs)
 
 
 @contextmanager
@@ -254,14 +265,13 @@ def _check_same(run_dir: Path, training: Training, info: dict, asked: dict) -> N
     """That the network, options and images of a training in a directory are those asked for."""
     images = {name: info.get(name) for name in ("dataset", "checksum")}
     if images["checksum"] != asked["checksum"]:
-        raise RunError(
-            f"{run_dir} holds a run that was trained on other images, {images['dataset']}, than you asked for, "
-            f"{asked['dataset']}"
-        )
+        same = images["dataset"] == asked["dataset"]
+        are = "are there now" if same else f"you asked for, {asked['dataset']}"
+        raise RunError(f"{run_dir} holds a run that was trained on other images, {images['dataset']}, than {are}")
     images["dataset"] = asked["dataset"]  # whatever their directory is called now
     known = {**training.model, **training.options._asdict(), **images}
     asked, known = json.loads(json.dumps([asked, known]))  # tuples are lists in a file
-    for name in sorted({*asked, *known}):
+    for name in sorted({*asked, *known}, key=lambda name: (name in ("image_shape", "classes"), name)):  # they follow
         if asked.get(name) != known.get(name):
             raise RunError(
                 f"{run_dir} holds a run with {name} = {known.get(name)}, but you asked for {name} = {asked.get(name)}"

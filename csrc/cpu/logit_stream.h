@@ -207,7 +207,7 @@ class LogitStream {
       for (int64_t f = j * layout_.F; f < (j + 1) * layout_.F; f += L<A>)
         store(sums + f, load(sums + f) - rounded<A>(x[j] * load(coupled + f)));  // as db_ij h_ij are
     fold_sum(kept_.mean_error(tile.first + n, k), x, pad<A>(p_.J), true);
-    set_zero(x, pad<A>(p_.J));
+    for (int64_t j = 0; j < pad<A>(p_.J); j += L<A>) store(x + j, load(x + j) - load(x + j));  // 0, or NaN as it was
   }
 
   // s^k - bias = sum over i of p^k_ij h_ij

@@ -32,6 +32,18 @@ CAPSROUTE_INLINE Vec<A> logit_of(const Lanes block, const A* q, int64_t j, Size 
   return block.forbids ? (prior == all(kForbidden<A>) ? prior : logit) : logit;
 }
 
+// The lanes whose pairs are all forbidden. Logits that are all -inf do not say so: agreements may overflow to that.
+template <class Lanes>
+CAPSROUTE_INLINE auto forbids_all(const Lanes block, int64_t J) {
+  using A = std::remove_cvref_t<decltype(*block.prior)>;
+  Vec<A> highest = all(kForbidden<A>);
+  for (int64_t j = 0; j < J; ++j) {
+    const Vec<A> prior = load(block.prior + j * L<A>);
+    highest = prior == all(kForbidden<A>) ? highest : prior;
+  }
+  return highest == all(kForbidden<A>);
+}
+
 // The coupling of a pass that couples all j alike.
 template <class A>
 CAPSROUTE_INLINE A equal_share(int64_t J, bool leaky) {
@@ -55,7 +67,7 @@ void couple(const Lanes block, const A* q, int64_t J, Size F, bool leaky, A* c, 
     store(c + j * L<A>, logit);
   }
   if (logits) __builtin_memcpy(logits, c, J * L<A> * sizeof(A));
-  if (block.forbids) highest = highest == kForbidden<A> ? all<A>(0) : highest;
+  if (block.forbids) highest = forbids_all(block, J) ? all<A>(0) : highest;
   Vec<A> sum = leaky ? exp_negative<A>(-highest) : all<A>(0);
   for (int64_t j = 0; j < J; ++j) {
     const Vec<A> share = exp_negative<A>(load(c + j * L<A>) - highest);

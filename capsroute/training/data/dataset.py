@@ -78,8 +78,8 @@ def make_dataset(
     """A dataset, checked; without names the classes are called by their numbers, up to the largest label.
 
     Raises:
-        DataError: if a split is empty or not what :class:`Split` says, a label has no class, or the splits do not
-            fit each other.
+        DataError: if a split is empty or not what :class:`Split` says, a label has no class, there is one class
+            alone, or the splits do not fit each other.
     """
     splits = {"training": train, "testing": test} | ({} if validation is None else {"validation": validation})
     for title, split in splits.items():
@@ -90,6 +90,8 @@ def make_dataset(
     most = max(int(split.labels.max()) for split in splits.values())
     if class_names is None:
         class_names = [str(j) for j in range(1 + most)]
+    if len(class_names) < 2:
+        raise DataError(f"{name} must have images of two classes or more, got the labels 0 alone")
     if most >= len(class_names):
         raise DataError(f"labels of {name} must be below {len(class_names)}, one for each class name, got {most}")
     return Dataset(name, train, test, tuple(class_names), validation)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..._optional import optional
 from .dataset import DataError, Dataset, Split, hold_out, make_dataset
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 GREY_MODES = {"1", "L", "LA"}  # of Pillow
 PALETTE_MODES = {"P", "PA"}  # grey or not: the palette decides
 DEEP_MODES = ("I", "F")  # "I;16" too: Pillow would clip them to 8 bits
@@ -70,6 +70,11 @@ def _list(folder: Path) -> tuple[list[str], dict[Path, int]]:
     for label, name in enumerate(class_names):
         if label not in found:
             raise DataError(f"{folder / name}, the folder of a class, holds no images ({kinds})")
+        inner = [path.name for path in (folder / name).iterdir() if path.is_dir() and not path.name.startswith(".")]
+        if inner:
+            raise DataError(
+                f"{folder / name}, the folder of a class, must hold no folders, got {', '.join(sorted(inner))}"
+            )
     if len(class_names) < 2:
         raise DataError(f"{folder} must hold a folder of images for each class, got {' '.join(class_names) or 'none'}")
     return class_names, files
@@ -92,10 +97,12 @@ def _read(paths: list[Path], image_size: int | None) -> Tensor:
             with pil.open(path) as file:
                 if file.mode.startswith(DEEP_MODES):
                     raise DataError(f"{path} must have 8 bits a channel, got Pillow's mode {file.mode}")
+                if file.has_transparency_data and file.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+                    raise DataError(f"{path} has transparent pixels: put it on a background first")
                 image = file.convert("L" if is_grey(file) else "RGB")
         except DataError:
             raise
-        except (OSError, ValueError, SyntaxError, pil.DecompressionBombError) as error:
+        except Exception as error:  # Pillow has no end of them for broken files
             raise DataError(f"{path} cannot be read as an image: {error}") from error
         opened.append(image.resize((image_size, image_size)) if image_size else image)
         if opened[-1].size != opened[0].size:

@@ -20,7 +20,12 @@ TRAIN, TEST = ("train",), ("t10k", "test")
 
 def has_idx_files(data_dir: Path) -> bool:
     """Whether the directory holds images in IDX files."""
-    return any(data_dir.glob("*-images*idx3-ubyte*"))
+    return any(_files(data_dir, "*-images*idx3-ubyte*"))
+
+
+def _files(data_dir: Path, pattern: str) -> list[Path]:
+    """Neither folders, into which some archives are unpacked, nor the `._` files of macOS."""
+    return sorted(path for path in data_dir.glob(pattern) if path.is_file() and not path.name.startswith("."))
 
 
 def idx_files(data_dir: Path) -> Dataset:
@@ -74,7 +79,7 @@ def _split(data_dir: Path, prefixes: tuple[str, ...]) -> Split | None:
     """The images and labels under one of the prefixes; None if there are no such images."""
     found: dict[str, Path] = {}
     for prefix in prefixes:
-        for path in sorted(data_dir.glob(f"*{prefix}-images*idx3-ubyte*")):  # "NAME" comes before "NAME.gz"
+        for path in _files(data_dir, f"*{prefix}-images*idx3-ubyte*"):  # "NAME" comes before "NAME.gz"
             found.setdefault(path.name.removesuffix(".gz"), path)
     if not found:
         return None
