@@ -42,9 +42,9 @@ class Tuning:
         forward, backward: warps of a program at most, and numbers of each array of a tile that a thread holds, in a
             stream. Forward holds V, s, the votes and temporaries: 16 warps leave 128 registers, of which 4 x 16 are
             half; 32 numbers in 8 warps spilled on sm_90. Backward holds V, ds, two sums and the votes, so half as many
-            numbers. Of 16 in 8 warps W_id would have a number for each thread: Triton lays it out as it is read, the
-            votes likewise, and shares out u and the sums over features by shuffles and barriers, 1098 instructions for
-            a sample and an input capsule of MNIST on sm_90, and not 287.
+            numbers: in 16 warps of 8, not in 8 of 16, where W_id has a number for each thread, and Triton shares out u
+            and the sums over features by shuffles and barriers: 1098 instructions for a sample and an input capsule of
+            MNIST on sm_90 instead of 287.
         loaded: instead of `forward` where a stream reads a mask or statistics, or keeps maxima. With prior logits,
             whose addresses take registers, half the warps have twice the numbers.
         between: likewise, between two streams, and where one launch makes the streams and what runs between them.

@@ -76,8 +76,8 @@ def _share(agreement: Tensor, power: float) -> Tensor:
         return torch.zeros_like(agreement).scatter(-1, agreement.argmax(-1, keepdim=True), 1)
     if power == 1:
         return torch.softmax(agreement, -1)
-    # a^p = m^p (a / m)^p for every m. With m = |a| of the nearest, or 1, neither factor need be beyond a softmax:
-    # where they are cut off, the nearest has all, and all others nothing, as it should be.
+    # a^p = m^p (a / m)^p for every m. With m = |a| of the nearest, or 1, neither factor grows beyond what a softmax can
+    # tell apart: where they are cut off, the nearest has all and the others nothing, as without a cut.
     m = agreement.detach().amax(-1, keepdim=True).abs().clamp_min(1)
     ratio = (agreement / m).clamp_min(-(1e8 ** (1 / power)))
     away_from_0 = ratio.abs().clamp_min(torch.finfo(ratio.dtype).tiny)  # so that |r|^(p-1) has a derivative

@@ -247,13 +247,9 @@ class MultiInterest(WeightOwner):
         return torch.where(logits == -torch.inf, -torch.inf, self.cosine_scale * cosine)
 
     def extra_repr(self) -> str:
-        return (
-            f"length={self.length}, in_features={self.in_features}, interests={self.interests}, "
-            f"out_features={self.out_features}, iterations={self.iterations}, shared={self.shared!r}, "
-            f"prior={self.prior!r}, prior_std={self.prior_std}, adaptive={self.adaptive}, "
-            f"coupling={self.coupling!r}, cosine_scale={self.cosine_scale}, squash_power={self.squash_power}, "
-            f"detach_coupling={self.detach_coupling}, eps={self.eps}, backend={self.backend!r}"
-        )
+        names = "length", "in_features", "interests", "out_features", "iterations", "shared", "prior", "prior_std"
+        names += "adaptive", "coupling", "cosine_scale", "squash_power", "detach_coupling", "eps", "backend"
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
 def active_interests(lengths: Tensor, interests: int) -> Tensor:
