@@ -18,23 +18,18 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         OSError: with the name of the file, if it cannot be written.
     """
     path = Path(path)
-    part = unfinished(path)
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.unfinished")  # of this call alone
     try:
-        with open(part, "xb") as file:
+        with open(unfinished, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # else a crash could leave the new name with none of its data
-        os.replace(part, path)
+        os.replace(unfinished, path)
     except OSError as error:  # itself of the unfinished file, or of none where the disk is full
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         with suppress(OSError):
-            part.unlink()
-
-
-def unfinished(path: Path) -> Path:
-    """A name of the caller's own, beside a file, for what is to become that file."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.unfinished")
+            unfinished.unlink()
 
 
 def remove_unfinished(path: Path) -> None:

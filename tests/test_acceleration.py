@@ -150,20 +150,20 @@ def detached_routing(votes: torch.Tensor, passes: int, dtype: torch.dtype) -> to
 
 
 class DenseCapsule(nn.Module):
-    def __init__(self):
+    def __init__(self, sizes=(4, 6, 5, 3)):  # J, I, O, D
         super().__init__()
         self.routings = 3
-        self.weight = nn.Parameter(torch.randn(4, 6, 5, 3))
+        self.weight = nn.Parameter(torch.randn(sizes))
 
     def forward(self, x):
         return detached_routing(torch.einsum("bid,jiod->bjio", x, self.weight), self.routings, x.dtype)
 
 
 class RoutingCapsules(nn.Module):
-    def __init__(self):
+    def __init__(self, sizes=(4, 6, 5, 3)):
         super().__init__()
         self.num_routing = 2
-        self.W = nn.Parameter(torch.randn(1, 4, 6, 5, 3))
+        self.W = nn.Parameter(torch.randn(1, *sizes))
 
     def forward(self, x):
         return detached_routing((self.W @ x[:, None, :, :, None]).squeeze(-1), self.num_routing, x.dtype)
@@ -187,6 +187,14 @@ def test_snippets_are_swapped(make):
     expected = results(layer, x)
     assert capsroute.accelerate(layer, quiet=True).entries[0].swapped
     assert_close(results(layer, x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("make", [DenseCapsule, RoutingCapsules])
+@pytest.mark.parametrize("sizes", [(7, 9, 2, 4), (32, 8, 8, 4), (1, 4, 4, 4), (21, 16, 4, 4)], ids=str)
+def test_no_epsilon_in_squash_is_no_reason(make, sizes, dtype):
+    (entry,) = capsroute.accelerate(make(sizes).to(dtype), quiet=True).entries
+    assert entry.swapped, entry.reason
 
 
 # Never by the class's name alone
@@ -375,7 +383,7 @@ def test_a_layer_is_pruned_after_the_swap():
     assert_close(fused, layer(u))
 
 
-@pytest.mark.parametrize("change", ["prune", "bias", "hook", "wrap"])
+@pytest.mark.parametrize("change", ["prune", "bias", "hook", "wrap", "forward"])
 def test_torch_rechubs_linear_must_stay_a_product(change):
     """The fused forward reads its weight, and does not call it."""
 
@@ -391,6 +399,8 @@ def test_torch_rechubs_linear_must_stay_a_product(change):
         layer.linear.bias = nn.Parameter(torch.ones(len(layer.linear.weight)))
     elif change == "hook":
         layer.linear.register_forward_hook(lambda *_: None)
+    elif change == "forward":
+        layer.linear.forward = lambda x: x @ (2 * layer.linear.weight.T)
     else:
         layer.linear.__class__ = Wrapped
     with pytest.raises(
@@ -442,7 +452,7 @@ def test_torch_rechub_without_a_pass_is_left_alone():
 class Edited(nn.Module):
     """A copy of DenseCapsule as people edit them."""
 
-    eps, device = 0.0, torch.device("cpu")
+    eps, device = 0.0, "cpu"
 
     def __init__(self, inputs=7):
         super().__init__()
@@ -589,7 +599,7 @@ def test_what_the_fused_forward_does_not_read_must_stay(edited):
 
 
 def test_a_layer_may_be_moved(edited):
-    edited.device = "cpu"  # as some layers must be told
+    edited.device = torch.device("cpu")  # as some layers must be told
     edited(torch.randn(2, 7, 5))
 
 

@@ -16,13 +16,14 @@ import torch
 
 from capsroute.nn import CapsNet
 from capsroute.training import checkpoint, data
+from capsroute.training import run as training_run
 from capsroute.training.checkpoint import (
     Checkpoint,
     CheckpointError,
     load,
     load_training,
+    pack_training,
     save,
-    save_training,
 )
 from capsroute.training.options import TrainingOptions
 from capsroute.training.run import MODEL, TRAINING, Run, run_training
@@ -62,7 +63,7 @@ def begun() -> Training:
 @pytest.fixture
 def saved_training(tmp_path, begun) -> Path:
     path = tmp_path / TRAINING
-    save_training(path, begun, {"dataset": "few"})
+    path.write_bytes(pack_training(begun, {"dataset": "few"}))
     return path
 
 
@@ -77,7 +78,7 @@ def test_an_epoch_in_which_each_step_overflowed(tmp_path, amp):
     if amp == "off":
         training.optimizer.state.clear()
     assert not training.optimizer.state
-    save_training(tmp_path / TRAINING, training, {})
+    (tmp_path / TRAINING).write_bytes(pack_training(training, {}))
     if amp == "float16":
         assert len(load_training(tmp_path / TRAINING)[0].history) == 1
     else:
@@ -273,7 +274,7 @@ def test_a_training_that_lacks_something_is_an_error(saved_training, change, mes
     tensors, stored = checkpoint._read(saved_training, "training")
     change(tensors)
     stored = {name: value for name, value in stored.items() if name not in ("version", "kind")}
-    checkpoint._write(saved_training, "training", tensors, stored)
+    saved_training.write_bytes(checkpoint._pack("training", tensors, stored))
     with pytest.raises(CheckpointError, match=message):
         load_training(saved_training)
 
@@ -282,7 +283,7 @@ def test_the_options_of_a_training_are_checked(saved_training):
     tensors, stored = checkpoint._read(saved_training, "training")
     stored = {name: value for name, value in stored.items() if name not in ("version", "kind")}
     stored["options"]["batch_size"] = 0
-    checkpoint._write(saved_training, "training", tensors, stored)
+    saved_training.write_bytes(checkpoint._pack("training", tensors, stored))
     with pytest.raises(CheckpointError, match="batch_size must be at least 1"):
         load_training(saved_training)
 
@@ -316,7 +317,7 @@ def train_until_killed(run_dir: Path, begun, kill_at: str) -> None:
             if kill_at in ("fsync", "replace"):
                 setattr(os, kill_at, die)
             elif kill_at == "write":
-                checkpoint.write_atomically = write_half
+                training_run.write_atomically = write_half
 
     def write_half(path: Path, content: bytes) -> None:
         path = Path(path)

@@ -310,15 +310,16 @@ def test_random_numbers_do_not_depend_on_what_was_drawn_before(capsys, words, se
     torch.testing.assert_close(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(seed)))
 
 
-def test_too_little_memory_is_told_in_one_line(capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("size", "words"), [((2**62,), "memory"), ((2**62, 2**62), "overflowed")])
+def test_too_little_memory_is_told_in_one_line(capsys, monkeypatch, tmp_path, size, words):
     def fail(*_, **__):
-        torch.empty(2**62, dtype=torch.uint8)
+        torch.empty(size, dtype=torch.uint8)
 
     monkeypatch.setattr(training_cli, "run_training", fail)
     status, _, err = run(capsys, "train", "--out", tmp_path / "run", *TINY)
     assert status == 2
     assert err.startswith("capsroute train: error: ")
-    assert "memory" in err
+    assert words in err
     assert err.count("\n") == 1
 
 

@@ -177,6 +177,12 @@ def test_a_bad_idx_file_is_named(mnist_dir, name, content, message):
     assert mnist_dir.name in str(error.value)
 
 
+def test_neither_folders_nor_hidden_files_are_a_data_set(mnist_dir):
+    (mnist_dir / "unpacked-train-images-idx3-ubyte").mkdir()
+    (mnist_dir / "._train-images-idx3-ubyte").write_bytes(b"of macOS")
+    assert len(data.load(mnist_dir).train) > 0
+
+
 def test_a_gzip_file_with_broken_values_is_named(mnist_dir):
     path = mnist_dir / "t10k-images-idx3-ubyte.gz"
     content = bytearray(path.read_bytes())
@@ -300,11 +306,21 @@ def test_what_would_be_lost_of_a_folder_is_an_error(tmp_path):
     for name in ("a", "b"):
         make_images(tmp_path / name, 5, (9, 8, 7, 255), mode="RGBA")  # opaque
     assert data.load(tmp_path).train.images.unique().tolist() == [7, 8, 9]
+    (tmp_path / "a" / "0.png").rename(tmp_path / "a" / "0.JFIF")
+    assert len(data.load(tmp_path).train) == 8
     make_images(tmp_path / "b", 1, (0, 0, 0, 254), mode="RGBA")
     with pytest.raises(DataError, match=r"b/0.png has transparent pixels: put it on a background first"):
         data.load(tmp_path)
     make_images(tmp_path / "b" / "more", 1, (0, 0, 0))
     with pytest.raises(DataError, match=r"b, the folder of a class, must hold no folders, got more"):
+        data.load(tmp_path)
+
+
+def test_whatever_pillow_raises_names_the_file(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        make_images(tmp_path / name, 5, 0, mode="L")
+    monkeypatch.setattr("PIL.Image.Image.convert", lambda *_: len(1.5))
+    with pytest.raises(DataError, match=r"a/0.png cannot be read as an image: object of type 'float' has no len"):
         data.load(tmp_path)
 
 

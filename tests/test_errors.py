@@ -259,6 +259,13 @@ def test_what_is_remembered_of_arguments_stays_bounded_when_threads_add_at_once(
     assert len(functional._sizes) == 1
 
 
+def test_what_was_saved_must_be_there_however_many_numbers_it_has(cpu):
+    none, votes = torch.zeros(0), torch.zeros(()).expand(1, 1, 2**30, 16)
+    options = 2**30, False, False, 1e-9, False, False, False, False, False  # R J O is 2^64, which 64 bits take for 0
+    with pytest.raises(RuntimeError, match="s and norm must be what the forward saved"):
+        torch.ops.capsroute.route_backward(votes[0], none, none, none, votes, None, None, None, None, *options)
+
+
 def test_sizes_that_would_overflow_are_an_error_also_where_there_is_no_input_capsule():
     u, weight = torch.empty(1, 0, 2**57), torch.zeros(()).expand(1, 1, 2**57)
     with pytest.raises(RuntimeError, match=r"B I D J O must be less than 2\^50"):

@@ -99,6 +99,8 @@ def test_what_a_comparison_leaves_out_is_said():
     now["results"] += [{**row, "pass": "forward + backward"} for row in now["results"]]
     now["machine"]["torch"], base["machine"]["torch"] = "2.14", "2.13"
     assert regression.unlike(base, now) == ["not in it: mnist-1, forward + backward", "another torch: 2.13, now 2.14"]
+    now["results"][0]["seconds"] = None
+    assert regression.unlike(base, now)[0] == "not measured now: mnist-1, forward"
 
 
 def test_reports_that_cannot_be_compared_are_refused(tmp_path):

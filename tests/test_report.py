@@ -5,6 +5,7 @@ import functools
 import html.parser
 import http.server
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -180,12 +181,23 @@ def build_net(run_dir):
     return load(run_dir / "model.safetensors").net
 
 
-def test_a_report_needs_no_more_than_the_options(alone, digits):
+def test_a_report_needs_no_more_than_the_options(alone, digits, capsys):
     assert report_on(alone, digits, "--no-speed") == 0
     epoch = {"train": {"loss": 1.0, "accuracy": 0.5}, "held_out": {"loss": 1.0, "accuracy": 0.5}, "seconds": 1.0}
     for epochs, best, status in (([], 1, 2), ([epoch], 0, 2), ([epoch], 1, 0)):
         (alone / "history.json").write_text(json.dumps({"epochs": epochs, "best_epoch": best}))
         assert report_on(alone, digits, "--no-speed") == status
+    (alone / "history.json").write_text(json.dumps({"epochs": []}))
+    capsys.readouterr()
+    assert report_on(alone, digits, "--no-speed") == 2
+    assert "history.json is not the history of a run: it lacks 'best_epoch'" in capsys.readouterr().err
+
+
+def test_a_directory_that_cannot_be_written_to_is_told_at_once(alone, digits, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    monkeypatch.setattr(build, "judge", None)
+    assert report_on(alone, digits, "--no-speed") == 2
+    assert f"the report is written to {alone}, which cannot be written to" in capsys.readouterr().err
 
 
 def test_json_holds_what_the_page_shows(run_dir, digits, tmp_path, capsys):
@@ -404,6 +416,14 @@ def test_shares_far_below_an_even_one_are_told_apart(digits, monkeypatch, least,
     heat = coupling.coupling(None, digits.test.images[0], [0], digits.class_names).axes[1].images[0]
     assert (heat.norm.vmin, heat.norm.vmax) == pytest.approx((1 / expected, expected))
     assert heat.norm(heat.get_array())[0, 0] == pytest.approx(0, abs=1e-6)  # the last colour, not none
+
+
+def test_no_two_ticks_are_called_alike(digits, monkeypatch):
+    monkeypatch.setattr(coupling, "coupling_by_pass", lambda *_: (torch.ones(1, 2, 2, 10), torch.ones(1, 10)))
+    figure = coupling.coupling(None, digits.test.images[0], [0], digits.class_names)
+    figure.canvas.draw()
+    words = [tick.get_text() for tick in figure.axes[-1].get_xticklabels()]
+    assert len(set(words)) == len(words) == 5
 
 
 def test_the_words_say_no_more_than_the_figures(digits):

@@ -159,7 +159,7 @@ def forge(run_dir, **changes):
     content["options"] |= changes
     content["info"]["source"] = source
     del content["version"], content["kind"]
-    checkpoint._write(run_dir / TRAINING, "training", tensors, content)
+    (run_dir / TRAINING).write_bytes(checkpoint._pack("training", tensors, content))
 
 
 @pytest.mark.parametrize(

@@ -395,7 +395,7 @@ def test_a_run_is_not_overwritten_by_accident(few, tmp_path):
     first = run_training(tmp_path, few, SMALL, FAST._replace(epochs=1))
     with pytest.raises(RunError, match="already holds a run: give --resume to go on with it, or --overwrite to"):
         run_training(tmp_path, few, SMALL, FAST)
-    again = run_training(tmp_path, few, SMALL, FAST._replace(epochs=1, seed=1), overwrite=True)
+    again = run_training(tmp_path, few, SMALL, FAST._replace(epochs=1, seed=1), overwrite=True, tensorboard=True)
     assert again.test.loss != first.test.loss
     (tmp_path / "report").mkdir()
     for name in ("report/curves.png", "report.html", "mine.txt"):
@@ -408,8 +408,9 @@ def test_a_run_is_not_overwritten_by_accident(few, tmp_path):
             if step == last:
                 raise KeyboardInterrupt
 
+        options = FAST._replace(seed=5)
         with pytest.raises(KeyboardInterrupt):
-            run_training(tmp_path, few, SMALL, FAST._replace(seed=5), overwrite=True, on_step=stop)
+            run_training(tmp_path, few, SMALL, options, overwrite=True, tensorboard=True, on_step=stop)
 
     stop_in(1)  # a run that has made no step replaces none
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
@@ -505,7 +506,7 @@ def test_a_network_that_fails_on_the_test_split_alone_is_not_kept(few, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {TRAINING}
 
 
-@pytest.mark.parametrize("change", ["option", "model", "images"])
+@pytest.mark.parametrize("change", ["option", "model", "overlap", "images"])
 def test_only_the_same_run_is_resumed(few, tmp_path, change):
     run_training(tmp_path, few, SMALL, FAST._replace(epochs=1))
     dataset, model, options = few, SMALL, FAST._replace(epochs=1)
@@ -513,6 +514,12 @@ def test_only_the_same_run_is_resumed(few, tmp_path, change):
         options, message = options._replace(rotation=5.0), "a run with rotation = 0.0, but you asked for rotation = 5.0"
     elif change == "model":
         model, message = {**SMALL, "types": 3}, "a run with types = 2, but you asked for types = 3"
+    elif change == "overlap":  # of which the shape of the images follows
+        model, options, message = (
+            PAIRS,
+            options._replace(overlap=True),
+            "with overlap = False, but you asked for overlap",
+        )
     else:
         dataset = few._replace(test=few.test[:63])
         message = "was trained on other images, digits, than are there now"

@@ -85,8 +85,8 @@ def _rechub_refuses(self: nn.Module) -> str | None:
 
 def _is_a_matrix(linear: nn.Module) -> bool:
     hooks = *linear._forward_pre_hooks, *linear._forward_hooks, *linear._backward_pre_hooks, *linear._backward_hooks
-    multiplies = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward and linear.bias is None
-    return multiplies and not hooks
+    own = type(linear).forward is not nn.Linear.forward or "forward" in vars(linear)
+    return isinstance(linear, nn.Linear) and linear.bias is None and not own and not hooks
 
 
 RECHUB = Recipe("torch_rechub.basic.layers.CapsuleNetwork", _rechub_forward, _rechub_probe, _rechub_refuses, True)

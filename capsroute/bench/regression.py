@@ -52,7 +52,7 @@ def load(path: Path) -> dict:
         report = json.loads(path.read_text())
         if report["command"] != "bench":
             raise ValueError(f"it is of the command {report['command']}")
-        _rows(report), report["dtype"], report["machine"]["threads"]  # all that is read of it
+        _rows(report), report["dtype"], report["machine"]["threads"]  # without which nothing is compared
     except KeyError as error:
         raise ValueError(f"{path} is not what `capsroute bench --save` writes: it lacks {error}") from error
     except (ValueError, TypeError, RecursionError) as error:
@@ -93,9 +93,12 @@ def changes(base: dict, report: dict) -> list[Change]:
 
 def unlike(base: dict, report: dict) -> list[str]:
     """What keeps a comparison from telling all: cases that the base lacks, and what else is not as it was."""
-    before, first = _rows(base), report["results"][0]["name"]
-    lacks = [f"{case.title}, {label}" for case, label in _rows(report) if first not in before.get((case, label), {})]
-    found = [f"not in it: {name}" for name in lacks]
+    before, now, first = _rows(base), _rows(report), report["results"][0]["name"]
+    asked = dict.fromkeys((Case(**row["case"]), row["pass"]) for row in report["results"])
+    found = []
+    for key in asked:
+        lacks = [where for where, rows in (("in it", before), ("measured now", now)) if first not in rows.get(key, {})]
+        found += [f"not {where}: {key[0].title}, {key[1]}" for where in lacks]
     for name in ("machine", "gpu", "fused", "torch", "compiler"):
         was, is_now = base["machine"].get(name), report["machine"].get(name)
         if was != is_now:

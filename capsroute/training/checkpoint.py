@@ -51,7 +51,8 @@ class Checkpoint(NamedTuple):
 
 def save(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write a network; a reader sees the old file or the whole new one, also after a crash."""
-    _write(path, "model", checkpoint.net.state_dict(), {"model": checkpoint.model, "info": checkpoint.info})
+    content = {"model": checkpoint.model, "info": checkpoint.info}
+    write_atomically(path, _pack("model", checkpoint.net.state_dict(), content))
 
 
 def load(path: str | Path, *, backend: str = "auto") -> Checkpoint:
@@ -68,11 +69,10 @@ def load(path: str | Path, *, backend: str = "auto") -> Checkpoint:
         raise _misfit(path, error) from error
 
 
-def save_training(path: str | Path, training: Training, info: dict) -> None:
-    """Write a training, so that it can go on as if it had not been interrupted.
+def pack_training(training: Training, info: dict) -> bytes:
+    """A training as a file, from which it can go on as if it had not been interrupted.
 
     Args:
-        path: the file.
         training: after some whole epochs.
         info: what to check before it goes on; JSON must be able to hold it.
     """
@@ -88,13 +88,13 @@ def save_training(path: str | Path, training: Training, info: dict) -> None:
         "history": history_to_json(training.history),
         "info": info,
     }
-    _write(path, "training", tensors, content)
+    return _pack("training", tensors, content)
 
 
 def load_training(
     path: str | Path, *, backend: str = "auto", device: torch.device | str = "cpu"
 ) -> tuple[Training, dict]:
-    """The training in a file that :func:`save_training` wrote, and its info.
+    """The training in a file that :func:`pack_training` made, and its info.
 
     Raises:
         CheckpointError: if the file is cut off, not such a checkpoint, or does not fit its own configuration.
@@ -145,10 +145,10 @@ def history_from_json(epochs: list[dict]) -> list[Epoch]:
     return [Epoch(Score(**e["train"]), Score(**e["held_out"]), float(e["seconds"])) for e in epochs]
 
 
-def _write(path: str | Path, kind: str, tensors: dict[str, Tensor], content: dict) -> None:
+def _pack(kind: str, tensors: dict[str, Tensor], content: dict) -> bytes:
     metadata = {KEY: json.dumps({"version": VERSION, "kind": kind, **content})}
     contiguous = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    write_atomically(path, optional("safetensors.torch").save(contiguous, metadata))
+    return optional("safetensors.torch").save(contiguous, metadata)
 
 
 def _read(path: str | Path, kind: str, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict]:

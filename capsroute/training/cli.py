@@ -240,9 +240,12 @@ def load_run(args: argparse.Namespace, run_dir: Path, backend: str) -> tuple[che
             f"{path} is for images {expected[0]} of {expected[1]} classes, {dataset.name} has {found[0]} of {found[1]}"
         )
     own, names = loaded.info.get("class_names"), list(dataset.class_names)
-    if args.data_dir and own not in (None, names):
-        j = next((j for j, (one, other) in enumerate(zip(own, names, strict=False)) if one != other), 0)
-        raise ValueError(f"{path} calls class {j} {own[j]}, {dataset.name} {names[j]}: they must be called alike")
+    if args.data_dir and own is not None:
+        if not isinstance(own, list) or len(own) != len(names):
+            raise checkpoint.CheckpointError(f"{path} does not say what its {len(names)} classes are called: {own!r}")
+        for j, (one, other) in enumerate(zip(own, names, strict=True)):
+            if one != other:
+                raise ValueError(f"{path} calls class {j} {one}, {dataset.name} {other}: they must be called alike")
     known = loaded.info.get("checksum")  # none in a file that checkpoint.save wrote by itself
     if not args.data_dir and known not in (None, dataset.checksum()):
         raise ValueError(f"{dataset.name}: these are not the images that {path} was trained on: give --data-dir")

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from .._console import rank
-from .._files import remove_unfinished, unfinished, write_atomically
+from .._files import remove_unfinished, write_atomically
 from .._optional import optional
 from ..nn import CapsNet
 from . import distributed, overlap
@@ -28,8 +28,8 @@ from .checkpoint import (
     history_to_json,
     load_configuration,
     load_training,
+    pack_training,
     save,
-    save_training,
 )
 from .data import Dataset, Split, hold_out
 from .options import TrainingOptions
@@ -168,9 +168,9 @@ def run_training(
             training = Training.begin(model, options, backend, device)
         share = stack.enter_context(distributed.processes(device))
         stack.callback(training.leave_processes)
-        keep = partial(save_training, training=training, info={**info, "source": source}) if writes else None
+        pack = partial(pack_training, training, {**info, "source": source}) if writes else None
         _train(
-            run_dir, training, splits, share, keep, replaces=bool(found) and overwrite, log=tensorboard, on_step=on_step
+            run_dir, training, splits, share, pack, replaces=bool(found) and overwrite, log=tensorboard, on_step=on_step
         )
         return _finish(run_dir, training, dataset, source, share, writes)
 
@@ -180,41 +180,45 @@ def _train(
     training: Training,
     splits: tuple[Split, Split],
     share: Share,
-    keep: Callable[[Path], None] | None,
+    pack: Callable[[], bytes] | None,
     *,
     replaces: bool,
     log: bool,
     on_step: OnStep,
 ) -> None:
-    """The epochs that are left, shown, and kept and logged by the process that is given what keeps them."""
+    """The epochs that are left, shown, and kept and logged by the process that is given what packs them."""
     path, (train, held_out) = run_dir / TRAINING, splits
     steps_per_epoch(len(train), training.options.batch_size, share.count)  # can all processes train?
     with ExitStack() as stack:
         show = stack.enter_context(progress(training, len(train), share))
         after_step, after_epoch = [on_step, show.step], [lambda training: show.epoch(training.history)]
         old_logs = logs_in(run_dir / LOGS)
-        if keep:
+        if pack:
             if log:
                 after_epoch.append(stack.enter_context(tensorboard_log(run_dir / LOGS, len(training.history))))
-            # --resume is to find this run, whatever becomes of the first epoch: but not a run that could make no step
-            # in the place of one that could
-            begun = unfinished(path) if replaces else path
-            keep(begun)
+            # --resume is to find this run, whatever becomes of the first epoch; but one that can make no step is to
+            # replace none
             if replaces:
-                stack.callback(begun.unlink, missing_ok=True)
-                after_step.append(lambda **_: _replace(run_dir, begun, old_logs))
-            after_epoch.append(lambda _: keep(path))
+                after_step.append(_replacing(run_dir, pack(), old_logs))
+            else:
+                write_atomically(path, pack())
+            after_epoch.append(lambda _: write_atomically(path, pack()))
         while not training.finished:
             train_epoch(training, train, held_out, share=share, on_step=_each(*after_step))
             for call in after_epoch:
                 call(training)
 
 
-def _replace(run_dir: Path, begun: Path, old_logs: Collection[Path]) -> None:
-    """Put the training that has begun in the place of an older run, unless it is there."""
-    if begun.exists():
-        os.replace(begun, run_dir / TRAINING)
-        _remove_results(run_dir, old_logs)
+def _replacing(run_dir: Path, begun: bytes, old_logs: Collection[Path]) -> OnStep:
+    """What puts a training in the place of an older run, as it was before the first step, after that."""
+    left = [begun]
+
+    def replace(**_) -> None:
+        if left:
+            write_atomically(run_dir / TRAINING, left.pop())
+            _remove_results(run_dir, old_logs)
+
+    return replace
 
 
 @contextmanager

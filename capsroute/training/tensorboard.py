@@ -26,12 +26,14 @@ def tensorboard_log(log_dir: Path, epochs: int) -> Iterator[Callable[[Training],
         epochs: how many are done; what an interrupted run has logged beyond them is dropped.
     """
     optional("tensorboard", extra="tensorboard")  # torch's own error does not say what to install
-    writer = optional("torch.utils.tensorboard").SummaryWriter(
-        str(log_dir), purge_step=epochs + 1, filename_suffix=SUFFIX
-    )
+    make = optional("torch.utils.tensorboard").SummaryWriter
+    writers = []  # one, once it has something to say: its first words drop what was logged before
 
     def log(training: Training) -> None:
         epoch, number = training.history[-1], len(training.history)
+        if not writers:
+            writers.append(make(str(log_dir), purge_step=epochs + 1, filename_suffix=SUFFIX))
+        (writer,) = writers
         for split, score in (("training", epoch.train), (training.options.held_out, epoch.held_out)):
             writer.add_scalar(f"loss/{split}", score.loss, number)
             writer.add_scalar(f"accuracy/{split}", score.accuracy, number)
@@ -42,4 +44,5 @@ def tensorboard_log(log_dir: Path, epochs: int) -> Iterator[Callable[[Training],
     try:
         yield log
     finally:
-        writer.close()
+        for writer in writers:
+            writer.close()

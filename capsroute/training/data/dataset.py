@@ -91,7 +91,7 @@ def make_dataset(
     if class_names is None:
         class_names = [str(j) for j in range(1 + most)]
     if len(class_names) < 2:
-        raise DataError(f"{name} must have images of two classes or more, got the labels 0 alone")
+        raise DataError(f"{name} must have images of two classes or more, got {', '.join(class_names) or 'none'}")
     if most >= len(class_names):
         raise DataError(f"labels of {name} must be below {len(class_names)}, one for each class name, got {most}")
     return Dataset(name, train, test, tuple(class_names), validation)
