@@ -246,7 +246,9 @@ def _probes(layer: nn.Module) -> list[Probe]:
     return [Probe(*each, low) for each in itertools.product(modes, (False, True) if low else (False,), PROBES)]
 
 
-def _compared(layer, recipe: Recipe, probe: Probe, read: set[str], known: set[str], devices: list[int]) -> str | None:
+def _compared(
+    layer: nn.Module, recipe: Recipe, probe: Probe, read: set[str], known: set[str], devices: list[int]
+) -> str | None:
     """Where the two differ in one probe, or None; and the names that they read, as above."""
     training, wide, seed, low = probe
     rough = low and not wide
