@@ -402,6 +402,14 @@ def test_a_step_up_is_told_from_a_tile_that_is_not_full():
     assert sweep.rows(curve).endswith("beyond what a tile that is not full explains: at 9 (1.36x)\n")
 
 
+@pytest.mark.parametrize("by_samples", [False, True])
+def test_a_tile_of_a_sweep_is_what_shares_a_load_or_a_vector(monkeypatch, by_samples):
+    path = planned_for(CASES["mnist"])._replace(by_samples=by_samples)
+    monkeypatch.setattr(sweep, "path_of", lambda *_: path)
+    tiles = [sweep._tile(None, axis, False) for axis in ("batch", "inputs", "outputs")]
+    assert tiles == [16 if by_samples else 4, 16, 1]
+
+
 @pytest.mark.parametrize("axis", sweep.MOST)
 def test_a_sweep_goes_to_the_end_by_the_borders_of_tiles(axis):
     found = sweep.sizes(axis)

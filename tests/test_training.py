@@ -21,6 +21,7 @@ from capsroute.training.batches import Share
 from capsroute.training.checkpoint import load, load_training
 from capsroute.training.options import TrainingOptions
 from capsroute.training.run import HISTORY, MODEL, TRAINING, RunError, image_shape, run_training, stored
+from capsroute.training.tensorboard import tensorboard_log
 from capsroute.training.trainer import Epoch, Score, Training, count_correct, evaluate, predict, train_epoch
 
 pytest.importorskip("sklearn")
@@ -392,6 +393,7 @@ def test_a_directory_is_written_to_by_one_process(few, tmp_path):
 
 
 def test_a_run_is_not_overwritten_by_accident(few, tmp_path):
+    pytest.importorskip("tensorboard")
     first = run_training(tmp_path, few, SMALL, FAST._replace(epochs=1))
     with pytest.raises(RunError, match="already holds a run: give --resume to go on with it, or --overwrite to"):
         run_training(tmp_path, few, SMALL, FAST)
@@ -640,6 +642,28 @@ def test_tensorboard_shows_every_epoch_once_also_after_resuming(few, tmp_path):
         logged = [(event.step, event.value) for event in events.Scalars(tag)]
         assert logged == [(k, pytest.approx(value(epoch))) for k, epoch in enumerate(run.history, 1)]
     assert events.Scalars("learning_rate")[-1].value < 1e-3
+
+
+def test_what_was_logged_of_an_epoch_that_was_lost_is_dropped(few, tmp_path):
+    """A run may be killed when an epoch is in the log, and not yet in the state to resume from."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    training = Training.begin(SMALL, FAST)
+    for done in (0, 1):
+        with tensorboard_log(tmp_path, done) as log:
+            training.history = training.history[:done]
+            for _ in range(done, 2):
+                training.history.append(Epoch(Score(1.0, 0.5), Score(1.0, 0.5), 1.0))
+                log(training)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("loss/training")] == [1, 2]
+
+
+def test_sums_over_processes_are_exact(monkeypatch):
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda sums: sums.mul_(2))
+    assert distributed.total(2**24 + 1, device=torch.device("cpu")) == [2**25 + 2]  # more than float32 can count
 
 
 def test_tensorboard_names_the_split_that_an_epoch_is_judged_by(few, tmp_path):
